@@ -1,0 +1,65 @@
+# Everything runs in .venv, which the targets that need it make by themselves (python3 and make are enough).
+# Another environment: make test PY=/path/to/python (used as it is, nothing is installed).
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+ifdef PY
+SETUP :=
+else
+PY := $(VENV)/bin/python
+SETUP := $(INSTALLED)
+endif
+
+.PHONY: help demo test check fix engines bench guidance-paths gpu-test gpu-report clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(SETUP) ## teacher, synthesis, student and report on two CPU cores, in minutes (runs/demo)
+	@$(PY) -m benchmarks.quality demo --seeds 1 --baselines prior_data,unguided --out runs/demo
+
+test: $(SETUP) ## run the tests (ARGS="-k shards" for some)
+	@$(PY) -m pytest $(ARGS)
+
+check: $(SETUP) ## lint, formatting and types; changes nothing
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+fix: $(SETUP) ## put lint and formatting right where that can be done safely
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+engines: ## compile networks ahead of time (not in this version)
+	@echo "error: this version has no compiled backend: every network runs eagerly, there is nothing to build." >&2; exit 2
+
+bench: $(SETUP) guidance-paths ## time the parts, then compare the guidance paths
+	@$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+guidance-paths: $(SETUP) ## the latent and the unet gradient and the published loop in one table
+	@$(PY) -m benchmarks.guidance_paths
+
+gpu-test: $(SETUP) ## the tests that need a CUDA device
+	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
+	  || { echo "error: torch finds no CUDA device: gpu-test needs one (driver, and a CUDA build of torch)." >&2; exit 2; }
+	@$(PY) -m pytest -m gpu $(ARGS)
+
+gpu-report: $(SETUP) ## time the guidance paths on a CUDA device and record them in benchmarks/results
+	@$(PY) -m benchmarks.guidance_paths --device cuda --record
+
+clean: ## remove the environment, caches and the demo's output
+	rm -rf $(VENV) runs dist build/engines .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml build/constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" \
+	  || { echo "error: $$($(PYTHON) --version) is not 3.11 to 3.13: name one, e.g. make PYTHON=python3.12 ..." >&2; exit 2; }
+	@echo "setting up $(VENV) (once; it takes minutes and about 2 GB)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c build/constraints.txt -e '.[dev]' >&2
+	@touch $@

@@ -1,0 +1,211 @@
+"""The two gradient paths and the published loop, in one table: images per second, gradient cosine, student accuracy.
+
+    python -m benchmarks.guidance_paths --teacher runs/demo/teacher            speeds and cosines, about two minutes
+    python -m benchmarks.guidance_paths --teacher runs/demo/teacher --students  also a student per row, far longer
+
+published   one image at a time, gradient through the UNet, two UNet calls a step, every image's own BN statistics
+unet        the same gradient for a whole group at a time, BN statistics of the group
+latent      ours: gradient through decoder and teacher only, one UNet call a step, BN statistics of the group
+
+All rows take the `demo` preset's steps and losses. Speeds are measured in turns (published, unet, latent, published,
+...) in one process, and the ratio is taken within a turn. The published row's student learns from images that were
+computed in batches: an image does not depend on its batch, so they are the same images.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.machine import describe
+from benchmarks.quality import DATA, call
+from dfkd.cli.generate import GenerateOptions, prepare
+from dfkd.cli.options import parse
+from dfkd.files import replace_text
+from dfkd.presets import PRESETS
+from dfkd.synthesis.guidance import Guidance
+from dfkd.synthesis.run import Synthesis
+from dfkd.synthesis.sampler import INITIAL_NOISE, Denoiser
+from kernels.philox import philox_normal
+
+RESULTS = Path(__file__).parent / "results"
+ROWS: dict[str, dict[str, Any]] = {
+    "published": {"gradient": "unet", "bn_stats": "image"},
+    "unet": {"gradient": "unet"},
+    "latent": {"gradient": "latent"},
+}
+
+
+def flags(overrides: dict[str, Any]) -> list[str]:
+    return [part for name, value in overrides.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def make(teacher: Path, device: str, out: Path, overrides: dict[str, Any], more: list[str]) -> Synthesis:
+    """A synthesis of the demo preset with a row's overrides."""
+    words = ["--preset", "demo", "--teacher-checkpoint", str(teacher), "--device", device, "--out", str(out)]
+    return prepare(parse(GenerateOptions, [*words, *flags(overrides), *more], "dfkd-generate", PRESETS))
+
+
+def timed(synthesis: Synthesis, group: int, images: int) -> float:
+    """Seconds for an image: `images` of them sampled in groups of `group`."""
+    own = replace(synthesis, group=group)
+    started = time.perf_counter()
+    for number in range(images // group):
+        own.sample(number, group)
+    if synthesis.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / images
+
+
+def speeds(rows: dict[str, Synthesis], singles: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds an image of every row, `repeats` turns after one warm-up turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(repeats + 1):
+        for name, synthesis in rows.items():
+            group, images = (1, singles) if name == "published" else (synthesis.group, synthesis.group)
+            if turn == 0:
+                images = group
+            spent = timed(synthesis, group, images)
+            if turn:
+                seconds[name].append(spent)
+    return seconds
+
+
+def cosines(latent: Synthesis, unet: Synthesis, micro: int) -> dict[str, float]:
+    """Cosine of the two paths' gradients in z_t at noise levels along an unguided trajectory, mean over images.
+
+    The latent path's gradient is that in z0hat; the factor dz0hat/dz_t with the UNet held constant is a positive
+    number per step, which the cosine does not see.
+    """
+    device, table = latent.device, latent.table
+    ids = torch.arange(latent.group, device=device)
+    labels = torch.tensor(latent.classes, device=device)[ids % len(latent.classes)]
+    names = [latent.teacher.class_names[i] for i in labels.tolist()]
+    conditional = latent.prior.encode_prompts([latent.prompt.format(label=name) for name in names])
+    unconditional = latent.prior.encode_prompts([latent.negative_prompt])
+    denoise = Denoiser(latent.prior, conditional, unconditional, latent.settings.cfg, micro)
+    shape = (latent.prior.latent_channels, *latent.latent_size)
+    z = table.init_scale * philox_normal(latent.seed, ids, INITIAL_NOISE, shape)
+    z0_before, found = torch.zeros_like(z), {}
+    assert latent.guidance and unet.guidance
+    wanted = {round(share * (len(table) - 1)) for share in (0.1, 0.3, 0.5, 0.7, 0.9)}
+    for i in range(len(table)):
+        row = table.row(i)
+        t = torch.as_tensor(row.timestep, device=device)
+        with torch.no_grad():
+            model = denoise(z, t, True)
+        z0 = row.z0_z * z + row.z0_model * model
+        if i in wanted:
+            found[f"{i + 1}/{len(table)}"] = _cosine(latent.guidance, z, z0, labels, denoise, row, t, micro)
+        z = row.step_z * z + row.step_model * model + row.step_prev * z0_before
+        if row.step_noise:
+            z = z + row.step_noise * philox_normal(latent.seed, ids, 1 + i, shape)
+        z0_before = z0
+    return found
+
+
+def _cosine(
+    guidance: Guidance,
+    z: torch.Tensor,
+    z0: torch.Tensor,
+    labels: torch.Tensor,
+    denoise: Denoiser,
+    row: Any,
+    t: torch.Tensor,
+    micro: int,
+) -> float:
+    short, _ = guidance.gradient(z0, labels, micro)
+    full, _ = guidance.gradient(
+        z, labels, micro, lambda leaf, rows: row.z0_z * leaf + row.z0_model * denoise.rows(leaf, rows, t, True)
+    )
+    return F.cosine_similarity(short.flatten(1), full.flatten(1)).mean().item()
+
+
+def student_accuracy(teacher: Path, folder: Path, overrides: dict[str, Any], seed: int, split: str) -> float:
+    """Synthesise with a row's settings, distil, test."""
+    data = folder / "synthetic"
+    common = ["--preset", "demo", "--teacher-checkpoint", teacher, "--seed", seed]
+    call("dfkd-generate", *common, "--out", data, *flags(overrides))
+    test = ["--test", DATA, "--test-split", split]
+    return float(call("dfkd-distill", *common, "--data", data, "--out", folder / "student", *test)["accuracy"])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a recorded result."""
+    lines = [
+        "| path | UNet calls a step | images at a time | img/s: median (min to max) | ratio | student |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        accuracy = "not run" if row["student_accuracy"] is None else f"{100 * row['student_accuracy']:.1f} %"
+        spread = f"{row['images_per_second']:.2f} ({row['slowest']:.2f} to {row['fastest']:.2f})"
+        cells = [name, row["unet_calls"], row["images_at_a_time"], spread, f"{row['ratio']:.1f}", accuracy]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    cosine = ", ".join(f"{value:.2f} at step {step}" for step, value in result["gradient_cosine"].items())
+    machine = result["machine"]
+    lines += [
+        "",
+        f"Cosine of the latent path's gradient with the UNet path's: {cosine}. {result['steps']} steps, "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}, {machine['date']}.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, help="folder of dfkd-train-teacher; trained here when absent")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--singles", type=int, default=4, help="images of the published loop per turn (default 4)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
+    parser.add_argument("--students", action="store_true", help="also distil a student per row")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="real images for the students")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--generate", default="", help="more options of dfkd-generate, as one string")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/guidance_paths-<device>.json")
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if a.teacher is None:
+            a.teacher = folder / "teacher"
+            call("dfkd-train-teacher", "--preset", "demo", "--out", a.teacher, "--seed", a.seed)
+        more = a.generate.split()
+        rows = {name: make(a.teacher, a.device, folder, overrides, more) for name, overrides in ROWS.items()}
+        seconds = speeds(rows, a.singles, a.repeats)
+        result: dict[str, Any] = {
+            "machine": describe(rows["latent"].device),
+            "steps": len(rows["latent"].table),
+            "gradient_cosine": cosines(rows["latent"], rows["unet"], rows["latent"].group),
+            "rows": {},
+        }
+        for name, spent in seconds.items():
+            ratios = [p / s for p, s in zip(seconds["published"], spent, strict=True)]
+            accuracy = None
+            if a.students:
+                accuracy = student_accuracy(a.teacher, folder / name, ROWS[name], a.seed, a.split)
+            result["rows"][name] = {
+                "unet_calls": 1 if ROWS[name]["gradient"] == "latent" else 2,
+                "images_at_a_time": 1 if name == "published" else rows[name].group,
+                "images_per_second": 1 / median(spent),
+                "slowest": 1 / max(spent),
+                "fastest": 1 / min(spent),
+                "ratio": median(ratios),
+                "student_accuracy": accuracy,
+            }
+    print(markdown(result), file=sys.stderr)
+    if a.record:
+        kind = "cpu" if a.device == "cpu" else "-".join(result["machine"]["device"].lower().split())
+        RESULTS.mkdir(exist_ok=True)
+        replace_text(RESULTS / f"guidance_paths-{kind}.json", json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What would make a run fail or mean nothing, found before it begins."""
+
+import torch
+from torch import nn
+
+from dfkd.distillation.loader import Images
+from dfkd.distillation.settings import DistillSettings
+from dfkd.errors import UsageError
+from dfkd.teachers.classifier import Classifier
+
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto: the GPU where there is one; raises UsageError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is unknown", "known are auto, cpu, cuda and cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is not supported", "supported are auto, cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name} is absent", f"torch sees {torch.cuda.device_count()} GPUs", "use --device auto"
+        )
+    return device
+
+
+def check(
+    data: Images, teacher: Classifier, student: nn.Module, settings: DistillSettings, device: torch.device
+) -> None:
+    """Raise UsageError where classes disagree, there is too little data, or the precision cannot work there."""
+    if teacher.class_names != data.class_names:
+        raise UsageError(
+            "teacher and images disagree about the classes",
+            _difference(teacher.class_names, data.class_names),
+            "use the teacher that the images were made for",
+        )
+    if len(data.ids) < 2:
+        raise UsageError(f"the data has {len(data.ids)} images", "training and held-out images need one each at least")
+    if settings.amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 on a CPU", "float16 is for GPUs", "use --amp bf16 or --amp off")
+    answers = _classes_of(student, teacher.input_size)
+    if answers != len(data.class_names):
+        raise UsageError(
+            f"the student has {answers} classes and the images {len(data.class_names)}",
+            todo="build the student with the number of classes of the images",
+        )
+
+
+def _difference(teacher: tuple[str, ...], data: tuple[str, ...]) -> str:
+    if len(teacher) != len(data):
+        return f"it has {len(teacher)}, the images have {len(data)}"
+    label = next(i for i, (mine, theirs) in enumerate(zip(teacher, data, strict=True)) if mine != theirs)
+    return f"label {label} is {teacher[label]!r} to the teacher and {data[label]!r} in the images"
+
+
+def _classes_of(student: nn.Module, size: int) -> int:
+    device = next(student.parameters()).device
+    training = student.training
+    with torch.no_grad():
+        try:
+            answers: int = student.eval()(torch.zeros(2, 3, size, size, device=device)).shape[1]
+        except RuntimeError as error:
+            what = f"the student cannot take images of the teacher's size, {size}x{size}"
+            raise UsageError(what, str(error).splitlines()[0], "choose another --student") from None
+        finally:
+            student.train(training)
+    return answers

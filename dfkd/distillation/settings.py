@@ -1,0 +1,86 @@
+"""What a distillation run does; the published defaults (DiffDFKD, arXiv:2504.00870, CIFAR-10)."""
+
+from dataclasses import dataclass
+
+from dfkd.cli.options import option
+from dfkd.distillation.augment import KINDS, MIXES
+from dfkd.errors import UsageError
+
+EPOCHS = 240
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Options of a run that its student depends on, and those on how it is computed (device to resume)."""
+
+    steps: int | None = option(None, "length of the run in batches; instead of --epochs", low=1, unit="steps")
+    epochs: int | None = option(None, f"length of the run; {EPOCHS} where --steps is not given", low=1, unit="epochs")
+    batch_size: int = option(256, "images per step", low=1, unit="images")
+    lr: float = option(0.2, "peak learning rate of SGD", low=0)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = option(5e-4, "weight decay of SGD, on all parameters", low=0)
+    schedule: str = option("multistep", "learning rate over the run", choices=("multistep", "cosine"))
+    milestones: tuple[str, ...] = option(
+        ("150/240", "180/240", "210/240"), "multistep: x0.1 at these parts of the run (a fraction or a decimal below 1)"
+    )
+    warmup: int = option(0, "linear rise of the learning rate at the start", low=0, unit="steps")
+    temperature: float = option(30.0, "of the softened distributions", low=1e-3)
+    ce_weight: float = option(0.0, "weight of the cross-entropy with the labels beside the KL divergence", low=0)
+    augment: str = option("crop-flip", "random views; both networks see the same one", choices=KINDS)
+    mix: str = option("none", "mixtures of two images, labelled by the teacher", choices=MIXES)
+    mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha) of the mixtures", low=1e-3)
+    ema: float = option(
+        0.0, "decay of an average of the weights that replaces them in the results; 0: off", low=0, high=0.99999
+    )
+    held_out: float = option(0.05, "part of the images kept for choosing the best checkpoint", low=0, high=0.5)
+    checkpoint_every: int | None = option(
+        None,
+        "between checks on the held-out images, each with a checkpoint; a twentieth of the run",
+        low=1,
+        unit="steps",
+    )
+    amp: str = option("off", "automatic mixed precision", choices=("bf16", "fp16", "off"))
+    seed: int = option(0, "of initial weights, order and augmentation", low=0)
+
+    device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
+    loader: str = option(
+        "auto",
+        "resident: every image on the device; torch: decoded from the shards by workers; auto: resident where it fits",
+        choices=("auto", "resident", "torch"),
+    )
+    workers: int = option(2, "processes that decode images for --loader torch", low=0)
+    resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(
+                f"--steps {self.steps} and --epochs {self.epochs} are both given",
+                "either one is the length of the run",
+                "leave one out, or take back that of a preset with --steps none or --epochs none",
+            )
+        if self.ce_weight and self.mix != "none":
+            raise UsageError(
+                f"--ce-weight {self.ce_weight} with --mix {self.mix}",
+                "a mixture of two images has no single label",
+                "use one of the two",
+            )
+        self.milestone_parts()
+
+    def milestone_parts(self) -> tuple[float, ...]:
+        """The milestones as parts of the run, ascending."""
+        return tuple(sorted(_part(text) for text in self.milestones))
+
+
+# How a run is computed, not what: these may differ between the beginning of a run and its resumption.
+COMPUTATION = ("device", "loader", "workers", "resume")
+
+
+def _part(text: str) -> float:
+    over, _, under = text.partition("/")
+    try:
+        part = float(over) / float(under or 1)
+    except (ValueError, ZeroDivisionError):
+        part = -1.0
+    if not 0 < part < 1:
+        raise UsageError(f"--milestones has {text!r}", "it must be between 0 and 1, as in 0.75 or 180/240")
+    return part

@@ -1,0 +1,86 @@
+"""Contact sheets: the first images of every class, unpicked, as strips and as one picture with the classes' names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib.font_manager
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from dfkd.shards import ShardPool
+
+SMALL = 64  # pixels: images up to here are shown enlarged by a whole factor, larger ones reduced to LARGE
+LARGE = 128
+ACROSS = 1024  # pixels that a row of tiles may take
+MOST_ROWS = 40  # classes; of more, evenly spread ones are shown
+INK, PAPER = (28, 36, 48), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One class's row: RGBA picture of ``shown`` tiles with clear gaps, to be shown ``scale`` times as large."""
+
+    label: int
+    class_name: str
+    picture: Image.Image
+    shown: int
+    scale: int
+
+
+def strips(pool: ShardPool, columns: int | None = None) -> list[Strip]:
+    """A strip per class that has images, in the order of the classes.
+
+    columns: tiles a row; by default as many as fit into ACROSS pixels, 16 for images of up to SMALL pixels.
+    """
+    tile, scale = _tile(pool.image_size)
+    columns = columns or max(1, ACROSS // (tile * scale))
+    present = torch.unique(pool.labels)
+    if len(present) > MOST_ROWS:
+        present = present[torch.arange(MOST_ROWS) * len(present) // MOST_ROWS]
+    rows = []
+    for label in present.tolist():
+        positions = (pool.labels == label).nonzero()[:columns, 0]
+        images = pool.read(positions).permute(0, 2, 3, 1).numpy()
+        strip = Image.new("RGBA", (columns * (tile + 1) - 1, tile))
+        for column, image in enumerate(images):
+            strip.paste(_fit(image, tile), (column * (tile + 1), 0))
+        rows.append(Strip(label, pool.class_names[label], strip, len(images), scale))
+    return rows
+
+
+def sheet(rows: Sequence[Strip], named: bool = True) -> Image.Image:
+    """The strips one under the other, enlarged, each with its class's name at the left where ``named``."""
+    font = ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), 18)
+    margin = 12
+    left = margin + (max(round(font.getlength(row.class_name)) for row in rows) + margin if named else 0)
+    gap = rows[0].scale
+    width, height = (side * rows[0].scale for side in rows[0].picture.size)
+    out = Image.new("RGB", (left + width + margin, 2 * margin + len(rows) * (height + gap) - gap), PAPER)
+    draw = ImageDraw.Draw(out)
+    for number, row in enumerate(rows):
+        top = margin + number * (height + gap)
+        big = row.picture.resize((width, height), Image.Resampling.NEAREST)
+        out.paste(big, (left, top), big)
+        if named:
+            draw.text((left - margin, top + height // 2), row.class_name, fill=INK, font=font, anchor="rm")
+    return out
+
+
+def stack(rows: Sequence[Strip]) -> Image.Image:
+    """The strips one under the other as they are: clear gaps, no names, not enlarged."""
+    width, height = rows[0].picture.size
+    out = Image.new("RGBA", (width, len(rows) * (height + 1) - 1))
+    for number, row in enumerate(rows):
+        out.paste(row.picture, (0, number * (height + 1)))
+    return out
+
+
+def _tile(size: int) -> tuple[int, int]:
+    """Side of a tile in its own pixels, and the factor by which it is enlarged."""
+    return (LARGE, 1) if size > SMALL else (size, SMALL // size)
+
+
+def _fit(image: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", tile: int) -> Image.Image:
+    picture = Image.fromarray(image)
+    return picture if picture.width == tile else picture.resize((tile, tile), Image.Resampling.LANCZOS)

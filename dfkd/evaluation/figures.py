@@ -1,0 +1,213 @@
+"""The report's charts: data in, matplotlib Figure out, in a light or a dark theme; no global state of pyplot.
+
+A figure is about as wide as a column of the report, so that its text keeps the size of the text around it.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from dfkd.evaluation.metrics import BINS, Band, Confidence
+
+WIDTH = 5.6  # inches
+DPI = 200
+TEXT, SMALL = 10.5, 9.0  # points
+NAMED = 30  # classes up to which each is named on an axis
+COUNTED = 15  # classes up to which a confusion matrix shows its counts
+LOSSES = {
+    "cls": "cross-entropy",
+    "bn": "BatchNorm statistics",
+    "adv": "adversarial",
+}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; ``series`` are those of the lines after the accent, ``ramp`` runs from none to all."""
+
+    surface: str
+    text: str
+    muted: str
+    grid: str
+    accent: str
+    second: str
+    series: tuple[str, ...]
+    ramp: tuple[str, ...]
+
+
+LIGHT = Theme(
+    surface="#ffffff",
+    text="#1c2430",
+    muted="#5b6675",
+    grid="#e4e8ee",
+    accent="#1f5fd6",
+    second="#b9c9e8",
+    series=("#d9730d", "#2c8a57", "#a445b2", "#8a6d1f", "#c23a4b", "#4f8fa8"),
+    ramp=("#f4f7fc", "#9dbbee", "#1f5fd6", "#0d2f73"),
+)
+DARK = Theme(
+    surface="#181c23",
+    text="#e6eaf0",
+    muted="#9aa5b4",
+    grid="#2c333e",
+    accent="#6ea3ff",
+    second="#3a4a68",
+    series=("#f0a050", "#5fc48b", "#d58ae0", "#d3b65a", "#f07a86", "#7fc0d8"),
+    ramp=("#1d232d", "#2c4a80", "#4f86e8", "#b9d2ff"),
+)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes that are the same for the same data."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+def loss_curves(bands: Mapping[str, Band], theme: Theme) -> Figure:
+    """One panel per guidance loss: the mean over the images and the band of 10 to 90 % of them."""
+    figure, panels = _panels(len(bands), theme, "guided step")
+    for axes, (name, band) in zip(panels, bands.items(), strict=True):
+        steps = range(1, len(band.mean) + 1)
+        axes.fill_between(steps, band.low, band.high, color=theme.accent, alpha=0.22, linewidth=0)
+        axes.plot(steps, band.mean, color=theme.accent, linewidth=1.8)
+        _title(axes, LOSSES.get(name, name), theme)
+        if min(band.low) > 0 and max(band.high) > 20 * min(band.low):
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def confidence_histogram(confidence: Confidence, theme: Theme) -> Figure:
+    """How many images have which teacher probability of their label."""
+    figure, axes = _single(2.9, theme)
+    edges = np.arange(BINS) / BINS
+    axes.bar(edges, confidence.histogram, width=0.9 / BINS, align="edge", color=theme.accent)
+    crowded = max(confidence.histogram) > 0.6 * sum(confidence.histogram)
+    if crowded:  # one bin holds nearly all: the others are the interesting ones
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.7)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("teacher probability of the label", color=theme.text, fontsize=TEXT)
+    axes.set_ylabel("images (log scale)" if crowded else "images", color=theme.text, fontsize=TEXT)
+    return figure
+
+
+def class_balance(counts: Sequence[int], sure: Sequence[int] | None, names: Sequence[str], theme: Theme) -> Figure:
+    """Images per class; in full colour those of which the teacher is sure, where that is known."""
+    named = len(names) <= NAMED
+    figure, axes = _single(0.27 * len(names) + 0.9 if named else 4.0, theme)
+    places = np.arange(len(names))
+    axes.barh(places, counts, height=0.72, color=theme.accent if sure is None else theme.second)
+    if sure is not None:
+        axes.barh(places, sure, height=0.72, color=theme.accent)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set_xlabel("images", color=theme.text, fontsize=TEXT)
+    if named:
+        axes.set_yticks(places, [_short(name) for name in names])
+    else:
+        axes.set_ylabel("class number", color=theme.text, fontsize=TEXT)
+    return figure
+
+
+def layer_gaps(gaps: Mapping[str, Sequence[float]], theme: Theme) -> Figure:
+    """BN gap by layer, a line per set of images; the first set is drawn in the accent."""
+    figure, axes = _single(3.4, theme)
+    colours = (theme.accent, *theme.series)
+    for i, (name, values) in enumerate(gaps.items()):
+        style = "-" if i < len(colours) else "--"
+        colour, width = colours[i % len(colours)], 1.5 if i else 2.4
+        axes.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=width, label=name, zorder=-i)
+    every = [value for values in gaps.values() for value in values if value > 0]
+    if every and max(every) > 10 * min(every):
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("BatchNorm layer, from the image to the logits", color=theme.text, fontsize=TEXT)
+    axes.set_ylabel("BN gap", color=theme.text, fontsize=TEXT)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=SMALL, frameon=False, labelcolor=theme.text)
+    return figure
+
+
+def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], theme: Theme) -> Figure:
+    """Rows: the true class; colour: share of the row; counts are written where there is room for them."""
+    counts = np.array(matrix, np.float64)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure, axes = _single(WIDTH * 0.92, theme)
+    ramp = LinearSegmentedColormap.from_list("ramp", theme.ramp)
+    # A square root's scale: mistakes of a few per cent are what one looks for beside a diagonal of ninety.
+    axes.imshow(share, cmap=ramp, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    axes.grid(False)
+    every = max(1, math.ceil(len(names) / NAMED))
+    places = list(range(0, len(names), every))
+    labels = [_short(names[i], 14) for i in places]
+    upright = max(map(len, labels)) * len(labels) > 60
+    axes.set_xticks(places, labels, rotation=90 if upright else 0)
+    axes.set_yticks(places, labels)
+    axes.tick_params(labelsize=TEXT if len(names) <= COUNTED else 6.5)
+    axes.set_xlabel("the student's answer", color=theme.text, fontsize=TEXT)
+    axes.set_ylabel("true class", color=theme.text, fontsize=TEXT)
+    if len(names) <= COUNTED:
+        size = 10 if len(names) <= 10 else 7.5
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = theme.surface if share[row, column] > 0.2 else theme.text
+                axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=size)
+    return figure
+
+
+def training_curve(log: Sequence[Mapping[str, float]], theme: Theme) -> Figure:
+    """Loss, and agreement with the teacher on held-out synthetic images, over a student's steps."""
+    shown = [key for key in ("loss", "agreement") if any(key in line for line in log)]
+    figure, panels = _panels(len(shown), theme, "step")
+    for axes, key in zip(panels, shown, strict=True):
+        steps, values = zip(*((line["step"], line[key]) for line in log if key in line), strict=True)
+        axes.plot(steps, values, color=theme.accent, linewidth=1.8, marker="o" if len(steps) < 3 else None)
+        if key == "agreement":
+            _title(axes, "agreement with the teacher, held-out synthetic images", theme)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        else:
+            _title(axes, "distillation loss", theme)
+            if min(values) > 0 and max(values) > 20 * min(values):
+                axes.set_yscale("log")
+    return figure
+
+
+def _single(height: float, theme: Theme) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.surface)
+    return figure, _dress(figure.subplots(), theme)
+
+
+def _panels(count: int, theme: Theme, below: str) -> tuple[Figure, list[Axes]]:
+    """Panels one above the other with one horizontal axis, named under the last."""
+    figure = Figure(figsize=(WIDTH, 1.75 * count + 0.7), layout="constrained", facecolor=theme.surface)
+    column = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    panels = [_dress(axes, theme) for axes in column]
+    panels[-1].set_xlabel(below, color=theme.text, fontsize=TEXT)
+    return figure, panels
+
+
+def _dress(axes: Axes, theme: Theme) -> Axes:
+    axes.set_facecolor(theme.surface)
+    axes.grid(True, color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=theme.muted, labelsize=SMALL, length=0, labelcolor=theme.text)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes
+
+
+def _title(axes: Axes, text: str, theme: Theme) -> None:
+    axes.set_title(text, loc="left", color=theme.text, fontsize=TEXT)
+
+
+def _short(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

@@ -1,0 +1,163 @@
+"""The report as files: report.html with every picture inside, report.json, and the pictures as PNG files."""
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dfkd.evaluation import figures
+from dfkd.evaluation.contact_sheet import sheet, stack, strips
+from dfkd.evaluation.figures import DARK, LIGHT, Theme
+from dfkd.evaluation.report import OURS, Report
+from dfkd.evaluation.run_folder import RunFolder
+from dfkd.files import replace_file, replace_text
+
+HTML, JSON = "report.html", "report.json"
+BASELINE_COLUMNS = 8
+DESCRIPTIONS = {
+    "prior_data": "the images that the prior was trained on",
+    "unguided": "the prior alone, without the teacher's gradient",
+    "unguided_sharpened": "the same, sharpened and stretched without a teacher",
+    "deepinversion": "pixels optimised against the teacher, without a prior",
+    "noise": "random pixels",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart for the page, in both themes, as data URIs."""
+
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class of a contact sheet; width in CSS pixels."""
+
+    class_name: str
+    picture: str
+    width: int
+
+
+@dataclass(frozen=True)
+class BaselineSheet:
+    name: str
+    picture: str
+    width: int
+
+
+def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
+    """Write report.html, report.json and PNG files into the folder ``out``; returns their paths, these two first."""
+    charts, written = {}, []
+    for name, draw in _charts(report).items():
+        light, dark = (figures.png(draw(theme)) for theme in (LIGHT, DARK))
+        written.append(_save(out / f"{name}.png", light))
+        charts[name] = Chart(_uri(light), _uri(dark))
+    rows = strips(run.synthetic.pool)
+    written.append(_save(out / "contact_sheet.png", _png(sheet(rows))))
+    others = []
+    for name, baseline in run.baselines.items():
+        if baseline.images is not None:
+            few = strips(baseline.images, BASELINE_COLUMNS)
+            written.append(_save(out / f"contact_sheet_{name}.png", _png(sheet(few))))
+            picture = stack(few)
+            others.append(BaselineSheet(name, _uri(_png(picture)), picture.width))
+    order = list(report.accuracy.baselines)
+    others.sort(key=lambda other: (other.name not in order, order.index(other.name) if other.name in order else 0))
+    page = _environment().get_template("report.html.j2")
+    html = page.render(
+        report=report,
+        charts=charts,
+        rows=[Row(row.class_name, _uri(_png(row.picture)), row.picture.width * row.scale) for row in rows],
+        shown=max(row.shown for row in rows),
+        others=others,
+        ours=OURS,
+        descriptions=DESCRIPTIONS,
+        losses=figures.LOSSES,
+    )
+    replace_text(out / HTML, html)
+    replace_text(out / JSON, json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")
+    return out / HTML, out / JSON, *written
+
+
+def _charts(report: Report) -> dict[str, Callable[[Theme], Figure]]:
+    """The charts that this report has the data for, by file name."""
+    images, student, views = report.images, report.student, report.teacher_views
+    charts: dict[str, Callable[[Theme], Figure]] = {
+        "class_balance": lambda theme: figures.class_balance(
+            images.class_counts, images.sure_counts, images.class_names, theme
+        )
+    }
+    if images.losses:
+        charts["loss_curves"] = lambda theme: figures.loss_curves(images.losses, theme)
+    if (sure := images.confidence) is not None:
+        charts["confidence"] = lambda theme: figures.confidence_histogram(sure, theme)
+    gaps = {words(name): view.layer_gaps for name, view in views.items() if view.layer_gaps}
+    if gaps:
+        charts["bn_gap"] = lambda theme: figures.layer_gaps(gaps, theme)
+    if student is not None and (matrix := student.confusion) is not None:
+        charts["confusion"] = lambda theme: figures.confusion(matrix, images.class_names, theme)
+    if student is not None and (log := student.log):
+        charts["training"] = lambda theme: figures.training_curve(log, theme)
+    return charts
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Thousands set apart by thin spaces, as the page does throughout."""
+    return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def duration(seconds: float | None) -> str:
+    """3.4 s, 42 s, 2 min 05 s, 1 h 02 min."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dfkd", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"words": words, "percent": percent, "number": number, "duration": duration}
+    return environment
+
+
+def _uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _png(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _save(path: Path, data: bytes) -> Path:
+    replace_file(path, lambda file: file.write(data))
+    return path

@@ -1,0 +1,228 @@
+"""The report as data: everything that report.json holds and the page shows, measured from a run's folders."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import dfkd
+from dfkd.errors import UsageError
+from dfkd.evaluation.metrics import (
+    Band,
+    Confidence,
+    Confusion,
+    TeacherView,
+    class_accuracy,
+    confidence,
+    evenly,
+    interval,
+    loss_bands,
+    teacher_view,
+    top_confusions,
+)
+from dfkd.evaluation.run_folder import Missing, RunFolder
+from dfkd.teachers.classifier import Classifier
+
+OURS = "guided images"  # their name beside the baselines'
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 on real test images, in 0..1; None where it was not measured.
+
+    interval: Wilson's 95 % of the student's, for the choice of test images alone, not of seeds; margin: student minus
+    best baseline in percentage points; chance: 1 / classes.
+    """
+
+    student: float | None
+    teacher: float | None
+    interval: tuple[float, float] | None
+    baselines: dict[str, float]
+    best_baseline: str | None
+    margin: float | None
+    chance: float
+    test: str | None
+    test_images: int
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """The synthetic images. sure_counts: images per class with a teacher probability above one half, None unknown."""
+
+    count: int
+    size: int
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    sure_counts: tuple[int, ...] | None
+    confidence: Confidence | None
+    losses: dict[str, Band]
+    seconds: float | None
+    images_per_second: float | None
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """agreement: with the teacher on held-out synthetic images; confusion: rows are the truth, None without a test."""
+
+    architecture: str | None
+    steps: int | None
+    seconds: float | None
+    agreement: float | None
+    confusion: tuple[tuple[int, ...], ...] | None
+    class_accuracy: tuple[float | None, ...]
+    top_confusions: tuple[Confusion, ...]
+    log: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """teacher_views: the guided images first, then the baselines that left images; {} without the teacher."""
+
+    title: str
+    version: str
+    missing: tuple[Missing, ...]
+    notes: tuple[str, ...]
+    accuracy: Accuracy
+    images: ImageFacts
+    teacher_architecture: str | None
+    teacher_views: dict[str, TeacherView]
+    student: StudentFacts | None
+    seconds: dict[str, float]
+    settings: dict[str, Mapping[str, Any]]
+
+
+def measure(run: RunFolder, teacher: Classifier | None, judged: int) -> Report:
+    """Measure a run. The teacher, where it is at hand, judges ``judged`` images of each set, spread over the ids.
+
+    Raises UsageError where teacher and images disagree about the classes.
+    """
+    _check_classes(run, teacher)
+    return Report(
+        title=run.title,
+        version=dfkd.__version__,
+        missing=run.missing,
+        notes=tuple(_notes(run, teacher)),
+        accuracy=_accuracy(run),
+        images=_images(run),
+        teacher_architecture=teacher.architecture if teacher else None,
+        teacher_views=_views(run, teacher, judged) if teacher and judged else {},
+        student=_student(run),
+        seconds=_seconds(run),
+        settings={
+            part: found.settings
+            for part, found in (("teacher", run.teacher), ("synthetic", run.synthetic), ("student", run.student))
+            if found and found.settings
+        },
+    )
+
+
+def _check_classes(run: RunFolder, teacher: Classifier | None) -> None:
+    names = run.synthetic.pool.class_names
+    if teacher is not None and teacher.class_names != names:
+        raise UsageError(
+            "teacher and images disagree about the classes",
+            f"teacher: {', '.join(teacher.class_names[:10])}; images: {', '.join(names[:10])}",
+            "give the teacher that guided these images",
+        )
+
+
+def _notes(run: RunFolder, teacher: Classifier | None) -> list[str]:
+    """What a reader must know before trusting the page: parts that do not belong together."""
+    notes = []
+    guide = run.synthetic.pool.settings.get("teacher_digest")
+    if teacher is not None and guide is not None and teacher.digest() != guide:
+        notes.append("The teacher given is not the one that guided these images (their digests differ).")
+    result = run.student.result if run.student else {}
+    learned = result.get("run", {}).get("data")
+    if learned is not None and learned != run.synthetic.pool.digest[:16]:
+        notes.append("The student was distilled from other images than these (their digests differ).")
+    summary, own = run.summary.get("student_accuracy"), result.get("accuracy")
+    if summary is not None and own is not None and abs(summary - own) > 1e-6:
+        notes.append(
+            f"summary.json gives the student {summary:.2%}, the student's own result.json {own:.2%}: the headline is the "
+            "former, the confusion matrix belongs to the latter."
+        )
+    return notes
+
+
+def _accuracy(run: RunFolder) -> Accuracy:
+    """summary.json first; what it does not say is taken from the folders' own results."""
+    own = run.student.result if run.student else {}
+    student = run.summary.get("student_accuracy", own.get("accuracy"))
+    teacher = run.summary.get("teacher_accuracy", run.teacher.result.get("accuracy") if run.teacher else None)
+    found = {name: base.student.result.get("accuracy") for name, base in run.baselines.items() if base.student}
+    found |= run.summary.get("baselines", {})
+    ranked = sorted(((name, float(value)) for name, value in found.items() if value is not None), key=lambda x: -x[1])
+    best, tested = (ranked[0] if ranked else None), int(own.get("test_images", 0))
+    return Accuracy(
+        student=student,
+        teacher=teacher,
+        interval=interval(student, tested) if student is not None and tested else None,
+        baselines=dict(ranked),
+        best_baseline=best[0] if best else None,
+        margin=100 * (student - best[1]) if best and student is not None else None,
+        chance=1 / len(run.synthetic.pool.class_names),
+        test=f"{own['test']}, {own['test_split']}" if own.get("test") else None,
+        test_images=tested,
+    )
+
+
+def _images(run: RunFolder) -> ImageFacts:
+    pool, records = run.synthetic.pool, run.synthetic.records
+    classes, seconds = len(pool.class_names), run.synthetic.seconds
+    probability = np.array([record.teacher_probability for record in records])
+    # A softmax is never exactly 0 everywhere: such a folder was written by something that asked no teacher.
+    known = bool(probability.any())
+    sure = torch.bincount(pool.labels[torch.from_numpy(probability > 0.5)], minlength=classes)
+    return ImageFacts(
+        count=len(records),
+        size=pool.image_size,
+        class_names=pool.class_names,
+        class_counts=tuple(torch.bincount(pool.labels, minlength=classes).tolist()),
+        sure_counts=tuple(sure.tolist()) if known else None,
+        confidence=confidence(probability) if known else None,
+        losses=loss_bands([record.loss_curve for record in records]),
+        seconds=round(seconds, 3) if seconds else None,
+        images_per_second=round(len(records) / seconds, 3) if seconds else None,
+    )
+
+
+def _views(run: RunFolder, teacher: Classifier, judged: int) -> dict[str, TeacherView]:
+    pools = {OURS: run.synthetic.pool}
+    pools |= {name: base.images for name, base in run.baselines.items() if base.images is not None}
+    return {
+        name: teacher_view(teacher, pool.read, pool.labels, evenly(len(pool.labels), judged))
+        for name, pool in pools.items()
+        if pool.class_names == teacher.class_names
+    }
+
+
+def _student(run: RunFolder) -> StudentFacts | None:
+    if run.student is None:
+        return None
+    result, names = run.student.result, run.synthetic.pool.class_names
+    matrix = result.get("confusion")
+    return StudentFacts(
+        architecture=result.get("run", {}).get("student"),
+        steps=result.get("steps"),
+        seconds=result.get("seconds"),
+        agreement=result.get("agreement"),
+        confusion=tuple(tuple(row) for row in matrix) if matrix else None,
+        class_accuracy=class_accuracy(matrix) if matrix else (),
+        top_confusions=top_confusions(matrix, names) if matrix else (),
+        log=run.student.log,
+    )
+
+
+def _seconds(run: RunFolder) -> dict[str, float]:
+    """Seconds by stage, in the order in which summary.json has them; without it, what each command took."""
+    if run.summary.get("seconds"):
+        return {stage: float(value) for stage, value in run.summary["seconds"].items() if value is not None}
+    parts = {
+        "teacher": run.teacher.result.get("seconds") if run.teacher else None,
+        "synthesis": run.synthetic.seconds,
+        "distillation": run.student.result.get("seconds") if run.student else None,
+    }
+    return {stage: float(value) for stage, value in parts.items() if value}

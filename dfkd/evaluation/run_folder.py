@@ -1,0 +1,156 @@
+"""What the other commands left on disk, read for the report. Nothing here opens a real image."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfkd.errors import UsageError
+from dfkd.shards import Record, ShardPool, open_folder, read_manifest
+from dfkd.shards.layout import MANIFEST
+from dfkd.shards.reader import scan
+
+RESULT, SETTINGS, LOG, SUMMARY = "result.json", "settings.json", "log.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A folder of dfkd-generate: pool and records in the order of ids; seconds that its shards took, 0 if unknown."""
+
+    path: Path
+    pool: ShardPool
+    records: tuple[Record, ...]
+    seconds: float
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A folder of dfkd-train-teacher or dfkd-distill; log has one entry per line of log.jsonl."""
+
+    path: Path
+    result: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    log: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Images and student that guided images are compared with; None for what is absent."""
+
+    images: ShardPool | None
+    student: Trained | None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that the report goes without, and what would supply it."""
+
+    part: str
+    todo: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    title: str
+    synthetic: Synthetic
+    teacher: Trained | None
+    student: Trained | None
+    baselines: Mapping[str, Baseline]
+    summary: Mapping[str, Any]
+    missing: tuple[Missing, ...]
+
+
+def read_run(
+    run: Path | None, synthetic: Path | None = None, student: Path | None = None, teacher: Path | None = None
+) -> RunFolder:
+    """Read run/{synthetic,student,teacher,baselines,summary.json}; folders named one by one take their place.
+
+    Only the images are needed. Raises UsageError for a named folder that is not there, images that are absent or
+    damaged, a file that is not JSON, and parts whose classes disagree.
+    """
+    for option, path in (("run", run), ("synthetic", synthetic), ("student", student), ("teacher", teacher)):
+        if path is not None and not path.exists():
+            raise UsageError(f"--{option} {path}", "there is no such folder", "correct the path")
+    images = synthetic or (run / "synthetic" if run else None)
+    if images is None:
+        raise UsageError("nothing to report on", todo="give --run, or --synthetic")
+    if not (images / MANIFEST).exists():
+        raise UsageError(f"{images} holds no {MANIFEST}", "the report needs images", "run dfkd-generate first")
+    found = _read_synthetic(images)
+    parts = {
+        "teacher": _read_trained(teacher or (run / "teacher" if run else None)),
+        "student": _read_trained(student or (run / "student" if run else None)),
+    }
+    baselines = _read_baselines(run / "baselines") if run else {}
+    summary = _json(run / SUMMARY) if run else {}
+    missing = [
+        Missing(part, todo)
+        for part, todo, present in (
+            ("teacher", "run dfkd-train-teacher, or give --teacher", parts["teacher"]),
+            ("student", "run dfkd-distill, or give --student", parts["student"]),
+            ("baselines", "they come from python -m benchmarks.quality demo", baselines or summary.get("baselines")),
+        )
+        if not present
+    ]
+    for part, trained in parts.items():
+        named = tuple(trained.result.get("class_names", ())) if trained else ()
+        if named and named != found.pool.class_names:
+            raise UsageError(
+                f"{part} and images do not belong together",
+                f"{part}: {', '.join(named[:10])}; images: {', '.join(found.pool.class_names[:10])}",
+                f"give the {part} of these images",
+            )
+    title = (run or images.parent).resolve().name
+    return RunFolder(title, found, parts["teacher"], parts["student"], baselines, summary, tuple(missing))
+
+
+def _read_synthetic(path: Path) -> Synthetic:
+    _, samples = scan(path)
+    records = tuple(record for _, record in samples)
+    seconds = [float(shard["seconds"]) for shard in read_manifest(path)[1]]
+    return Synthetic(path, open_folder(path), records, sum(seconds) if all(seconds) else 0.0, _json(path / SETTINGS))
+
+
+def _read_trained(path: Path | None) -> Trained | None:
+    """None where there is no such folder; a bare checkpoint file has neither result nor log."""
+    if path is None or not path.exists():
+        return None
+    return Trained(path, _json(path / RESULT), _json(path / SETTINGS), _lines(path / LOG))
+
+
+def _read_baselines(folder: Path) -> dict[str, Baseline]:
+    found = {}
+    for path in sorted(entry for entry in folder.glob("*") if entry.is_dir()):
+        images = path / "synthetic"
+        pool = open_folder(images) if (images / MANIFEST).exists() else None
+        found[path.name] = Baseline(pool, _read_trained(path / "student"))
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where the file is absent."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON", str(error), "run again the command that wrote it") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds no JSON object", todo="run again the command that wrote it")
+    return value
+
+
+def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """Entries of a log; a last line that a killed writer left half is dropped."""
+    if not path.is_file():
+        return ()
+    entries, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UsageError(f"{path}, line {number} is not JSON", str(error)) from None
+    return tuple(entries)

@@ -1,0 +1,142 @@
+"""The reading side of a folder of shards: every image in memory, or each one when it is asked for."""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfkd.errors import UsageError
+from dfkd.shards.codec import decode
+from dfkd.shards.layout import Layout, Record, read_manifest, sha256
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Labelled images in memory.
+
+    images uint8 [N, 3, H, W]; labels int64 [N] in [0, len(class_names)); ids int64 [N], unique; records in the same
+    order, or none where the images did not come from a run; digest names the content (made from it where not given).
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    class_names: tuple[str, ...]
+    records: tuple[Record, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.digest:
+            digest = hashlib.sha256()
+            for tensor in (self.images, self.labels, self.ids):
+                digest.update(tensor.cpu().contiguous().numpy().data)
+            object.__setattr__(self, "digest", digest.hexdigest())
+
+    @property
+    def image_size(self) -> int:
+        return self.images.shape[-1]
+
+    def read(self, positions: Tensor) -> Tensor:
+        """uint8 [n, 3, H, W] at int64 [n] positions."""
+        return self.images[positions]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one image's bytes lie."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class ShardPool:
+    """The images of a folder, decoded when read: as Pool, but only labels and ids are in memory.
+
+    It may be sent to other processes; each opens the files for itself.
+    """
+
+    def __init__(self, layout: Layout, entries: Sequence[Entry], labels: Tensor, ids: Tensor, digest: str) -> None:
+        self.layout, self.labels, self.ids, self.digest = layout, labels, ids, digest
+        self.class_names, self.image_size, self.settings = layout.class_names, layout.image_size, layout.settings
+        self._entries = entries
+
+    def read(self, positions: Tensor) -> Tensor:
+        """uint8 [n, 3, H, W] at int64 [n] positions; raises UsageError naming file and id of one that is damaged."""
+        images = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
+        for row, position in enumerate(positions.tolist()):
+            entry = self._entries[position]
+            try:
+                images[row] = decode(entry.read(), self.layout.image_format)
+            except (OSError, ValueError) as error:
+                what = f"{entry.file}: image {int(self.ids[position])} cannot be read"
+                raise UsageError(what, str(error), "run the same dfkd-generate again, which repairs it") from None
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def open_folder(path: Path) -> ShardPool:
+    """The index of a finished folder; raises UsageError for a missing or altered shard, naming it."""
+    layout, found = scan(path)
+    return _index(path, layout, [(entry, record.label, record.id) for entry, record in found])
+
+
+def read_folder(path: Path) -> Pool:
+    """All images and records of a finished folder; raises UsageError naming the file (and id) that is damaged."""
+    layout, found = scan(path)
+    samples = list(found)
+    index = _index(path, layout, [(entry, record.label, record.id) for entry, record in samples])
+    images = index.read(torch.arange(len(samples)))
+    records = tuple(record for _, record in samples)
+    return Pool(images, index.labels, index.ids, index.class_names, records, index.settings, index.digest)
+
+
+def scan(path: Path) -> tuple[Layout, Iterator[tuple[Entry, Record]]]:
+    """The samples of a finished folder in the order of their ids, each shard checked as it is reached."""
+    layout, shards = read_manifest(path)
+    if len(shards) < layout.shard_count():
+        raise UsageError(
+            f"{path} is not finished",
+            f"it holds {len(shards)} of {layout.shard_count()} shards",
+            "run the same dfkd-generate again, which makes what is missing",
+        )
+    return layout, (sample for shard in shards for sample in _samples(path / shard["file"], shard["sha256"], layout))
+
+
+def _index(path: Path, layout: Layout, samples: Sequence[tuple[Entry, int, int]]) -> ShardPool:
+    entries, labels, ids = zip(*samples, strict=True)
+    shards = "".join(shard["sha256"] for shard in read_manifest(path)[1])
+    digest = hashlib.sha256(shards.encode()).hexdigest()
+    return ShardPool(layout, entries, torch.tensor(labels), torch.tensor(ids), digest)
+
+
+def _samples(file: Path, wanted: str, layout: Layout) -> Iterator[tuple[Entry, Record]]:
+    repair = "run the same dfkd-generate again, which repairs it"
+    if not file.is_file():
+        raise UsageError(f"{file} is absent", "the manifest beside it lists it", repair)
+    if sha256(file) != wanted:
+        raise UsageError(f"{file} was altered", "its hash is not the one in the manifest", repair)
+    with tarfile.open(file) as tar:
+        members = {member.name: member for member in tar}
+        for name in sorted(name for name in members if name.endswith(".json")):
+            image = members[name.removesuffix("json") + layout.image_format]
+            data = tar.extractfile(members[name])
+            assert data is not None  # our shards hold regular files alone
+            fields = json.load(data)
+            box = fields.pop("box")
+            yield (
+                Entry(file, image.offset_data, image.size),
+                Record(**fields, box=None if box is None else (box[0], box[1], box[2], box[3])),
+            )

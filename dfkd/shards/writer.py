@@ -1,0 +1,150 @@
+"""The writing side of a folder of shards: atomic, resumable, one writer at a time."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dfkd.errors import UsageError
+from dfkd.files import folder_lock, make_writable, remove_partials, replace_file, replace_text
+from dfkd.shards.codec import FORMATS, encode
+from dfkd.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest, sha256
+
+
+class ShardFolder:
+    """The writing side of a folder of shards; holds its lock until closed, best by ``with``."""
+
+    def __init__(self, path: Path, layout: Layout, shards: list[dict[str, Any]], lock: ExitStack) -> None:
+        self.path, self.layout = path, layout
+        self._shards = {entry["file"]: entry for entry in shards}
+        self._lock = lock
+
+    @classmethod
+    def create_or_open(
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        class_names: Sequence[str],
+        image_size: int,
+        image_format: str,
+        count: int,
+        shard_size: int,
+    ) -> Self:
+        """Start a folder, or take up one that a run of the same settings has begun.
+
+        settings must be plain JSON values. Raises UsageError when the folder cannot be written, is in use, or belongs
+        to other settings (naming each field with both values).
+        """
+        if image_format not in FORMATS:
+            raise UsageError(f"image format {image_format!r} is unknown", f"known are {', '.join(FORMATS)}")
+        wanted = Layout(_plain(settings), tuple(class_names), image_size, image_format, count, shard_size)
+        make_writable(path)
+        with ExitStack() as lock:
+            lock.enter_context(folder_lock(path))
+            remove_partials(path)
+            shards: list[dict[str, Any]] = []
+            if (path / MANIFEST).exists():
+                found, shards = read_manifest(path)
+                _refuse_other(path, found, wanted)
+            elif any(path.glob("shard-*.tar")):
+                raise UsageError(
+                    f"{path} holds shards without {MANIFEST}", "they would be overwritten", "choose another --out"
+                )
+            folder = cls(path, wanted, shards, lock)
+            if not (path / MANIFEST).exists():
+                folder._write_manifest()
+            folder._lock = lock.pop_all()
+            return folder
+
+    def missing(self) -> list[int]:
+        """Indices of the shards that are absent or whose bytes are not those that the manifest has on record."""
+        return [i for i in range(self.layout.shard_count()) if not self._whole(i)]
+
+    def write(self, index: int, images: npt.NDArray[np.uint8], records: Sequence[Record], seconds: float = 0.0) -> Path:
+        """Commit one shard: images uint8 [n, H, W, 3] and their records, both in the order of the shard's ids."""
+        ids, size = self.layout.ids(index), self.layout.image_size
+        if [record.id for record in records] != list(ids):
+            raise ValueError(f"shard {index} holds the ids {ids.start} to {ids.stop - 1}, in that order")
+        if images.shape != (len(ids), size, size, 3) or images.dtype != np.uint8:
+            raise ValueError(f"images are {images.dtype} {images.shape}; want uint8 {(len(ids), size, size, 3)}")
+        file = _file_name(index)
+        path = self.path / file
+        replace_file(path, lambda out: _write_tar(out, images, records, self.layout.image_format))
+        self._shards[file] = {
+            "file": file,
+            "first_id": ids.start,
+            "count": len(ids),
+            "sha256": sha256(path),
+            "seconds": round(seconds, 3),
+        }
+        self._write_manifest()
+        return path
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _whole(self, index: int) -> bool:
+        entry, path = self._shards.get(_file_name(index)), self.path / _file_name(index)
+        return entry is not None and path.is_file() and sha256(path) == entry["sha256"]
+
+    def _write_manifest(self) -> None:
+        shards = [self._shards[file] for file in sorted(self._shards)]
+        manifest = {"version": VERSION, **asdict(self.layout), "shards": shards}
+        replace_text(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _write_tar(out: BinaryIO, images: npt.NDArray[np.uint8], records: Sequence[Record], image_format: str) -> None:
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for image, record in zip(images, records, strict=True):
+            parts = {
+                image_format: encode(image, image_format),
+                "cls": str(record.label).encode(),
+                "json": json.dumps(asdict(record), sort_keys=True).encode(),
+            }
+            for extension, data in parts.items():
+                info = tarfile.TarInfo(f"{record.id:08d}.{extension}")  # mtime, uid and gid are 0, names empty
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _file_name(index: int) -> str:
+    return f"shard-{index:05d}.tar"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON reads it back, so that settings compare equal with those of a manifest."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
+    return plain
+
+
+def _refuse_other(path: Path, found: Layout, wanted: Layout) -> None:
+    there, asked = _flat(_plain(asdict(found))), _flat(_plain(asdict(wanted)))
+    absent = "(absent)"
+    differing = [
+        f"{key.removeprefix('settings.')} is {there.get(key, absent)} there and {asked.get(key, absent)} here"
+        for key in sorted(there.keys() | asked.keys())
+        if there.get(key, absent) != asked.get(key, absent)
+    ]
+    if differing:
+        todo = "repeat those settings, or choose another --out"
+        raise UsageError(f"{path} holds images of other settings", "; ".join(differing), todo)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item})
+    return flat

@@ -1,0 +1,160 @@
+"""The guidance gradient: teacher and decoder (and, on the `unet` path, the denoiser) differentiated for a latent.
+
+    x     = decode(z0hat)                                          images in 0..1
+    L_bn  = BN statistics of the teacher's features                statistics.py
+    L_cls = CE(T(x), y)
+    L_adv = - 1{argmax S = argmax T} KL(softmax T || softmax S)    T detached
+    L     = bn_weight L_bn + cls_weight L_cls + adv_weight L_adv   (DiffDFKD, arXiv 2504.00870)
+
+Every loss is a per-image quantity and the gradient that of their sum, so an image's guidance does not depend on how
+it was batched. Over a group of images L_bn takes two phases: moments of the whole group first, then gradients with
+the group's slopes held fixed. The sum is exact.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd.synthesis.microbatch import cuts
+from dfkd.synthesis.statistics import BN_LOSSES, GroupLoss, Moments, add_moments, bn_loss, group_moments, tapped
+from dfkd.teachers.classifier import Classifier
+
+Decode = Callable[[Tensor], Tensor]
+ToLatent = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the guidance losses and how L_bn is taken.
+
+    bn, cls, adv   weights >= 0; a loss of weight 0 is not computed
+    bn_stats       "image": every image's own statistics; "group": those of the whole group
+    bn_loss        "norm" or "relative" (statistics.bn_loss)
+    """
+
+    bn: float
+    cls: float
+    adv: float = 0.0
+    bn_stats: str = "group"
+    bn_loss: str = "norm"
+
+    def __post_init__(self) -> None:
+        if min(self.bn, self.cls, self.adv) < 0:
+            raise ValueError(f"loss weights must be >= 0, got bn {self.bn}, cls {self.cls}, adv {self.adv}")
+        if self.bn_stats not in ("image", "group"):
+            raise ValueError(f"bn_stats must be image or group, got {self.bn_stats!r}")
+        if self.bn_loss not in BN_LOSSES:
+            raise ValueError(f"bn_loss must be one of {', '.join(BN_LOSSES)}, got {self.bn_loss!r}")
+
+
+def adversarial_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """L_adv [B] of logits [B, C]: high where teacher and student agree on the class and on the distribution."""
+    teacher = teacher.detach()
+    agree = (teacher.argmax(1) == student.argmax(1)).to(student.dtype)
+    divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
+    return -agree * divergence
+
+
+class Guidance:
+    """The gradient of the guidance loss for a group of latents.
+
+    Args:
+        decode: latents [B, C, h, w] -> images [B, 3, H, W] in 0..1, differentiable.
+        teacher: in eval mode, frozen.
+        weights: weights of the losses.
+        student: needed where weights.adv > 0.
+        loss_scale: the loss is multiplied by it before the backward pass and the gradient divided after (float16).
+
+    Raises:
+        ValueError: L_bn asked of a teacher without BatchNorm layers, or L_adv without a student.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        teacher: Classifier,
+        weights: LossWeights,
+        student: Classifier | None = None,
+        loss_scale: float = 1.0,
+    ) -> None:
+        self.decode, self.teacher, self.student = decode, teacher, student
+        self.weights, self.loss_scale = weights, loss_scale
+        self.layers = teacher.batch_norms() if weights.bn else ()
+        if weights.bn and not self.layers:
+            raise ValueError(f"teacher {teacher.architecture} has no BatchNorm layer, so L_bn needs weight 0")
+        if weights.adv and student is None:
+            raise ValueError("L_adv (adv weight > 0) needs a student")
+
+    def _moments(self, z0: Tensor) -> list[Moments]:
+        with tapped(self.layers) as moments:
+            self.teacher.logits(self.decode(z0))
+        return moments
+
+    def _group_loss(self, latents: Tensor, to_latent: ToLatent, micro: int) -> GroupLoss:
+        """Phase one: the whole group's statistics, without a gradient."""
+        sums: list[Moments] = []
+        with torch.no_grad():
+            for rows, count in cuts(len(latents), micro):
+                sums = add_moments(sums, self._moments(to_latent(latents[rows], rows)), count)
+        return GroupLoss.of(group_moments(sums, len(latents)), self.layers, self.weights.bn_loss)
+
+    def _losses(self, z0: Tensor, labels: Tensor, group: GroupLoss | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to differentiate [B] and the losses to record, each [B]. A group's loss is every image's."""
+        w = self.weights
+        images = self.decode(z0)
+        with tapped(self.layers) as moments:
+            # In float64 softmax - onehot keeps its direction however sure the teacher is; in float32 guidance of unit
+            # length would follow the rounding there.
+            logits = self.teacher.logits(images).double()
+        total = logits.new_zeros(len(logits))
+        record: dict[str, Tensor] = {}
+        if w.cls:
+            record["cls"] = F.cross_entropy(logits, labels, reduction="none")
+            total = total + w.cls * record["cls"]
+        if w.bn and w.bn_stats == "image":
+            record["bn"] = bn_loss(moments, self.layers, w.bn_loss)
+            total = total + w.bn * record["bn"]
+        elif w.bn:
+            group = group or GroupLoss.of(
+                group_moments(add_moments([], [Moments(m.m1.detach(), m.m2.detach()) for m in moments], len(logits)),
+                              len(logits)),
+                self.layers, w.bn_loss,
+            )  # fmt: skip
+            record["bn"] = torch.full_like(total, group.value)
+            total = total + w.bn * group.surrogate(moments)
+        if w.adv:
+            assert self.student is not None
+            record["adv"] = adversarial_loss(logits, self.student.logits(images).double())
+            total = total + w.adv * record["adv"]
+        return total, {name: value.detach() for name, value in record.items()}
+
+    def gradient(
+        self, latents: Tensor, labels: Tensor, micro: int, to_latent: ToLatent = lambda z, rows: z
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient of the summed loss in the latents of one whole group.
+
+        Args:
+            latents: [G, C, h, w], the point at which to differentiate.
+            labels: int64 [G].
+            micro: rows per network call; results do not depend on it but for rounding.
+            to_latent: (latents [B, ...], row indices [B]) -> clean latents z0hat [B, ...]; the identity on the
+                `latent` path, the denoiser's prediction on the `unet` path.
+
+        Returns:
+            The gradient, like `latents`, and the unweighted losses {name: [G]} of the images as they were.
+        """
+        whole = len(latents) <= micro  # one micro-batch sees the whole group: both phases in one pass
+        in_group = bool(self.weights.bn) and self.weights.bn_stats == "group"
+        group = self._group_loss(latents, to_latent, micro) if in_group and not whole else None
+        gradients, records = [], []
+        for rows, count in cuts(len(latents), micro):
+            leaf = latents[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                total, record = self._losses(to_latent(leaf, rows), labels[rows], group)
+                (gradient,) = torch.autograd.grad(total.sum() * self.loss_scale, leaf)
+            gradients.append(gradient[:count] / self.loss_scale)
+            records.append({name: value[:count] for name, value in record.items()})
+        return torch.cat(gradients), {name: torch.cat([r[name] for r in records]) for name in records[0]}

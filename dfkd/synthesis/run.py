@@ -1,0 +1,146 @@
+"""A synthesis run: which images are missing, group by group, into shards.
+
+The unit of work is a group (images that interact), the unit of commit a shard of whole groups. A shard's bytes follow
+from the run's settings alone, so a run that was killed is finished by computing the shards that are not there.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfkd.shards import Record, ShardFolder
+from dfkd.synthesis.guidance import Guidance
+from dfkd.synthesis.microbatch import in_microbatches
+from dfkd.synthesis.prompts import labels_of, prompt_of
+from dfkd.synthesis.sampler import SampledGroup, SamplerSettings, sample_group
+from dfkd.synthesis.schedule import StepTable
+from dfkd.teachers.classifier import Classifier
+from engine.networks import Prior
+
+LOSS_DIGITS = 5  # digits of a recorded loss: the record is for reading, not for computing on
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """All that the pixels depend on, but for the image id.
+
+    classes      label indices to synthesise, in turn
+    group        images that are sampled together; image i belongs to group i // group
+    latent_size  (h, w)
+    """
+
+    prior: Prior
+    teacher: Classifier
+    guidance: Guidance | None
+    table: StepTable
+    settings: SamplerSettings
+    seed: int
+    classes: Sequence[int]
+    group: int
+    prompt: str
+    negative_prompt: str
+    latent_size: tuple[int, int]
+    device: torch.device
+
+    def sample(self, group: int, micro: int) -> tuple[Tensor, list[Record]]:
+        """Sample group number `group` whole: images uint8 [group, H, W, 3] on the CPU and their records."""
+        ids = torch.arange(group * self.group, (group + 1) * self.group)
+        labels = labels_of(ids, self.classes)
+        names = [self.teacher.class_names[label] for label in labels.tolist()]
+        prompts = [prompt_of(self.prompt, name) for name in names]
+        sampled = sample_group(
+            self.prior,
+            self.guidance,
+            self.table,
+            self.settings,
+            self.seed,
+            ids.to(self.device),
+            labels.to(self.device),
+            self.prior.encode_prompts(prompts),
+            self.prior.encode_prompts([self.negative_prompt]),
+            self.latent_size,
+            micro,
+        )
+        pixels = (sampled.images.clamp(0, 1) * 255).round().to(torch.uint8)
+        sure = self._teacher_probability(pixels, labels.to(self.device), micro).cpu()
+        records = _records(sampled, ids, labels, names, prompts, self.seed, sure)
+        return pixels.permute(0, 2, 3, 1).contiguous().cpu(), records
+
+    @torch.no_grad()
+    def _teacher_probability(self, pixels: Tensor, labels: Tensor, micro: int) -> Tensor:
+        """The teacher's probability [G] of the label, on the pixels as they are stored."""
+
+        def of(rows: Tensor) -> Tensor:
+            return self.teacher.logits(pixels[rows].float() / 255).float().softmax(1)
+
+        return in_microbatches(of, len(pixels), micro).gather(1, labels[:, None])[:, 0]
+
+
+def _records(
+    sampled: SampledGroup,
+    ids: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    seed: int,
+    sure: Tensor,
+) -> list[Record]:
+    curves = {name: values.cpu().double() for name, values in sampled.curves.items()}
+    plan = sampled.plan
+    partners = plan.partner.cpu() if plan else None
+    boxes = plan.box.cpu().tolist() if plan else None
+    records = []
+    for i in range(len(ids)):
+        curve = {name: [float(f"{v:.{LOSS_DIGITS}g}") for v in values[i].tolist()] for name, values in curves.items()}
+        records.append(
+            Record(
+                id=int(ids[i]),
+                label=int(labels[i]),
+                class_name=names[i],
+                seed=seed,
+                prompt=prompts[i],
+                partner=int(ids[partners[i]]) if partners is not None else None,
+                box=tuple(boxes[i]) if boxes is not None else None,
+                losses={name: values[-1] for name, values in curve.items()},
+                loss_curve=curve,
+                teacher_probability=float(f"{float(sure[i]):.{LOSS_DIGITS}g}"),
+            )
+        )
+    return records
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did: images and shards written now, seconds of sampling, and shards that were there already."""
+
+    images: int
+    shards: int
+    shards_before: int
+    seconds: float
+
+
+def synthesise(folder: ShardFolder, synthesis: Synthesis, micro: int, advance: Callable[[int], object]) -> RunResult:
+    """Write the shards that `folder` lacks; `advance(n)` is called after every n images.
+
+    Images beyond the folder's count, sampled because their group needs them, are dropped.
+    """
+    missing = folder.missing()
+    started, written = time.perf_counter(), 0
+    for index in missing:
+        shard_started = time.perf_counter()
+        ids = folder.layout.ids(index)
+        images: list[Tensor] = []
+        records: list[Record] = []
+        for group in range(ids.start // synthesis.group, -(-ids.stop // synthesis.group)):
+            pixels, described = synthesis.sample(group, micro)
+            keep = sum(record.id < ids.stop for record in described)
+            images.append(pixels[:keep])
+            records += described[:keep]
+            advance(keep)
+        folder.write(index, torch.cat(images).numpy(), records, time.perf_counter() - shard_started)
+        written += len(records)
+    seconds = time.perf_counter() - started
+    return RunResult(written, len(missing), folder.layout.shard_count() - len(missing), seconds)

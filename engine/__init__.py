@@ -1,0 +1,1 @@
+"""Compiled networks: tensors and graphs only; no teacher, no data set, no loss lives here."""

@@ -1,0 +1,278 @@
+"""A Stable Diffusion pipeline's networks, frozen: from a folder or a Hugging Face hub id to a `Prior`.
+
+Layout of the folder (what diffusers' `StableDiffusionPipeline.save_pretrained` writes):
+
+    unet/ vae/           config.json and diffusion_pytorch_model*.safetensors
+    text_encoder/        config.json and model*.safetensors
+    tokenizer/           tokenizer.json, or vocab.json and merges.txt
+    scheduler/           scheduler_config.json
+
+Weights are read from safetensors only: a pickled file can run code. No safety checker is loaded.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+_DECODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_CONFIGS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+}
+
+
+class PriorError(ValueError):
+    """A prior that cannot be used, found before any sampling.
+
+    what: the fact, naming the folder or id. why: the rule it breaks. todo: what to do about it.
+    ``str()`` reads "what: why. todo."
+    """
+
+    def __init__(self, what: str, why: str, todo: str) -> None:
+        super().__init__(what, why, todo)
+        self.what, self.why, self.todo = what, why, todo
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}. {self.todo}."
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Frozen networks of a latent diffusion model, in evaluation mode, without gradients to their weights.
+
+    scheduler_config: content of scheduler_config.json; prediction_type is its entry ("epsilon" where it has none).
+    latent_channels, latent_size: C and the trained (h, w) of the latents.
+    vae_scale_factor: image side over latent side.
+    scaling_factor: s; the denoiser works on s (encoded - shift), the decoder on latents / s + shift.
+    source: as the caller wrote it. weights_digest: SHA-256 over the safetensors files.
+    """
+
+    unet: Any  # UNet2DConditionModel
+    vae: Any  # AutoencoderKL or AutoencoderTiny; diffusers gives neither a typed config nor a typed call
+    text_encoder: Any  # CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    prediction_type: str
+    latent_channels: int
+    latent_size: tuple[int, int]
+    vae_scale_factor: int
+    scaling_factor: float
+    source: str
+    weights_digest: str
+    _encoded: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.unet.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.unet.dtype
+        return dtype
+
+    @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder's last block, which works at the image's full size."""
+        return int(self.vae.config.block_out_channels[0])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [B, L, D] of B prompts, padded or cut to the tokenizer's length L.
+
+        Each text is encoded once, by itself, so that its embedding does not depend on what it came with.
+        """
+        for prompt in set(prompts) - self._encoded.keys():
+            self._encoded[prompt] = self._encode(prompt)
+        return torch.stack([self._encoded[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Tensor:
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings),
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        # As in diffusers: Stable Diffusion was trained attending to the padding; a few text encoders say otherwise.
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        hidden = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)
+        embedding: Tensor = hidden.last_hidden_state[0]
+        return embedding
+
+    def denoise(self, z: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        """The UNet's prediction (of prediction_type), like z.
+
+        z: latents [B, C, h, w], any floating dtype; computed in the networks' own.
+        t: timestep, one number or [B]. context: text embeddings [B, L, D].
+        """
+        output: Tensor = self.unet(z.to(self.dtype), t, encoder_hidden_states=context.to(self.dtype)).sample
+        return output.to(z.dtype)
+
+    def decode(self, z0: Tensor) -> Tensor:
+        """Clean latents [B, C, h, w] -> images [B, 3, H, W] in 0..1, differentiable, in the dtype of z0."""
+        shift = self.vae.config.get("shift_factor") or 0.0
+        latents = z0 / self.scaling_factor + shift
+        decoded: Tensor = self.vae.decode(latents.to(self.dtype)).sample
+        return (decoded.to(z0.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def load_prior(source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Prior:
+    """Load a prior from a folder or a hub id ("owner/name", fetched into the hub's cache on first use).
+
+    Raises:
+        PriorError: no such folder or id, a part is missing, a network of another kind, or parts that do not fit.
+    """
+    folder = _locate(source)
+    configs = {part: _read_config(folder, part, name) for part, name in _CONFIGS.items()}
+    text_config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    _check(source, configs, text_config)
+    files = {part: _weight_files(folder, part, stem) for part, stem in _WEIGHTS.items()}
+    tokenizer = _load_tokenizer(folder)
+
+    unet = _load(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
+    vae = _load(_DECODERS[configs["vae"]["_class_name"]], folder, "vae", torch_dtype=dtype)
+    text_encoder = _load(CLIPTextModel, folder, "text_encoder", dtype=dtype)
+    for network in (unet, vae, text_encoder):
+        network.to(device).eval().requires_grad_(False)
+
+    size = unet.config.sample_size
+    scheduler = configs["scheduler"]
+    return Prior(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler_config=scheduler,
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        latent_channels=unet.config.in_channels,
+        latent_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
+        scaling_factor=float(vae.config.scaling_factor),
+        source=str(source),
+        weights_digest=_digest(folder, [path for part in files.values() for path in part]),
+    )
+
+
+def _locate(source: str | Path) -> Path:
+    """The folder itself, or the hub's cached copy of the parts that are needed."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    todo = "Point to a folder in Stable Diffusion layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
+    name = str(source)
+    if isinstance(source, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise PriorError(f"prior {name}", "no such folder, and a hub id has the form owner/name", todo)
+    wanted = ["*/config.json", "scheduler/*.json", "tokenizer/*"]
+    wanted += [f"{part}/{stem}.safetensors*" for part, stem in _WEIGHTS.items()]
+    wanted += [f"{part}/{stem}-*-of-*.safetensors" for part, stem in _WEIGHTS.items()]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # the hub's errors are all of these two kinds
+        first_line = str(error).strip().splitlines()[0].rstrip(".")
+        why = f"no folder of that name, and it could not be fetched from the Hugging Face hub ({first_line})"
+        raise PriorError(
+            f"prior {name}", why, f"Check the id and the network, or fetch it elsewhere. {todo}"
+        ) from error
+
+
+def _read_config(folder: Path, part: str, name: str) -> dict[str, Any]:
+    path = folder / part / name
+    if not path.is_file():
+        raise PriorError(
+            f"prior {folder}",
+            f"{part}/{name} is missing",
+            "A prior is a folder in Stable Diffusion layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/",
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise PriorError(str(path), f"not JSON ({error})", "Fetch the prior again") from error
+    return dict(config)
+
+
+def _check(source: str | Path, configs: dict[str, dict[str, Any]], text: CLIPTextConfig) -> None:
+    """Raise PriorError where the configs are not of one Stable Diffusion 1 or 2 text-to-image model."""
+    unet, vae = configs["unet"], configs["vae"]
+    needs = "Use a prior of the Stable Diffusion 1 or 2 kind"
+
+    def refuse(fact: str, why: str) -> None:
+        raise PriorError(f"prior {source}: {fact}", why, needs)
+
+    if unet.get("_class_name") != "UNet2DConditionModel":
+        refuse(f"unet is a {unet.get('_class_name')}", "want a UNet2DConditionModel")
+    if vae.get("_class_name") not in _DECODERS:
+        refuse(f"vae is a {vae.get('_class_name')}", f"want one of {', '.join(_DECODERS)}")
+    architectures = configs["text_encoder"].get("architectures") or ["CLIPTextModel"]
+    if architectures != ["CLIPTextModel"]:
+        refuse(f"text_encoder is a {', '.join(architectures)}", "want a CLIPTextModel")
+    for option in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim"):
+        if unet.get(option) is not None:
+            refuse(f"unet has {option} = {unet[option]}", "it wants inputs beside latents, time and text")
+    context, hidden = unet.get("cross_attention_dim", 1280), text.hidden_size
+    if context != hidden:
+        refuse(f"unet's cross_attention_dim is {context}", f"its text encoder makes embeddings of width {hidden}")
+    channels = (unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4))
+    if len(set(channels)) > 1:
+        refuse(f"unet takes {channels[0]} and gives {channels[1]} channels", f"the VAE's latents have {channels[2]}")
+    if unet.get("sample_size") is None:
+        refuse("unet's config has no sample_size", "the size of the latents it was trained on is unknown")
+
+
+def _weight_files(folder: Path, part: str, stem: str) -> list[Path]:
+    """The safetensors files of one network, sorted."""
+    whole = folder / part / f"{stem}.safetensors"
+    files = [whole] if whole.is_file() else sorted((folder / part).glob(f"{stem}-*-of-*.safetensors"))
+    if not files:
+        found = sorted(p.name for p in (folder / part).glob("*") if p.suffix != ".json")
+        raise PriorError(
+            f"prior {folder}",
+            f"{part}/{stem}.safetensors is missing ({part}/ holds {', '.join(found) or 'no weights'})",
+            "Save the pipeline again with diffusers' save_pretrained, in full precision and as safetensors",
+        )
+    return files
+
+
+def _load(network: Any, folder: Path, part: str, **options: Any) -> Any:
+    """One network with every weight from its files; diffusers and transformers alone would only warn."""
+    try:
+        loaded, info = network.from_pretrained(folder / part, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise PriorError(f"{folder / part}", f"could not be loaded ({error})", "Fetch the prior again") from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        why = f"{len(absent)} weights are not in its files, first {absent[0]}"
+        raise PriorError(f"{folder / part}", why, "Fetch the prior again")
+    return loaded
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    part = folder / "tokenizer"
+    names = {path.name for path in part.glob("*")}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        why = "tokenizer/ has neither tokenizer.json nor vocab.json with merges.txt"
+        raise PriorError(f"prior {folder}", why, "Fetch the prior again, its tokenizer/ included")
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(part)
+    return tokenizer
+
+
+def _digest(folder: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over the names, relative to the prior, and the bytes of the files."""
+    total = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,142 @@
+"""Real data: the splits share nothing, are balanced, and are the same at every call."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dfkd.errors import UsageError
+from dfkd.evaluation import digits_on_photos as world
+from dfkd.evaluation.real_data import load
+from dfkd.evaluation.split import SPLITS, stratified
+
+COUNTS = {"train": 3500, "validation": 500, "test": 1000}
+
+
+def test_no_photo_pixel_is_shared_between_splits():
+    photos = world._photos()
+    owners = [np.zeros((3, *photo.shape[:2]), bool) for photo in photos]
+    for index, split in enumerate(SPLITS):
+        for photo, top, left in world.patch_corners(split, COUNTS[split], photos):
+            owners[photo][index, top : top + world.SIDE, left : left + world.SIDE] = True
+    for owner in owners:
+        assert owner.sum(axis=0).max() == 1, "a pixel is used by two splits"
+        assert (owner.any(axis=0)).mean() > 0.9, "most of each photo is used"
+
+
+def test_tiles_partition_each_photo():
+    photos = world._photos()
+    for index, photo in enumerate(photos):
+        times = np.zeros(photo.shape[:2], int)
+        for split in SPLITS:
+            for owner, top, bottom, left, right in world.tiles(split, photos):
+                assert min(bottom - top, right - left) >= world.MIN_TILE > world.SIDE
+                if owner == index:
+                    times[top:bottom, left:right] += 1
+        assert (times == 1).all()
+
+
+def test_no_digit_is_shared_between_splits():
+    _, labels = world._mnist()
+    cut = stratified(labels, (0.7, 0.1, 0.2))
+    assert np.array_equal(np.sort(np.concatenate([cut[split] for split in SPLITS])), np.arange(5000))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_digits_on_photos(split):
+    data = load("digits-on-photos", split)
+    count = COUNTS[split]
+    assert (data.images.shape, data.images.dtype) == ((count, 3, 32, 32), torch.uint8)
+    assert data.labels.dtype == torch.int64
+    assert data.labels.bincount().tolist() == [count // 10] * 10
+    assert data.class_names[3] == "three"
+    again = load("digits-on-photos", split)
+    assert torch.equal(again.images, data.images) and torch.equal(again.labels, data.labels)
+
+
+def test_border_shows_the_photo_untouched():
+    """The 28x28 digit leaves a frame of two pixels, which must be the patch itself."""
+    photos = world._photos()
+    images = load("digits-on-photos", "test").images
+    for image, (photo, top, left) in zip(images[:20], world.patch_corners("test", 1000, photos)[:20], strict=True):
+        patch = torch.tensor(photos[photo][top : top + 32, left : left + 32]).permute(2, 0, 1)
+        assert torch.equal(image[:, :2], patch[:, :2]) and torch.equal(image[:, :, -2:], patch[:, :, -2:])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 20 flat images, the class in the red channel and the image's number in the green one."""
+    for label, name in enumerate(("2", "10", "bird")):
+        (tmp_path / name).mkdir()
+        for index in range(20):
+            Image.new("RGB", (8, 8), (label, index, 0)).save(tmp_path / name / f"{index:02d}.png")
+    return tmp_path
+
+
+def test_imagefolder_orders_classes_by_number_and_cuts_by_class(folder):
+    seen = {split: load(f"imagefolder:{folder}", split) for split in SPLITS}
+    assert seen["train"].class_names == ("2", "10", "bird")
+    assert [len(seen[split].labels) for split in SPLITS] == [42, 6, 12]
+    pixels = torch.cat([seen[split].images[:, :2, 0, 0] for split in SPLITS])
+    assert len(pixels.unique(dim=0)) == 60, "an image is in two splits"
+    assert torch.equal(pixels[:, 0].long(), torch.cat([seen[split].labels for split in SPLITS]))
+
+
+def test_classes_json_sets_the_order(folder):
+    (folder / "classes.json").write_text(json.dumps(["bird", "10", "2"]))
+    assert load(f"imagefolder:{folder}", "test").class_names == ("bird", "10", "2")
+
+
+def test_list_with_a_file_per_split_holds_validation_out_of_train(folder):
+    for split, indices in (("train", range(10)), ("test", range(10, 20))):
+        lines = [f"{name}/{i:02d}.png {label}" for label, name in enumerate(("2", "10", "bird")) for i in indices]
+        (folder / f"toy_{split}.txt").write_text("\n".join(lines))
+    seen = {split: load(f"list:{folder}/toy_{{split}}.txt", split) for split in SPLITS}
+    assert [len(seen[split].labels) for split in SPLITS] == [27, 3, 30]
+    assert seen["test"].class_names == ("2", "10", "bird")
+    assert seen["test"].images[:, 1].min() == 10
+    assert seen["train"].images[:, 1].max() < 10 and seen["validation"].images[:, 1].max() < 10
+
+
+def test_parquet_in_the_hugging_face_layout(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"bytes": (folder / "2" / f"{i:02d}.png").read_bytes(), "path": None} for i in range(10)]
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"image": rows, "label": [0, 1] * 5})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    parquet.write_table(table, folder / "test.parquet")
+    data = load(f"parquet:{folder}/{{split}}.parquet", "test")
+    assert data.class_names == ("cat", "dog")
+    assert data.labels.tolist() == [0, 1] * 5
+    assert data.images[:, 1, 0, 0].tolist() == list(range(10))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(UsageError, match="pip install pyarrow"):
+        load(f"parquet:{folder}", "test")
+
+
+def test_images_of_different_sizes_need_a_size(folder):
+    Image.new("RGB", (9, 12)).save(folder / "2" / "00.png")
+    with pytest.raises(UsageError, match="give an image size"):
+        for split in SPLITS:
+            load(f"imagefolder:{folder}", split)
+    assert load(f"imagefolder:{folder}", "train", size=4).images.shape[1:] == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "name, split, message",
+    [
+        ("mnist", "test", "unknown data 'mnist'"),
+        ("imagefolder:/nowhere", "test", "no folder /nowhere"),
+        ("list:/nowhere", "test", "no list file"),
+        ("digits-on-photos", "val", "unknown split 'val'"),
+    ],
+)
+def test_errors_before_work(name, split, message):
+    with pytest.raises(UsageError, match=message):
+        load(name, split)

@@ -1,0 +1,85 @@
+"""Supervised training: it learns, repeats itself, and its learning rate follows the named schedule."""
+
+import functools
+
+import pytest
+import torch
+
+from dfkd import teachers
+from dfkd.teachers.classifier import Classifier
+from dfkd.teachers.train import SCHEDULES, Recipe, _parameter_groups, accuracy, rate, train
+
+RECIPE = Recipe(
+    epochs=3,
+    batch_size=16,
+    lr=0.05,
+    momentum=0.9,
+    weight_decay=1e-4,
+    schedule="cosine",
+    augment="crop-flip",
+    label_smoothing=0.1,
+    amp="off",
+    seed=1,
+)
+
+
+def dark_and_light() -> tuple[torch.Tensor, torch.Tensor]:
+    """70 noisy 8x8 images, the odd ones lighter."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(70) % 2
+    images = torch.randint(0, 100, (70, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return images + (labels * 120).to(torch.uint8).view(-1, 1, 1, 1), labels
+
+
+@functools.cache
+def fit(run: int):
+    """The classifier and its epochs; ``run`` only tells repetitions apart."""
+    torch.manual_seed(0)
+    network = teachers.build("resnet8", 2)
+    classifier = Classifier(network, "resnet8", ("dark", "light"), 8, (0.4,) * 3, (0.3,) * 3)
+    epochs = []
+    train(classifier, *dark_and_light(), RECIPE, epochs.append)
+    return classifier, epochs
+
+
+def test_learns_and_reports():
+    classifier, epochs = fit(0)
+    assert not classifier.module.training
+    assert [epoch.number for epoch in epochs] == [1, 2, 3]
+    assert epochs[-1].loss < epochs[0].loss
+    assert epochs[-1].lr < epochs[0].lr < RECIPE.lr
+    assert accuracy(classifier, *dark_and_light(), batch_size=32) == 1.0
+
+
+def test_same_seed_same_weights():
+    first, second = (fit(run)[0].module.state_dict() for run in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_accuracy_counts():
+    classifier, _ = fit(0)
+    images, labels = dark_and_light()
+    assert accuracy(classifier, images, 1 - labels) == 0.0
+    assert accuracy(classifier, images, torch.zeros_like(labels)) == 0.5
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rate_is_a_share(schedule):
+    shares = [rate(step / 1000, schedule) for step in range(1000)]
+    assert max(shares) == pytest.approx(1.0, abs=1e-3)
+    assert 0 < shares[-1] == min(shares) < 2e-3
+
+
+def test_rate_landmarks():
+    assert [rate(done, "multistep") for done in (0, 0.624, 0.626, 0.76, 0.9)] == pytest.approx([1, 1, 0.1, 0.01, 1e-3])
+    assert rate(0.5, "cosine") == pytest.approx(0.5)
+    assert rate(0, "onecycle") == pytest.approx(0.04)
+    assert rate(0.3, "onecycle") == pytest.approx(1)
+
+
+def test_weight_decay_spares_biases_and_batch_norm():
+    network = teachers.build("resnet8", 2)
+    decayed, spared = _parameter_groups(network, 0.1)
+    assert {weight.ndim for weight in decayed["params"]} == {2, 4}
+    assert {weight.ndim for weight in spared["params"]} == {1} and spared["weight_decay"] == 0
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(network.parameters()))
