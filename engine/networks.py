@@ -147,6 +147,8 @@ def load_prior(source: str | Path, dtype: torch.dtype = torch.float32, device: t
     text_encoder = _load(CLIPTextModel, folder, "text_encoder", dtype=dtype)
     for network in (unet, vae, text_encoder):
         network.to(device).eval().requires_grad_(False)
+    for network in (unet, vae):  # NHWC: what tensor cores want, and a tenth to a third faster on CPUs
+        network.to(memory_format=torch.channels_last)
 
     size = unet.config.sample_size
     scheduler = configs["scheduler"]

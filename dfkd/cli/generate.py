@@ -8,7 +8,10 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
@@ -285,9 +288,19 @@ def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> int:
     return min(most, images_per_call(pixels, width, value, device_bytes(synthesis.device)))
 
 
+def quieten_libraries() -> None:
+    """No bars and hints of the libraries that load the networks; their errors still come through."""
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    disable_progress_bars()
+
+
 def run(options: GenerateOptions) -> dict[str, Any]:
     """Check, synthesise what is missing, write OUT/result.json."""
     make_writable(options.out)
+    if not sys.stderr.isatty():
+        quieten_libraries()
     synthesis = prepare(options)
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     micro = choose_micro(options, synthesis)

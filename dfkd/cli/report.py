@@ -36,7 +36,9 @@ class Options:
         None, "folder of dfkd-train-teacher, or the file given to dfkd-generate, instead of RUN/teacher"
     )
     student: Path | None = option(None, "folder of dfkd-distill, instead of RUN/student")
-    out: Path | None = option(None, f"folder to write; RUN/{FOLDER}, or {FOLDER} beside the images where there is no RUN")
+    out: Path | None = option(
+        None, f"folder to write; RUN/{FOLDER}, or {FOLDER} beside the images where there is no RUN"
+    )
     judged: int = option(
         1000, "images of each set that the teacher judges, spread over the ids; 0: none", unit="images", low=0
     )

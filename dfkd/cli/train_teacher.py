@@ -40,17 +40,21 @@ class Options:
     A PATH may hold {split} (train, validation, test); without it the images are cut 70/10/20 by class.
     """
 
-    data: str = option("digits-on-photos", "images to learn from, as above")
-    architecture: str = option(MISSING, "network: a name of the zoo, or timm:NAME, torchvision:NAME, file:PATH.py:FUNC")
+    data: str = option(MISSING, "images to learn from, as above")
+    architecture: str = option(
+        MISSING,
+        f"network: one of {', '.join(teachers.names())}, or of another library or file: "
+        "timm:NAME, torchvision:NAME, transformers:ID (untrained), file:PATH.py:FUNCTION",
+    )
     out: Path = option(MISSING, "folder to write")
     input_size: int | None = option(None, "image side for the network; none is its own", low=8, unit="pixels")
-    epochs: int = option(20, "passes over the training images", low=1)
-    batch_size: int = option(64, "images per step", low=2, unit="images")
+    epochs: int = option(200, "passes over the training images", low=1)
+    batch_size: int = option(256, "images per step", low=2, unit="images")
     lr: float = option(0.1, "highest learning rate", low=0)
     momentum: float = option(0.9, "momentum of SGD (Nesterov)", low=0, high=1)
     weight_decay: float = option(5e-4, "weight decay, for weights but not for biases and BatchNorm", low=0)
-    schedule: str = option("onecycle", "learning rate over the run", choices=SCHEDULES)
-    augment: str = option("affine", "random views of the training images", choices=KINDS)
+    schedule: str = option("cosine", "learning rate over the run", choices=SCHEDULES)
+    augment: str = option("crop-flip", "random views of the training images", choices=KINDS)
     label_smoothing: float = option(0.0, "share of the target spread over all classes", low=0, high=1)
     amp: str = option("off", "mixed precision", choices=tuple(AMP_DTYPES))
     device: str = option("auto", "where to train; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))

@@ -49,31 +49,27 @@ def strips(pool: ShardPool, columns: int | None = None) -> list[Strip]:
     return rows
 
 
-def sheet(rows: Sequence[Strip], named: bool = True) -> Image.Image:
-    """The strips one under the other, enlarged, each with its class's name at the left where ``named``."""
+def sheet(rows: Sequence[Strip]) -> Image.Image:
+    """The strips one under the other, enlarged, each with its class's name at the left: a picture that stands alone."""
     font = ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), 18)
     margin = 12
-    left = margin + (max(round(font.getlength(row.class_name)) for row in rows) + margin if named else 0)
-    gap = rows[0].scale
-    width, height = (side * rows[0].scale for side in rows[0].picture.size)
-    out = Image.new("RGB", (left + width + margin, 2 * margin + len(rows) * (height + gap) - gap), PAPER)
-    draw = ImageDraw.Draw(out)
+    left = 2 * margin + max(round(font.getlength(row.class_name)) for row in rows)
+    tiles = stack(rows)
+    out = Image.new("RGB", (left + tiles.width + margin, tiles.height + 2 * margin), PAPER)
+    out.paste(tiles, (left, margin), tiles)
+    draw, step = ImageDraw.Draw(out), (tiles.height + rows[0].scale) / len(rows)
     for number, row in enumerate(rows):
-        top = margin + number * (height + gap)
-        big = row.picture.resize((width, height), Image.Resampling.NEAREST)
-        out.paste(big, (left, top), big)
-        if named:
-            draw.text((left - margin, top + height // 2), row.class_name, fill=INK, font=font, anchor="rm")
+        draw.text((left - margin, margin + (number + 0.48) * step), row.class_name, fill=INK, font=font, anchor="rm")
     return out
 
 
 def stack(rows: Sequence[Strip]) -> Image.Image:
-    """The strips one under the other as they are: clear gaps, no names, not enlarged."""
+    """The strips one under the other, enlarged, with clear gaps and without names."""
     width, height = rows[0].picture.size
     out = Image.new("RGBA", (width, len(rows) * (height + 1) - 1))
     for number, row in enumerate(rows):
         out.paste(row.picture, (0, number * (height + 1)))
-    return out
+    return out.resize((out.width * rows[0].scale, out.height * rows[0].scale), Image.Resampling.NEAREST)
 
 
 def _tile(size: int) -> tuple[int, int]:

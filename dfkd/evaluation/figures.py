@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from dfkd.evaluation.metrics import BINS, Band, Confidence
 
@@ -80,7 +80,7 @@ def loss_curves(bands: Mapping[str, Band], theme: Theme) -> Figure:
         axes.plot(steps, band.mean, color=theme.accent, linewidth=1.8)
         _title(axes, LOSSES.get(name, name), theme)
         if min(band.low) > 0 and max(band.high) > 20 * min(band.low):
-            axes.set_yscale("log")
+            _log(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -92,7 +92,7 @@ def confidence_histogram(confidence: Confidence, theme: Theme) -> Figure:
     axes.bar(edges, confidence.histogram, width=0.9 / BINS, align="edge", color=theme.accent)
     crowded = max(confidence.histogram) > 0.6 * sum(confidence.histogram)
     if crowded:  # one bin holds nearly all: the others are the interesting ones
-        axes.set_yscale("log")
+        _log(axes)
         axes.set_ylim(bottom=0.7)
     axes.set_xlim(0, 1)
     axes.set_xlabel("teacher probability of the label", color=theme.text, fontsize=TEXT)
@@ -126,10 +126,10 @@ def layer_gaps(gaps: Mapping[str, Sequence[float]], theme: Theme) -> Figure:
     for i, (name, values) in enumerate(gaps.items()):
         style = "-" if i < len(colours) else "--"
         colour, width = colours[i % len(colours)], 1.5 if i else 2.4
-        axes.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=width, label=name, zorder=-i)
+        axes.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=width, label=name, zorder=9 - i)
     every = [value for values in gaps.values() for value in values if value > 0]
     if every and max(every) > 10 * min(every):
-        axes.set_yscale("log")
+        _log(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("BatchNorm layer, from the image to the logits", color=theme.text, fontsize=TEXT)
     axes.set_ylabel("BN gap", color=theme.text, fontsize=TEXT)
@@ -177,7 +177,7 @@ def training_curve(log: Sequence[Mapping[str, float]], theme: Theme) -> Figure:
         else:
             _title(axes, "distillation loss", theme)
             if min(values) > 0 and max(values) > 20 * min(values):
-                axes.set_yscale("log")
+                _log(axes)
     return figure
 
 
@@ -203,6 +203,14 @@ def _dress(axes: Axes, theme: Theme) -> Axes:
     for spine in axes.spines.values():
         spine.set_visible(False)
     return axes
+
+
+def _log(axes: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers at 1, 2 and 5 of each decade that has them."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _title(axes: Axes, text: str, theme: Theme) -> None:

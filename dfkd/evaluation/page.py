@@ -23,7 +23,7 @@ BASELINE_COLUMNS = 8
 DESCRIPTIONS = {
     "prior_data": "the images that the prior was trained on",
     "unguided": "the prior alone, without the teacher's gradient",
-    "unguided_sharpened": "the same, sharpened and stretched without a teacher",
+    "unguided_sharpened": "the unguided images, sharpened and stretched without a teacher",
     "deepinversion": "pixels optimised against the teacher, without a prior",
     "noise": "random pixels",
 }
@@ -48,9 +48,10 @@ class Row:
 
 @dataclass(frozen=True)
 class BaselineSheet:
+    """A baseline's images, a row per class, as a data URI."""
+
     name: str
     picture: str
-    width: int
 
 
 def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
@@ -63,14 +64,11 @@ def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
     rows = strips(run.synthetic.pool)
     written.append(_save(out / "contact_sheet.png", _png(sheet(rows))))
     others = []
-    for name, baseline in run.baselines.items():
-        if baseline.images is not None:
+    for name in report.ranking:
+        if (baseline := run.baselines[name]).images is not None:
             few = strips(baseline.images, BASELINE_COLUMNS)
             written.append(_save(out / f"contact_sheet_{name}.png", _png(sheet(few))))
-            picture = stack(few)
-            others.append(BaselineSheet(name, _uri(_png(picture)), picture.width))
-    order = list(report.accuracy.baselines)
-    others.sort(key=lambda other: (other.name not in order, order.index(other.name) if other.name in order else 0))
+            others.append(BaselineSheet(name, _uri(_png(stack(few)))))
     page = _environment().get_template("report.html.j2")
     html = page.render(
         report=report,
@@ -122,6 +120,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
+def signed(points: float) -> str:
+    """Percentage points with their sign."""
+    return f"{'+' if points >= 0 else '−'}{abs(points):.1f}"
+
+
 def duration(seconds: float | None) -> str:
     """3.4 s, 42 s, 2 min 05 s, 1 h 02 min."""
     if seconds is None:
@@ -144,7 +147,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"words": words, "percent": percent, "number": number, "duration": duration}
+    environment.filters |= {
+        "words": words,
+        "percent": percent,
+        "number": number,
+        "duration": duration,
+        "signed": signed,
+    }
     return environment
 
 
@@ -154,7 +163,7 @@ def _uri(data: bytes) -> str:
 
 def _png(picture: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG")
     return out.getvalue()
 
 

@@ -1,6 +1,6 @@
 """The report as data: everything that report.json holds and the page shows, measured from a run's folders."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +78,15 @@ class StudentFacts:
 
 @dataclass(frozen=True)
 class Report:
-    """teacher_views: the guided images first, then the baselines that left images; {} without the teacher."""
+    """ranking: the baselines that left a folder, best first; teacher_views: the guided images, then those of the
+    baselines in that order, {} without the teacher."""
 
     title: str
     version: str
     missing: tuple[Missing, ...]
     notes: tuple[str, ...]
     accuracy: Accuracy
+    ranking: tuple[str, ...]
     images: ImageFacts
     teacher_architecture: str | None
     teacher_views: dict[str, TeacherView]
@@ -99,15 +101,18 @@ def measure(run: RunFolder, teacher: Classifier | None, judged: int) -> Report:
     Raises UsageError where teacher and images disagree about the classes.
     """
     _check_classes(run, teacher)
+    accuracy = _accuracy(run)
+    ranking = sorted(run.baselines, key=lambda name: -accuracy.baselines.get(name, 0.0))
     return Report(
         title=run.title,
         version=dfkd.__version__,
         missing=run.missing,
         notes=tuple(_notes(run, teacher)),
-        accuracy=_accuracy(run),
+        accuracy=accuracy,
+        ranking=tuple(ranking),
         images=_images(run),
         teacher_architecture=teacher.architecture if teacher else None,
-        teacher_views=_views(run, teacher, judged) if teacher and judged else {},
+        teacher_views=_views(run, ranking, teacher, judged) if teacher and judged else {},
         student=_student(run),
         seconds=_seconds(run),
         settings={
@@ -189,9 +194,9 @@ def _images(run: RunFolder) -> ImageFacts:
     )
 
 
-def _views(run: RunFolder, teacher: Classifier, judged: int) -> dict[str, TeacherView]:
+def _views(run: RunFolder, ranking: Sequence[str], teacher: Classifier, judged: int) -> dict[str, TeacherView]:
     pools = {OURS: run.synthetic.pool}
-    pools |= {name: base.images for name, base in run.baselines.items() if base.images is not None}
+    pools |= {name: pool for name in ranking if (pool := run.baselines[name].images) is not None}
     return {
         name: teacher_view(teacher, pool.read, pool.labels, evenly(len(pool.labels), judged))
         for name, pool in pools.items()

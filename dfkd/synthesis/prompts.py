@@ -12,7 +12,7 @@ from dfkd.errors import UsageError
 def chosen_classes(class_names: Sequence[str], only: Sequence[str]) -> tuple[int, ...]:
     """Label indices of the classes to synthesise, all of them when `only` is empty.
 
-    Raises UsageError for a name that the teacher does not know.
+    Raises UsageError for a name that the teacher does not know, and for one that comes twice.
     """
     for name in only:
         if name not in class_names:
@@ -20,6 +20,8 @@ def chosen_classes(class_names: Sequence[str], only: Sequence[str]) -> tuple[int
             raise UsageError(
                 f"unknown class {name!r}", f"the teacher's {len(class_names)} classes include {', '.join(near)}"
             )
+        if list(only).count(name) > 1:
+            raise UsageError(f"class {name!r} is named twice", "every class gets an equal share", "name each one once")
     return tuple(class_names.index(name) for name in only) or tuple(range(len(class_names)))
 
 

@@ -129,9 +129,10 @@ def _from_file(rest: str, num_classes: int) -> nn.Module:
 def _library(prefix: str) -> ModuleType:
     try:
         return importlib.import_module(prefix)
-    except ImportError as error:
-        why = "it is not installed" if isinstance(error, ModuleNotFoundError) and error.name == prefix else str(error)
-        raise UsageError(f"'{prefix}:' needs the library {prefix}", why, f"pip install {prefix}") from error
+    except ModuleNotFoundError as error:
+        raise UsageError(f"'{prefix}:' needs {error.name}", "it is not installed", f"pip install {prefix}") from error
+    except (ImportError, RuntimeError) as error:  # torchvision's, built for another torch
+        raise UsageError(f"{prefix} is installed but does not load", str(error), f"reinstall {prefix}") from error
 
 
 def _module(value: object, name: str) -> nn.Module:

@@ -62,10 +62,10 @@ def test_trains_and_writes(data, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--architecture", "resnet9"], "resnet8"),
-        (["--architecture", "resnet8", "--data", "mnist"], "digits-on-photos"),
-        (["--architecture", "resnet8", "--schedule", "linear"], "onecycle"),
-        (["--architecture", "resnet8", "--epochs", "0"], "at least 1"),
+        (["--data", "digits-on-photos", "--architecture", "resnet9"], "resnet8"),
+        (["--data", "mnist", "--architecture", "resnet8"], "digits-on-photos"),
+        (["--data", "digits-on-photos", "--architecture", "resnet8", "--schedule", "linear"], "onecycle"),
+        (["--data", "digits-on-photos", "--architecture", "resnet8", "--epochs", "0"], "at least 1"),
     ],
 )
 def test_errors_before_work(argv, message, tmp_path, capsys):
@@ -76,5 +76,5 @@ def test_errors_before_work(argv, message, tmp_path, capsys):
 
 def test_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert call("--architecture", "resnet8", "--out", str(tmp_path / "file" / "out")) == 2
+    assert call("--data", "digits-on-photos", "--architecture", "resnet8", "--out", str(tmp_path / "file" / "out")) == 2
     assert "cannot write" in capsys.readouterr().err

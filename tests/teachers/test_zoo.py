@@ -162,7 +162,11 @@ def test_logits(name):
     assert network(torch.empty(2, 3, size, size, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "vgg8", "mobilenetv2", "shufflenetv2", "resnet18"])
+def test_every_published_network_is_in_the_zoo():
+    assert set(PUBLISHED) | {"resnet8_half"} == set(teachers.names())
+
+
+@pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "resnet8_half", "vgg8", "shufflenetv2"])
 def test_an_image_is_classified_alone(name):
     """In evaluation mode a row of the batch does not depend on the others."""
     torch.manual_seed(0)

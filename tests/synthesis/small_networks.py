@@ -1,0 +1,117 @@
+"""A prior and classifiers small enough to be differentiated in float64 by a loop written in a test."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd.teachers.classifier import Classifier
+
+CLASS_NAMES = ("zero", "one", "two")
+CHANNELS, SIDE, WIDTH = 2, 4, 5  # of the latents; of the text embeddings
+SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+class ProjectedBlock(nn.Module):
+    """A residual block that defines its projection before its branch and calls it after, as many ResNets do."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
+        self.branch = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.branch(x)
+        return F.silu(out + self.projection(x))
+
+
+def classifier(seed: int = 0, size: int = 8, dtype: torch.dtype = torch.float32, norm: bool = True) -> Classifier:
+    """Smooth, with BatchNorm layers whose running statistics differ from what noise gives them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first = (nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.SiLU())
+        body = (ProjectedBlock(6, 7),) if norm else (nn.Conv2d(6, 7, 3), nn.SiLU())
+        module = nn.Sequential(*first, *body, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(28, len(CLASS_NAMES)))
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean = torch.randn(layer.num_features) / 3
+                layer.running_var = torch.rand(layer.num_features) + 0.2
+    module.eval().requires_grad_(False).to(dtype)
+    return Classifier(module, "small", CLASS_NAMES, size, (0.5, 0.4, 0.6), (0.2, 0.3, 0.25))
+
+
+class SmallPrior:
+    """What the sampler asks of a prior: denoise, decode, latent_channels, encode_prompts. Counts the rows it denoises.
+
+    coupling: how much of the output depends on z.
+    """
+
+    latent_channels, latent_size, vae_scale_factor = CHANNELS, (SIDE, SIDE), 2
+
+    def __init__(self, seed: int = 1, dtype: torch.dtype = torch.float32, coupling: float = 1.0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.unet = nn.Sequential(nn.Conv2d(CHANNELS, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, CHANNELS, 1))
+            self.text = nn.Linear(WIDTH, CHANNELS)
+            self.vae = nn.Sequential(nn.Conv2d(CHANNELS, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 3, 3, padding=1))
+        for network in (self.unet, self.text, self.vae):
+            network.requires_grad_(False).to(dtype)
+        self.dtype, self.coupling = dtype, coupling
+        self.calls: list[tuple[int, float]] = []  # rows and timestep of every call
+        self.seen: list[Tensor] = []  # latents of every call
+
+    def denoise(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        self.calls.append((len(z), float(t)))
+        self.seen.append(z.detach())
+        shift = torch.tanh(self.text(context.mean(1)) + t.to(self.dtype) / 1000)
+        return self.coupling * self.unet(z) + shift[:, :, None, None]
+
+    def decode(self, z0: Tensor) -> Tensor:
+        return torch.sigmoid(4 * self.vae(F.interpolate(z0, scale_factor=2)))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.stack([self._encode(prompt) for prompt in prompts])
+
+    def _encode(self, prompt: str) -> Tensor:
+        generator = torch.Generator().manual_seed(sum(i * ord(c) for i, c in enumerate(prompt, 1)))
+        return torch.randn(3, WIDTH, generator=generator).to(self.dtype)
+
+
+def bn_inputs(teacher: Classifier, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, nn.BatchNorm2d]]]:
+    """Logits, and what entered every BatchNorm layer, with the layer."""
+    found: list[tuple[Tensor, nn.BatchNorm2d]] = []
+    layers = [layer for layer in teacher.module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    handles = [layer.register_forward_hook(lambda layer, x, _: found.append((x[0], layer))) for layer in layers]
+    logits = teacher.logits(images)
+    for handle in handles:
+        handle.remove()
+    return logits, found
+
+
+def plain_bn_loss(inputs: Sequence[tuple[Tensor, nn.BatchNorm2d]], kind: str) -> Tensor:
+    """L_bn of all images together, a scalar, written from its definition."""
+    total = torch.zeros((), dtype=inputs[0][0].dtype)
+    for x, layer in inputs:
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        if kind == "norm":
+            total = total + torch.linalg.vector_norm(variance - layer.running_var)
+            total = total + torch.linalg.vector_norm(mean - layer.running_mean)
+        else:
+            deviation = torch.sqrt(layer.running_var + layer.eps)
+            off = ((mean - layer.running_mean) / deviation) ** 2
+            off = off + (torch.sqrt(variance + layer.eps) / deviation - 1) ** 2
+            total = total + off.mean() / len(inputs)
+    return total
+
+
+def plain_loss(
+    prior: SmallPrior, teacher: Classifier, z0: Tensor, labels: Tensor, bn: float, cls: float, stats: str, kind: str
+) -> Tensor:
+    """The summed loss whose gradient guides: per-image terms, or a group's BN loss once for each of its images."""
+    logits, inputs = bn_inputs(teacher, prior.decode(z0))
+    total = cls * F.cross_entropy(logits, labels, reduction="sum")
+    if stats == "group":
+        return total + bn * len(z0) * plain_bn_loss(inputs, kind)
+    images = [plain_bn_loss([(x[i : i + 1], layer) for x, layer in inputs], kind) for i in range(len(z0))]
+    return total + bn * torch.stack(images).sum()
