@@ -63,7 +63,7 @@ _TEACHER_CIFAR = {
     "augment": "crop-flip",
 }
 _TEACHER_DOMAINNET = {
-    "architecture": "torchvision:resnet34",
+    "architecture": "resnet34_imagenet",
     "lr": 0.01,
     "epochs": 120,
     "batch_size": 128,
@@ -78,6 +78,41 @@ _CLASS_FREE = "a realistic photo"
 PRESETS: dict[str, Preset] = {
     "demo": Preset(
         "digits on photos with the embedded prior: a few minutes on two CPU cores",
+        train_teacher={
+            "data": "digits-on-photos",
+            "architecture": "resnet8_half",
+            "epochs": 24,
+            "batch_size": 64,
+            "lr": 0.1,
+            "schedule": "onecycle",
+            "augment": "affine",
+        },
+        generate={
+            "count": 600,
+            "group": 200,
+            "batch": 200,
+            "micro_batch": 100,
+            "sampler": "ddim",
+            "steps": 20,
+            "cfg": 1.0,
+            "prompt": "a photo of the digit {label}",
+            "guidance_step": 0.15,
+            "bn_weight": 10.0,
+            "cls_weight": 1.0,
+            "bn_stats": "group",
+            "bn_loss": "relative",
+            "shard_size": 200,
+        },
+        distill={
+            "student": "resnet8_half",
+            "steps": 300,
+            "batch_size": 128,
+            "lr": 0.1,
+            "schedule": "cosine",
+            "warmup": 40,
+            "temperature": 4.0,
+            "augment": "affine",
+        },
     ),
     "cifar10": Preset(
         "CIFAR-10, WRN-40-2 to WRN-16-2, class-free prompt, 50 000 images",
@@ -120,7 +155,7 @@ PRESETS: dict[str, Preset] = {
         train_teacher=_TEACHER_DOMAINNET,
         generate={
             **_SD15,
-            "teacher": "torchvision:resnet34",
+            "teacher": "resnet34_imagenet",
             "classes": _DOMAINNET,
             "count": 2_000,
             "steps": 70,
@@ -131,14 +166,14 @@ PRESETS: dict[str, Preset] = {
             "adv_weight": 1.0,
             "cutmix_every": 14,
         },
-        distill={**_DISTILL_DOMAINNET, "teacher": "torchvision:resnet34", "student": "torchvision:resnet18"},
+        distill={**_DISTILL_DOMAINNET, "teacher": "resnet34_imagenet", "student": "resnet18_imagenet"},
     ),
     "domainnet-quickdraw": Preset(
         "DomainNet quickdraw, ResNet-34 to ResNet-18 at 224, class-free prompt, 4 500 images a class",
         train_teacher=_TEACHER_DOMAINNET,
         generate={
             **_SD15,
-            "teacher": "torchvision:resnet34",
+            "teacher": "resnet34_imagenet",
             "classes": _DOMAINNET,
             "count": 45_000,
             "steps": 70,
@@ -149,7 +184,7 @@ PRESETS: dict[str, Preset] = {
             "adv_weight": 0.0,
             "cutmix_every": 14,
         },
-        distill={**_DISTILL_DOMAINNET, "teacher": "torchvision:resnet34", "student": "torchvision:resnet18"},
+        distill={**_DISTILL_DOMAINNET, "teacher": "resnet34_imagenet", "student": "resnet18_imagenet"},
     ),
     "fedcado": Preset(
         "FedCADO, once per client's classifier: 10 noise-editing steps; give --count 30 x the client's classes",

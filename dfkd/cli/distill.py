@@ -14,7 +14,7 @@ from dfkd import teachers
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
 from dfkd.cli.teacher import NORMALISATIONS, load_teacher
-from dfkd.distillation.checks import resolve_device
+from dfkd.device import resolve_device
 from dfkd.distillation.held_out import confusion_matrix, logits_of
 from dfkd.distillation.identity import identity
 from dfkd.distillation.settings import DistillSettings

@@ -16,6 +16,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
 from dfkd.cli.teacher import NORMALISATIONS, load_teacher
+from dfkd.device import resolve_device
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 from dfkd.imagefolder import export_imagefolder
@@ -137,21 +138,6 @@ _NOT_IDENTITY = (
     *("out", "batch", "micro_batch", "device", "format", "count", "image_format", "shard_size"),
     *("teacher", "teacher_checkpoint", "student_checkpoint", "prior", "classes"),
 )
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "auto" is a GPU where there is one. Raises UsageError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device {name!r} is unknown", todo="use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(
-            f"no device {name}", f"{torch.cuda.device_count()} CUDA devices are visible", "use --device cpu"
-        )
-    return device
 
 
 def on_device(classifier: Classifier, device: torch.device) -> Classifier:

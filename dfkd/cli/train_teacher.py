@@ -1,10 +1,8 @@
 """dfkd-train-teacher: real images -> a teacher. The only command, beside the final test, that reads real images."""
 
 import json
-import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ import torch
 from dfkd import teachers
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
+from dfkd.device import resolve_device
 from dfkd.distillation.augment import KINDS
-from dfkd.errors import UsageError
 from dfkd.evaluation.real_data import LabelledImages, load
+from dfkd.files import make_writable, replace_text
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
 from dfkd.teachers.train import AMP_DTYPES, SCHEDULES, Epoch, Recipe, accuracy, train
@@ -57,16 +56,16 @@ class Options:
     augment: str = option("crop-flip", "random views of the training images", choices=KINDS)
     label_smoothing: float = option(0.0, "share of the target spread over all classes", low=0, high=1)
     amp: str = option("off", "mixed precision", choices=tuple(AMP_DTYPES))
-    device: str = option("auto", "where to train; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
     seed: int = option(0, "fixes initial weights, order and augmentation", low=0)
 
 
 def run(options: Options) -> dict[str, Any]:
     """Read, train, validate after every epoch, test once, write."""
     started = time.perf_counter()
-    device = _device(options.device)
+    device = resolve_device(options.device)
     teachers.check(options.architecture)
-    _writable(options.out)
+    make_writable(options.out)
     size = options.input_size or teachers.input_size(options.architecture)
     learning, validation = (load(options.data, split, size) for split in ("train", "validation"))
     classifier = _untrained(options, learning, device)
@@ -83,7 +82,7 @@ def run(options: Options) -> dict[str, Any]:
         "out": options.out,
     }
     checkpoint.save(options.out, classifier, {"data": options.data, "accuracy": result["accuracy"]})
-    _write_json(options.out / "result.json", result)
+    replace_text(options.out / "result.json", json.dumps(plain(result), indent=2, sort_keys=True) + "\n")
     return result
 
 
@@ -140,28 +139,3 @@ def _statistics(images: torch.Tensor) -> tuple[tuple[float, float, float], tuple
 def _three(values: torch.Tensor) -> tuple[float, float, float]:
     red, green, blue = (round(float(value), 4) for value in values)
     return red, green, blue
-
-
-def _device(name: str) -> torch.device:
-    present = torch.cuda.is_available()
-    if name == "cuda" and not present:
-        raise UsageError("--device is cuda", "torch sees no GPU here", "choose cpu or auto")
-    return torch.device("cuda" if present and name != "cpu" else "cpu")
-
-
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").touch()
-    except OSError as error:
-        raise UsageError(f"cannot write to --out {folder}", error.strerror or str(error)) from error
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(plain(value), indent=2, sort_keys=True) + "\n")
-    beside.replace(file)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dfkd.device import resolve_device
 from dfkd.distillation.augment import augment, mix
-from dfkd.distillation.checks import AMP_DTYPES, check, resolve_device
+from dfkd.distillation.checks import AMP_DTYPES, check
 from dfkd.distillation.held_out import logits_of, score, split
 from dfkd.distillation.identity import identity
 from dfkd.distillation.loader import Images, Loader, Order, Resident, Streamed, choose, read_all

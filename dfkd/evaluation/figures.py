@@ -18,7 +18,7 @@ from dfkd.evaluation.metrics import BINS, Band, Confidence
 
 WIDTH = 5.6  # inches
 DPI = 200
-TEXT, SMALL = 10.5, 9.0  # points
+TEXT, SMALL = 11.5, 10.0  # points
 NAMED = 30  # classes up to which each is named on an axis
 COUNTED = 15  # classes up to which a confusion matrix shows its counts
 LOSSES = {

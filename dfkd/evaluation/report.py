@@ -146,8 +146,8 @@ def _notes(run: RunFolder, teacher: Classifier | None) -> list[str]:
     summary, own = run.summary.get("student_accuracy"), result.get("accuracy")
     if summary is not None and own is not None and abs(summary - own) > 1e-6:
         notes.append(
-            f"summary.json gives the student {summary:.2%}, the student's own result.json {own:.2%}: the headline is the "
-            "former, the confusion matrix belongs to the latter."
+            f"summary.json gives the student {summary:.2%}, the student's own result.json {own:.2%}: "
+            "the headline is the former, the confusion matrix belongs to the latter."
         )
     return notes
 

@@ -65,6 +65,14 @@ def test_border_shows_the_photo_untouched():
         assert torch.equal(image[:, :2], patch[:, :2]) and torch.equal(image[:, :, -2:], patch[:, :, -2:])
 
 
+def test_digits_at_another_size():
+    small, large = load("digits-on-photos", "validation"), load("digits-on-photos", "validation", size=64)
+    assert large.images.shape == (500, 3, 64, 64) and large.images.dtype == torch.uint8
+    # Averaging 2x2 pixels nearly undoes bicubic doubling; a wrong scale or channel order would not.
+    back = torch.nn.functional.avg_pool2d(large.images.float(), 2)
+    assert (back - small.images).abs().mean() < 5
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Three classes of 20 flat images, the class in the red channel and the image's number in the green one."""

@@ -74,7 +74,9 @@ def test_started_again_it_does_what_is_missing(synthesis, tmp_path, monkeypatch)
     assert run(tmp_path, synthesis).images == 0
     sampled = []
     sample = Synthesis.sample
-    monkeypatch.setattr(Synthesis, "sample", lambda self, group, micro: (sampled.append(group), sample(self, group, micro))[1])
+    monkeypatch.setattr(
+        Synthesis, "sample", lambda self, group, micro: (sampled.append(group), sample(self, group, micro))[1]
+    )
     (tmp_path / "shard-00001.tar").unlink()
     result = run(tmp_path, synthesis)
     assert (result.images, result.shards, result.shards_before) == (3, 1, 1) and sampled == [2]

@@ -235,7 +235,9 @@ def test_noise_editing_lowers_the_bn_loss_of_the_start(doubled, path):
 
     def start_loss(steps):
         prior.seen.clear()
-        settings = SamplerSettings(gradient=path, guide_from=1.0, cfg=1.0, noise_edit_steps=steps, noise_edit_scale=0.01)
+        settings = SamplerSettings(
+            gradient=path, guide_from=1.0, cfg=1.0, noise_edit_steps=steps, noise_edit_scale=0.01
+        )
         sample(prior, guided(prior, teacher), settings)
         z = prior.seen[-STEPS]
         z0 = row.z0_z * z + row.z0_model * prior.denoise(z, torch.tensor(row.timestep), context)
