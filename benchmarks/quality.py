@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import baselines
+from benchmarks.machine import describe
 from dfkd.files import replace_text
 from dfkd.presets import PRESETS
 from dfkd.teachers import checkpoint
@@ -155,6 +156,7 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
         "student_accuracy": mean(r["student_accuracy"] for r in results),
         "student_accuracy_seeds": [r["student_accuracy"] for r in results],
         "teacher_accuracy": mean(r["teacher_accuracy"] for r in results) if "teacher_accuracy" in first else None,
+        "teacher_accuracy_seeds": [r["teacher_accuracy"] for r in results if "teacher_accuracy" in r],
         "baselines": across,
         "baselines_seeds": {name: [r["baselines"][name] for r in results] for name in names},
         "images": first["images"],
@@ -180,10 +182,10 @@ def main() -> None:
     parser.add_argument("--distill", default="", help="more options of dfkd-distill, as one string")
     parser.add_argument("--record", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
-    result = json.dumps(demo(arguments), default=str)
+    result = {**demo(arguments), "machine": describe(torch.device("cpu"))}
     if arguments.record:
-        replace_text(arguments.record, result + "\n")
-    print(result)
+        replace_text(arguments.record, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Trains the embedded prior: a Stable Diffusion pipeline of 2.5 M parameters that knows only world Y.
+"""Trains the embedded prior: a Stable Diffusion pipeline of 2.3 M parameters that knows only world Y.
 
-    python build/train_demo_prior.py --out dfkd/priors/demo            about 45 minutes on two CPU cores
+    python build/train_demo_prior.py --out dfkd/priors/demo            about an hour on one CPU core
 
 Two stages, each resumable from its file in --work: the autoencoder (world Y and procedural textures), then text
 encoder and denoiser together on cached latents of world Y. The result is written in half precision in the layout of
@@ -158,10 +158,8 @@ def train_autoencoder(steps: int, seed: int) -> AutoencoderKL:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
-            print(
-                f"autoencoder {step}/{steps} L1 {pixel:.4f} edges {edges:.4f} KL {kl:.3f} {time.time() - started:.0f} s",
-                flush=True,
-            )
+            losses = f"L1 {pixel:.4f} edges {edges:.4f} KL {kl:.3f}"
+            print(f"autoencoder {step}/{steps} {losses} {time.time() - started:.0f} s", flush=True)
     return vae.eval().requires_grad_(False)
 
 
@@ -272,7 +270,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("dfkd/priors/demo"), help="folder of the pipeline")
     p.add_argument("--work", type=Path, default=Path("runs/demo-prior"), help="folder of the stages' files")
     p.add_argument("--autoencoder-steps", type=int, default=2400)
-    p.add_argument("--denoiser-steps", type=int, default=5000)
+    p.add_argument("--denoiser-steps", type=int, default=3500)
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
@@ -299,7 +297,9 @@ def main() -> None:
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(a.out, safe_serialization=True)
-    print(json.dumps(judge(a.out)))
+    judged = json.dumps(judge(a.out))
+    (a.out / "judged.json").write_text(judged + "\n")
+    print(judged)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-_DECODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+# diffusers and transformers take seconds to load: they are imported in the functions that need them, so that whoever
+# imports this module for its types alone, as a command that only shows its --help, need not wait.
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+_DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CONFIGS = {
     "unet": "config.json",
@@ -62,7 +64,7 @@ class Prior:
     unet: Any  # UNet2DConditionModel
     vae: Any  # AutoencoderKL or AutoencoderTiny; diffusers gives neither a typed config nor a typed call
     text_encoder: Any  # CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizer: "CLIPTokenizer"
     scheduler_config: dict[str, Any]
     prediction_type: str
     latent_channels: int
@@ -135,6 +137,9 @@ def load_prior(source: str | Path, dtype: torch.dtype = torch.float32, device: t
     Raises:
         PriorError: no such folder or id, a part is missing, a network of another kind, or parts that do not fit.
     """
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     folder = _locate(source)
     configs = {part: _read_config(folder, part, name) for part, name in _CONFIGS.items()}
     text_config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
@@ -142,8 +147,8 @@ def load_prior(source: str | Path, dtype: torch.dtype = torch.float32, device: t
     files = {part: _weight_files(folder, part, stem) for part, stem in _WEIGHTS.items()}
     tokenizer = _load_tokenizer(folder)
 
-    unet = _load(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
-    vae = _load(_DECODERS[configs["vae"]["_class_name"]], folder, "vae", torch_dtype=dtype)
+    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
+    vae = _load(getattr(diffusers, configs["vae"]["_class_name"]), folder, "vae", torch_dtype=dtype)
     text_encoder = _load(CLIPTextModel, folder, "text_encoder", dtype=dtype)
     for network in (unet, vae, text_encoder):
         network.to(device).eval().requires_grad_(False)
@@ -180,6 +185,8 @@ def _locate(source: str | Path) -> Path:
     wanted = ["*/config.json", "scheduler/*.json", "tokenizer/*"]
     wanted += [f"{part}/{stem}.safetensors*" for part, stem in _WEIGHTS.items()]
     wanted += [f"{part}/{stem}-*-of-*.safetensors" for part, stem in _WEIGHTS.items()]
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # the hub's errors are all of these two kinds
@@ -205,7 +212,7 @@ def _read_config(folder: Path, part: str, name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _check(source: str | Path, configs: dict[str, dict[str, Any]], text: CLIPTextConfig) -> None:
+def _check(source: str | Path, configs: dict[str, dict[str, Any]], text: "CLIPTextConfig") -> None:
     """Raise PriorError where the configs are not of one Stable Diffusion 1 or 2 text-to-image model."""
     unet, vae = configs["unet"], configs["vae"]
     needs = "Use a prior of the Stable Diffusion 1 or 2 kind"
@@ -260,12 +267,14 @@ def _load(network: Any, folder: Path, part: str, **options: Any) -> Any:
     return loaded
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
     part = folder / "tokenizer"
     names = {path.name for path in part.glob("*")}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         why = "tokenizer/ has neither tokenizer.json nor vocab.json with merges.txt"
         raise PriorError(f"prior {folder}", why, "Fetch the prior again, its tokenizer/ included")
+    from transformers import CLIPTokenizer
+
     tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(part)
     return tokenizer
 

@@ -1,6 +1,5 @@
 """dfkd-distill: synthetic images and a frozen teacher -> a student."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +17,14 @@ from dfkd.device import resolve_device
 from dfkd.distillation.held_out import confusion_matrix, logits_of
 from dfkd.distillation.identity import identity
 from dfkd.distillation.settings import DistillSettings
-from dfkd.distillation.state import read_checkpoint
 from dfkd.distillation.train import DistillResult, distill
 from dfkd.errors import UsageError
-from dfkd.files import make_writable, replace_text
+from dfkd.files import make_writable
+from dfkd.resume import RESULT, read_checkpoint, read_result, write_result
 from dfkd.shards import open_folder
 from dfkd.teachers.classifier import Classifier
 
 COMMAND = "dfkd-distill"
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,9 @@ def run(options: Options) -> dict[str, Any]:
             return known
         # Refuses another run's folder before anything in it changes.
         read_checkpoint(options.out, this_run, torch.device("cpu"))
+    else:
+        # The folder's former run must not be taken for finished once its students are gone.
+        (options.out / RESULT).unlink(missing_ok=True)
     save_settings(options, options.out, COMMAND)
     torch.manual_seed(options.seed)
     student = teachers.build(options.student, len(data.class_names))
@@ -85,10 +86,8 @@ def run(options: Options) -> dict[str, Any]:
         "device": str(resolve_device(options.device)),
         "class_names": data.class_names,
         "out": options.out,
-        "run": this_run,
     }
-    replace_text(options.out / RESULT, json.dumps(plain(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
-    return result
+    return write_result(options.out, this_run, plain(result))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,10 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _known_result(options: Options, this_run: dict[str, Any]) -> dict[str, Any] | None:
     """The result of the same run with the same test, where it was finished before."""
-    path = options.out / RESULT
-    if not path.exists():
+    result = read_result(options.out)
+    if result is None:
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     same = (result["run"], result["test"], result["test_split"]) == (this_run, options.test, options.test_split)
     return result if same else None
 

@@ -8,10 +8,7 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
@@ -276,6 +273,11 @@ def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> int:
 
 def quieten_libraries() -> None:
     """No bars and hints of the libraries that load the networks; their errors still come through."""
+    # Imported here and not above: these libraries take seconds to load, which --help and a wrong option need not wait for.
+    import diffusers
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -11,7 +11,6 @@ import torch
 from dfkd.cli.options import command, option
 from dfkd.cli.teacher import load_teacher
 from dfkd.device import resolve_device
-from dfkd.evaluation.page import write
 from dfkd.evaluation.report import OURS, measure
 from dfkd.evaluation.run_folder import RunFolder, read_run
 from dfkd.files import make_writable
@@ -47,6 +46,9 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Read, measure, write the page; returns its paths and the headline."""
+    # Imported here and not above: matplotlib takes a second to load, which --help and a wrong option need not wait for.
+    from dfkd.evaluation.page import write
+
     device = resolve_device(options.device)
     found = read_run(options.run, options.synthetic, options.student, options.teacher)
     out = options.out or (options.run or found.synthetic.path.parent) / FOLDER

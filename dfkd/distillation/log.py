@@ -1,26 +1,9 @@
-"""OUT/log.jsonl: what a run measured on its way, one JSON object per line; and the guard against a lost run."""
-
-import json
-from pathlib import Path
-from typing import Any
+"""The losses of a run on their way to its log, and the guard against a lost run."""
 
 import torch
 from torch import Tensor
 
 from dfkd.errors import UsageError
-
-
-class Log:
-    """Appends lines; a resumed run first drops those of steps that it will repeat."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._path = path
-
-    def write(self, step: int, **measured: float) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **measured}) + "\n")
 
 
 class Losses:
@@ -48,15 +31,3 @@ class Losses:
                 f"lower --lr or raise --warmup; {checkpoint}",
             )
         return float(losses.mean())
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break  # the line that was being written when the run was killed
-    return lines

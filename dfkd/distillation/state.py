@@ -1,4 +1,4 @@
-"""The state of a run between two steps, and the file that holds it."""
+"""The state of a run between two steps."""
 
 import copy
 from collections.abc import Mapping
@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dfkd.distillation.settings import DistillSettings
-from dfkd.errors import UsageError
-from dfkd.files import replace_file
-
-CHECKPOINT = "checkpoint.pt"
+from dfkd.resume import write_checkpoint
 
 
 class State:
@@ -55,7 +52,6 @@ class State:
 
     def save(self, out: Path, identity: Mapping[str, Any]) -> None:
         content = {
-            "identity": dict(identity),
             "student": self.student.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -66,7 +62,7 @@ class State:
             "best": self.best,
             "last": self.last,
         }
-        replace_file(out / CHECKPOINT, lambda file: torch.save(content, file))
+        write_checkpoint(out, identity, content)
 
     def load(self, content: Mapping[str, Any]) -> None:
         self.student.load_state_dict(content["student"])
@@ -85,28 +81,3 @@ class State:
             follow(list(average.parameters()), list(self.student.parameters()), self.step)
             for mine, theirs in zip(average.buffers(), self.student.buffers(), strict=True):
                 mine.copy_(theirs)
-
-
-def read_checkpoint(out: Path, identity: Mapping[str, Any], device: torch.device) -> Mapping[str, Any] | None:
-    """The content of a run's checkpoint, None where there is none yet.
-
-    Raises UsageError where it belongs to a run of another identity (naming each field with both values) or is damaged.
-    """
-    path = out / CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        found = content["identity"]
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        why = f"{type(error).__name__} {error}".splitlines()[0]
-        raise UsageError(f"{path} is damaged", why, "start over with --no-resume") from None
-    differing = [
-        f"{key.replace('_', '-')} is {found.get(key)} there and {identity.get(key)} here"
-        for key in sorted(found.keys() | identity.keys())
-        if found.get(key) != identity.get(key)
-    ]
-    if differing:
-        todo = "repeat those settings, choose another --out, or start over with --no-resume"
-        raise UsageError(f"{out} holds a run of other settings", "; ".join(differing), todo)
-    return content

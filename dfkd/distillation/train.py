@@ -22,13 +22,15 @@ from dfkd.distillation.checks import AMP_DTYPES, check
 from dfkd.distillation.held_out import logits_of, score, split
 from dfkd.distillation.identity import identity
 from dfkd.distillation.loader import Images, Loader, Order, Resident, Streamed, choose, read_all
-from dfkd.distillation.log import Log, Losses
+from dfkd.distillation.log import Losses
 from dfkd.distillation.losses import cross_entropy, kl_at_temperature
 from dfkd.distillation.randomness import derived_seed, generator, seed_global
 from dfkd.distillation.schedule import learning_rate
 from dfkd.distillation.settings import EPOCHS, DistillSettings
-from dfkd.distillation.state import CHECKPOINT, State, read_checkpoint
+from dfkd.distillation.state import State
 from dfkd.files import folder_lock, make_writable, remove_partials
+from dfkd.log import Log
+from dfkd.resume import CHECKPOINT, read_checkpoint
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
 
@@ -128,7 +130,7 @@ class _Run:
         parts, dtype = settings.milestone_parts(), AMP_DTYPES[settings.amp]
         losses, started = Losses(), time.perf_counter() - state.seconds
         watch(state.step * order.batch_size, order.length)
-        log = Log(self.out / "log.jsonl", state.step)
+        log = Log(self.out / "log.jsonl", "step", state.step)
         for batch in loader.batches(state.step):
             random = generator(settings.seed, "view", state.step)
             seed_global(derived_seed(settings.seed, "dropout", state.step), self.device)

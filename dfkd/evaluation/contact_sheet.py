@@ -13,7 +13,7 @@ from dfkd.shards import ShardPool
 SMALL = 64  # pixels: images up to here are shown enlarged by a whole factor, larger ones reduced to LARGE
 LARGE = 128
 ACROSS = 1024  # pixels that a row of tiles may take
-MOST_ROWS = 40  # classes; of more, evenly spread ones are shown
+MOST_ROWS = 30  # classes; of more, evenly spread ones are shown
 INK, PAPER = (28, 36, 48), (255, 255, 255)
 
 

@@ -152,7 +152,7 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], theme: Them
     upright = max(map(len, labels)) * len(labels) > 60
     axes.set_xticks(places, labels, rotation=90 if upright else 0)
     axes.set_yticks(places, labels)
-    axes.tick_params(labelsize=TEXT if len(names) <= COUNTED else 6.5)
+    axes.tick_params(labelsize=SMALL if len(names) <= COUNTED else 6.5)
     axes.set_xlabel("the student's answer", color=theme.text, fontsize=TEXT)
     axes.set_ylabel("true class", color=theme.text, fontsize=TEXT)
     if len(names) <= COUNTED:

@@ -79,6 +79,7 @@ def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
         ours=OURS,
         descriptions=DESCRIPTIONS,
         losses=figures.LOSSES,
+        counted=figures.COUNTED,
     )
     replace_text(out / HTML, html)
     replace_text(out / JSON, json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")

@@ -11,7 +11,6 @@ micro-batches changes them.
 from dataclasses import dataclass
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from dfkd.errors import UsageError
@@ -59,6 +58,9 @@ def plan(seed: int, ids: Tensor, labels: Tensor, event: int, alpha: float, heigh
         )
     stream = FIRST_STREAM + 2 * event
     u = philox_uniform(seed, ids, stream, (3,), torch.float64)
+    # Imported here and not above: SciPy takes long to load, and most runs have no CutMix.
+    from scipy.special import betaincinv
+
     lam = torch.from_numpy(betaincinv(alpha, alpha, u[:, 0].numpy()))
     return CutMixPlan(
         partner=_partners(ids, labels, philox_bits(seed, ids, stream + 1, (1,))[:, 0]),

@@ -28,9 +28,7 @@ would: keys that the config leaves out take that class's defaults.
 from dataclasses import dataclass, fields
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from dfkd.errors import UsageError
@@ -41,8 +39,6 @@ SAMPLERS = {
     "euler": "EulerDiscreteScheduler",
     "dpmpp2m": "DPMSolverMultistepScheduler",
 }
-# Classes whose configs describe one and the same kind of schedule; EDM's network is scaled in another way.
-_FAMILY = {member.name for member in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # What the sampler's name already says; a config written by another scheduler does not override it.
@@ -179,10 +175,18 @@ def build_table(scheduler_config: dict[str, Any], sampler: str, steps: int) -> S
     )
 
 
+def _family() -> set[str]:
+    """Classes whose configs describe one and the same kind of schedule; EDM's network is scaled in another way."""
+    # diffusers takes seconds to load: it is imported where it is used, so that a command's --help need not wait for it.
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+    return {member.name for member in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
+
+
 def _refuse_unsupported(config: dict[str, Any], sampler: str) -> None:
     """Raise UsageError for a config that a linear step of the four samplers would not honour."""
     name = config.get("_class_name", "")
-    if name and name not in _FAMILY:
+    if name and name not in _family():
         raise UsageError(
             f"scheduler class {name}",
             "not a discrete variance-preserving schedule (flow matching and consistency models are other families)",
@@ -214,6 +218,8 @@ def _refuse_unsupported(config: dict[str, Any], sampler: str) -> None:
 
 def _scheduler(config: dict[str, Any], sampler: str, steps: int) -> Any:
     """The sampler's diffusers scheduler, set to this many steps."""
+    import diffusers  # here for the reason given in _family
+
     T = config.get("num_train_timesteps", 1000)
     if not 1 <= steps <= T:
         raise UsageError(f"steps {steps}", f"want 1 to {T}, the prior's number of training timesteps")

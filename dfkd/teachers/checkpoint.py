@@ -4,7 +4,6 @@ config.json: architecture, num_classes, class_names, input_size, mean, std, and 
 """
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dfkd import teachers
 from dfkd.errors import UsageError
+from dfkd.files import replace_file, replace_text
 from dfkd.teachers import adapters
 from dfkd.teachers.classifier import Classifier
 
@@ -39,8 +39,9 @@ def save(folder: Path, classifier: Classifier, extra: Mapping[str, Any] | None =
     }
     # contiguous(): safetensors keeps no strides, and training leaves weights channels-last.
     weights = {key: value.detach().cpu().contiguous() for key, value in classifier.module.state_dict().items()}
-    _write(folder / WEIGHTS, safetensors.torch.save(weights))
-    _write(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    content = safetensors.torch.save(weights)
+    replace_file(folder / WEIGHTS, lambda file: file.write(content))
+    replace_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load(
@@ -174,12 +175,3 @@ def _override(
 def _three(config: Mapping[str, Any], key: str) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in config[key])
     return red, green, blue
-
-
-def _write(file: Path, content: bytes) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with beside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)

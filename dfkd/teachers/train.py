@@ -1,18 +1,21 @@
 """Supervised training of a classifier from scratch, on images that live on the device.
 
-SGD with Nesterov momentum on the cross-entropy. All randomness comes from one seed, so a run repeats itself.
+SGD with Nesterov momentum on the cross-entropy. All randomness comes from one seed, so a run repeats itself, also
+where it was stopped between two epochs and goes on.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd.distillation.augment import augment
+from dfkd.distillation.randomness import derived_seed, seed_global
 from dfkd.teachers.classifier import Classifier
 
 SCHEDULES = ("multistep", "cosine", "onecycle")
@@ -64,56 +67,102 @@ def rate(done: float, schedule: str) -> float:
     return (1 + math.cos(math.pi * (done - WARM_SHARE) / (1 - WARM_SHARE))) / 2
 
 
+class State:
+    """A network in training, on the device that it is on, after ``epoch`` epochs that took ``seconds``.
+
+    The network is changed in place. The generator, of order and augmentation, is on the CPU whatever the device.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        self.device = next(network.parameters()).device
+        self.network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            _parameter_groups(network, recipe.weight_decay),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.momentum > 0,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.epoch = 0
+        self.seconds = 0.0
+
+    def content(self) -> dict[str, Any]:
+        """What load() takes to be in this state again."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+        }
+
+    def load(self, content: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.generator.set_state(content["generator"].cpu())
+        self.epoch, self.seconds = content["epoch"], content["seconds"]
+
+
 def train(
-    classifier: Classifier, images: Tensor, labels: Tensor, recipe: Recipe, after_epoch: Callable[[Epoch], None]
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    after_epoch: Callable[[Epoch], None],
+    state: State | None = None,
 ) -> None:
-    """Train classifier.module in place, on the device that it is on.
+    """Train classifier.module in place, on the device that it is on, until it has had recipe.epochs epochs.
 
     images uint8 [N, 3, H, W], labels int64 [N]. The last, partial batch of an epoch is left out, since BatchNorm
-    wants batches of one size; the shuffle leaves out others each time.
+    wants batches of one size; the shuffle leaves out others each time. state: of that module, where to go on; by
+    default the beginning. It is complete whenever after_epoch is called.
     """
-    device = next(classifier.module.parameters()).device
-    images, labels = images.to(device), labels.to(device)
+    state = state or State(classifier.module, recipe)
+    images, labels = images.to(state.device), labels.to(state.device)
+    started = time.perf_counter() - state.seconds
+    with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
+        while state.epoch < recipe.epochs:
+            loss, right = _one_epoch(state, classifier, images, labels, recipe)
+            state.epoch, state.seconds = state.epoch + 1, time.perf_counter() - started
+            lr = float(state.optimizer.param_groups[0]["lr"])
+            after_epoch(Epoch(state.epoch, loss, right, lr, state.seconds))
+    state.network.eval()
+
+
+def _one_epoch(
+    state: State, classifier: Classifier, images: Tensor, labels: Tensor, recipe: Recipe
+) -> tuple[float, float]:
+    """Mean loss and accuracy on the views of the epoch after state.epoch."""
+    device, optimizer, scaler, generator = state.device, state.optimizer, state.scaler, state.generator
+    state.network.train()
+    # Layers such as dropout draw from torch's global generator, which a resumed run would find in another state.
+    seed_global(derived_seed(recipe.seed, "dropout", state.epoch), device)
     batch_size = min(recipe.batch_size, len(images))
     per_epoch = len(images) // batch_size
-    total = per_epoch * recipe.epochs
-    network = classifier.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        _parameter_groups(network, recipe.weight_decay),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-    generator = torch.Generator().manual_seed(recipe.seed)
-    started = time.perf_counter()
-    for epoch in range(recipe.epochs):
-        network.train()
-        order = torch.randperm(len(images), generator=generator).to(device)
-        # Kept on the device: reading them every step would make it wait.
-        loss_sum = torch.zeros((), device=device)
-        right = torch.zeros((), device=device)
-        for index in range(per_epoch):
-            done = (epoch * per_epoch + index) / total
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * rate(done, recipe.schedule)
-            rows = order[index * batch_size : (index + 1) * batch_size]
-            views = augment(images[rows].float() / 255, recipe.augment, generator)
-            views = views.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, AMP_DTYPES[recipe.amp], enabled=recipe.amp != "off"):
-                logits = classifier.logits(views)
-            loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(scaler.scale(loss))
-            scaler.step(optimizer)
-            scaler.update()
-            loss_sum += loss.detach()
-            right += (logits.argmax(1) == labels[rows]).sum()
-        seen = per_epoch * batch_size
-        lr = float(optimizer.param_groups[0]["lr"])
-        seconds = time.perf_counter() - started
-        after_epoch(Epoch(epoch + 1, float(loss_sum) / per_epoch, float(right) / seen, lr, seconds))
-    network.eval()
+    order = torch.randperm(len(images), generator=generator).to(device)
+    # Kept on the device: reading them every step would make it wait.
+    loss_sum = torch.zeros((), device=device)
+    right = torch.zeros((), device=device)
+    for index in range(per_epoch):
+        done = (state.epoch * per_epoch + index) / (per_epoch * recipe.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * rate(done, recipe.schedule)
+        rows = order[index * batch_size : (index + 1) * batch_size]
+        views = augment(images[rows].float() / 255, recipe.augment, generator)
+        views = views.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, AMP_DTYPES[recipe.amp], enabled=recipe.amp != "off"):
+            logits = classifier.logits(views)
+        loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
+        loss_sum += loss.detach()
+        right += (logits.argmax(1) == labels[rows]).sum()
+    return float(loss_sum) / per_epoch, float(right) / (per_epoch * batch_size)
 
 
 @torch.no_grad()

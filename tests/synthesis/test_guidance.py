@@ -23,7 +23,7 @@ def teacher():
     return classifier(dtype=F64)
 
 
-def latents(dtype=F64, count=len(LABELS)):
+def latents(dtype=F64, count=7):
     return torch.randn(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""A run into shards: what is missing and nothing else, the same bytes whenever it is done, records that say what was done."""
+"""A run into shards: what is missing and nothing else, the same bytes whenever it is done, records of what was done."""
 
 import dataclasses
 

@@ -214,7 +214,7 @@ def test_latent_cutmix_pastes_after_its_steps(kind):
 
 
 def test_the_second_order_step_is_mixed_too(doubled):
-    """Pasting everything between two images makes each follow the other's path, its previous clean estimate included."""
+    """Two images that swap everything go on along each other's path, the previous clean estimate included."""
     prior = SmallPrior(dtype=torch.float64)
     ids, labels = torch.tensor([5, 6]), torch.tensor([0, 0])
     whole = cutmix.CutMixPlan(torch.tensor([1, 0]), torch.tensor([[0, 0, SIDE, SIDE]] * 2), torch.zeros(2))

@@ -1,0 +1,79 @@
+"""README's tables from the recorded results: `python -m benchmarks.tables` writes them, --check only compares.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; no number in it is typed by hand.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.guidance_paths import markdown as guidance_table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+NAMES = {
+    "prior_data": "the prior's own training data",
+    "unguided": "unguided samples of the prior",
+    "unguided_sharpened": "the same, sharpened without a teacher",
+    "deepinversion": "DeepInversion, equal seconds",
+    "noise": "uniform noise",
+}
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """Accuracies on the test images, mean and range over the seeds."""
+    lines = ["| student distilled on | test accuracy | seeds |", "|---|---|---|"]
+
+    def row(name: str, seeds: list[float]) -> str:
+        spread = " ".join(f"{100 * value:.1f}" for value in seeds)
+        return f"| {name} | {100 * sum(seeds) / len(seeds):.1f} % | {spread} |"
+
+    lines.append(row("**guided images**", result["student_accuracy_seeds"]))
+    ranked = sorted(result["baselines_seeds"].items(), key=lambda item: -sum(item[1]))
+    lines += [row(NAMES.get(name, name), seeds) for name, seeds in ranked]
+    lines.append(row("(the teacher itself)", result["teacher_accuracy_seeds"]))
+    steps = result["preset"]["distill"]["steps"]
+    machine = result["machine"]
+    lines += [
+        "",
+        f"{result['images']} images and {steps} distillation steps each; {machine['device']}, {machine['threads']} "
+        f"threads, torch {machine['versions']['torch']}, {machine['date']}: `python -m benchmarks.quality demo`.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo-table": ("quality-demo-cpu.json", quality_table),
+    "guidance-table": ("guidance_paths-cpu.json", guidance_table),
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every table replaced by what the results say. Raises ValueError where a marker is missing."""
+    for name, (file, render) in TABLES.items():
+        table = render(json.loads((RESULTS / file).read_text()))
+        pattern = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text = pattern.sub(lambda _, block=block: block, text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is not current")
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = filled(before)
+    if parser.parse_args().check:
+        sys.exit(0 if after == before else "README.md is not current: run python -m benchmarks.tables")
+    readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

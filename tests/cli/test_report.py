@@ -1,0 +1,125 @@
+"""dfkd-report: from folders to one page that stands alone."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dfkd.cli import report
+from dfkd.cli.options import command
+from tests.evaluation.fake_run import write_images, write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+VOID = {"meta", "img", "source", "br"}
+
+
+def call(*argv: object) -> int:
+    return command(report.Options, report.run, report.COMMAND, [str(argument) for argument in argv])
+
+
+class Balanced(HTMLParser):
+    """Fails where a tag closes that is not the last one opened; keeps the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} closes at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with its report."""
+    root = write_run(tmp_path_factory.mktemp("whole"))
+    assert call("--run", root) == 0
+    return root
+
+
+def test_the_page_stands_alone(whole: Path) -> None:
+    html = (whole / "report" / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"https?://|<script|<link|@import|url\(", html)
+    sources = re.findall(r'(?:src|srcset)="([^"]*)"', html)
+    assert len(sources) == 3 + 2 + 2 * 6  # a strip per class, a sheet per baseline, six charts in two themes
+    for source in sources:
+        kind, _, data = source.partition(";base64,")
+        assert kind == "data:image/png"
+        Image.open(io.BytesIO(base64.b64decode(data))).verify()
+
+
+def test_the_page_is_well_formed_and_says_what_was_measured(whole: Path) -> None:
+    page = Balanced()
+    page.feed((whole / "report" / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    text = " ".join(page.text.split())
+    for part in ("one & <only>", "76.7 %", "+26.7", "unguided", "BN gap", "1 min 01 s", "dfkd-generate"):
+        assert part in text, part
+    assert "Not in this report" not in text
+
+
+def test_json_and_pictures_lie_beside_it(whole: Path) -> None:
+    found = {path.name for path in (whole / "report").iterdir()}
+    charts = {"class_balance", "loss_curves", "confidence", "bn_gap", "confusion", "training"}
+    sheets = {"contact_sheet", "contact_sheet_noise", "contact_sheet_unguided"}
+    assert found == {"report.html", "report.json", *(f"{name}.png" for name in charts | sheets)}
+    data = json.loads((whole / "report" / "report.json").read_text())
+    assert data["accuracy"]["best_baseline"] == "unguided"
+    assert data["images"]["losses"]["cls"]["mean"][0] == 2.0
+
+
+def test_images_alone_make_a_page_that_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "images", guided=False)
+    assert call("--synthetic", images) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["report"] == str(tmp_path / "report" / "report.html")
+    assert result["missing"] == ["teacher", "student", "baselines"]
+    assert (result["images"], result["student_accuracy"], result["teacher_agreement"]) == (12, None, None)
+    page = Balanced()
+    page.feed(Path(result["report"]).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "Not in this report: student" in page.text
+    assert "No teacher guided these images" in page.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give --run, or --synthetic"),
+        (("--run", "absent"), "there is no such folder"),
+        (("--run", "."), "run dfkd-generate first"),
+        (("--judged", "-1"), "--judged"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*options) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_real_image_can_be_read() -> None:
+    script = "import sys, dfkd.cli.report; print('dfkd.evaluation.real_data' in sys.modules, 'mlxtend' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

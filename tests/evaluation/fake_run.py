@@ -1,0 +1,71 @@
+"""A run's folders as the commands leave them, small and without having run them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dfkd.shards import Record, ShardFolder, open_folder
+from dfkd.teachers import build, checkpoint
+from dfkd.teachers.classifier import Classifier
+
+CLASS_NAMES = ("zero", "one & <only>", "two")
+STEPS = 4
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_images(path: Path, count: int = 12, size: int = 8, guided: bool = True, **settings: object) -> Path:
+    """Noise images with classes in turn; guided ones have loss curves and teacher probabilities."""
+    records = []
+    for i in range(count):
+        curve = {"bn": [3.0, 2.0, 1.5, 1.2], "cls": [2.0, 0.5, 0.1, 0.01 * (i + 1)]} if guided else {}
+        probability = (i + 1) / (count + 1) if guided else 0.0
+        name = CLASS_NAMES[i % 3]
+        records.append(Record(i, i % 3, name, 0, "", loss_curve=curve, teacher_probability=probability))
+    images = np.random.default_rng(count).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    with ShardFolder.create_or_open(path, settings, CLASS_NAMES, size, "png", count, count) as folder:
+        folder.write(0, images, records, seconds=2.0)
+    write_json(path / "settings.json", {"command": "dfkd-generate", "options": {"cfg": 3.0}, "versions": {}})
+    return path
+
+
+def write_teacher(path: Path) -> Classifier:
+    torch.manual_seed(0)
+    module: nn.Module = build("resnet8", 3)
+    teacher = Classifier(module.eval(), "resnet8", CLASS_NAMES, 8, (0.5,) * 3, (0.2,) * 3)
+    checkpoint.save(path, teacher)
+    write_json(path / "result.json", {"accuracy": 0.96, "seconds": 61.0})
+    return teacher
+
+
+def write_student(path: Path, accuracy: float | None, data: str = "") -> None:
+    confusion = [[8, 2, 0], [1, 9, 0], [3, 1, 6]]
+    tested = {"accuracy": accuracy, "confusion": confusion, "test": "digits-on-photos", "test_images": 30}
+    untested = {"accuracy": None, "confusion": None, "test": None, "test_images": 0}
+    result = {"agreement": 0.9, "steps": 100, "seconds": 48.0, "class_names": CLASS_NAMES, "test_split": "test"}
+    result |= {"run": {"student": "resnet20", "data": data}}
+    write_json(path / "result.json", result | (untested if accuracy is None else tested))
+    lines = [{"step": 50, "loss": 3.0, "lr": 0.1}, {"step": 100, "loss": 1.0, "lr": 0.0}]
+    lines.append({"step": 100, "agreement": 0.9, "held_out_loss": 1.2})
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_run(root: Path) -> Path:
+    """A run with every part."""
+    teacher = write_teacher(root / "teacher")
+    images = write_images(root / "synthetic", teacher_digest=teacher.digest())
+    write_student(root / "student", 23 / 30, open_folder(images).digest[:16])
+    for name, accuracy in (("noise", 0.2), ("unguided", 0.5)):
+        write_images(root / "baselines" / name / "synthetic", count=6, guided=False)
+        write_student(root / "baselines" / name / "student", accuracy)
+    seconds = {"teacher": 61.0, "synthesis": 2.0, "distillation": 48.0}
+    summary = {"student_accuracy": 23 / 30, "teacher_accuracy": 0.96, "baselines": {"noise": 0.2, "unguided": 0.5}}
+    write_json(root / "summary.json", summary | {"seconds": seconds})
+    return root
