@@ -222,10 +222,9 @@ def prior_reader(seed: int, steps: int = 600) -> nn.Module:
     for i, (width, stride) in enumerate(((32, 1), (64, 2), (96, 2), (128, 2))):
         layers += [nn.LazyConv2d(width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         layers += [] if i == 0 else [nn.LazyConv2d(width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10)).to(
-        memory_format=torch.channels_last
-    )  # type: ignore[call-overload]
-    net(unit(images[:2]))
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(len(CLASS_NAMES)))
+    net(unit(images[:2]))  # shapes the lazy layers
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-3)
     for step, index in enumerate(batches(len(images), 128, steps, generator)):
         optimizer.param_groups[0]["lr"] = schedule(step, steps, 2e-3)

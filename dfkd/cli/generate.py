@@ -80,6 +80,7 @@ class GenerateOptions:
         choices=("latent", "unet"),
     )
     guidance_step: float = option(0.2, "length of a guidance step; 0: no guidance", low=0)
+    guidance_repeats: int = option(1, "guidance steps at every denoising step", low=1)
     guidance_norm: str = option(
         "rms", "rms: gradient divided by its root mean square, per image; none: as it is", choices=("rms", "none")
     )
@@ -273,7 +274,7 @@ def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> int:
 
 def quieten_libraries() -> None:
     """No bars and hints of the libraries that load the networks; their errors still come through."""
-    # Imported here and not above: these libraries take seconds to load, which --help and a wrong option need not wait for.
+    # Imported here and not above: they take seconds to load, which --help and a wrong option need not wait for.
     import diffusers
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars

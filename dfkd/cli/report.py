@@ -39,7 +39,7 @@ class Options:
         None, f"folder to write; RUN/{FOLDER}, or {FOLDER} beside the images where there is no RUN"
     )
     judged: int = option(
-        1000, "images of each set that the teacher judges, spread over the ids; 0: none", unit="images", low=0
+        500, "images of each set that the teacher judges, spread over the ids; 0: none", unit="images", low=0
     )
     device: str = option("auto", "where the teacher judges: auto, cpu, cuda or cuda:N")
 

@@ -142,8 +142,8 @@ def _clear(out: Path) -> None:
 
 def _content(images: LabelledImages) -> dict[str, str]:
     """Images and labels by content: a name may stand for other files by the time that a run goes on."""
-    digest = hashlib.sha256(images.images.contiguous().numpy())
-    digest.update(images.labels.contiguous().numpy())
+    digest = hashlib.sha256(images.images.contiguous().numpy().data)
+    digest.update(images.labels.contiguous().numpy().data)
     return {"training images": digest.hexdigest()[:16]}
 
 

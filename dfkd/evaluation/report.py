@@ -33,7 +33,7 @@ class Accuracy:
     """Top-1 on real test images, in 0..1; None where it was not measured.
 
     interval: Wilson's 95 % of the student's, for the choice of test images alone, not of seeds; margin: student minus
-    best baseline in percentage points; chance: 1 / classes.
+    best baseline in percentage points; chance: 1 / classes; split: of the real images, "test" or "validation".
     """
 
     student: float | None
@@ -44,6 +44,7 @@ class Accuracy:
     margin: float | None
     chance: float
     test: str | None
+    split: str
     test_images: int
 
 
@@ -169,7 +170,8 @@ def _accuracy(run: RunFolder) -> Accuracy:
         best_baseline=best[0] if best else None,
         margin=100 * (student - best[1]) if best and student is not None else None,
         chance=1 / len(run.synthetic.pool.class_names),
-        test=f"{own['test']}, {own['test_split']}" if own.get("test") else None,
+        test=own.get("test"),
+        split=own.get("test_split", "test"),
         test_images=tested,
     )
 

@@ -32,6 +32,7 @@ class SamplerSettings:
 
     gradient             "latent" or "unet", the two paths above
     guidance_step        rho, the length of a guidance step, in units of the latent (rms) or of the gradient (none)
+    guidance_repeats     guidance steps at every denoising step (N_iter of TFG, arXiv 2409.15761)
     guidance_norm        "rms": every image's gradient is divided by its root mean square; "none": as it is (published)
     guide_from, guide_to share of the steps, 0 = noise to 1 = image, in which the teacher guides
     cfg                  classifier-free scale w; 1 uses the prompt alone
@@ -44,6 +45,7 @@ class SamplerSettings:
 
     gradient: str = "latent"
     guidance_step: float = 0.2
+    guidance_repeats: int = 1
     guidance_norm: str = "rms"
     guide_from: float = 0.0
     guide_to: float = 1.0
@@ -68,7 +70,7 @@ class SampledGroup:
 
     latents  float32 [G, C, h, w]
     images   in 0..1, float32 [G, 3, H, W]
-    curves   guidance losses by name, [G, guided steps], taken before each guidance step
+    curves   guidance losses by name, [G, guided steps], taken before the last guidance step of each denoising step
     plan     the last Latent CutMix (partners are positions in the group), None without one
     """
 
@@ -154,13 +156,15 @@ def sample_group(
             def to_latent(leaf: Tensor, rows: Tensor, t: Tensor = t, row: Step = row, cfg: bool = with_cfg) -> Tensor:
                 return row.z0_z * leaf + row.z0_model * denoise.rows(leaf, rows, t, cfg)
 
-            gradient, losses = guidance.gradient(z, labels, micro, to_latent)
-            z = z - settings.guidance_step * scaled(gradient, settings.guidance_norm)
+            for _ in range(settings.guidance_repeats):
+                gradient, losses = guidance.gradient(z, labels, micro, to_latent)
+                z = z - settings.guidance_step * scaled(gradient, settings.guidance_norm)
         model = denoise(z, t, with_cfg)
         z0 = row.z0_z * z + row.z0_model * model
         if guidance and guided and settings.gradient == "latent":
-            gradient, losses = guidance.gradient(z0, labels, micro)
-            push = -settings.guidance_step * scaled(gradient, settings.guidance_norm)
+            for _ in range(settings.guidance_repeats):
+                gradient, losses = guidance.gradient(z0 + push, labels, micro)
+                push = push - settings.guidance_step * scaled(gradient, settings.guidance_norm)
         for name, value in losses.items():
             curves.setdefault(name, []).append(value)
         z = row.step_z * z + row.step_model * model + row.step_prev * z0_before + row.step_z0 * push

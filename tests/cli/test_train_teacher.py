@@ -1,4 +1,5 @@
-"""dfkd-train-teacher on a folder of tiny images: files written, last line JSON, the test set read once and last."""
+"""dfkd-train-teacher on a folder of tiny images: files written, last line JSON, the test set read once and last; and
+a run that is killed, repeated or given other settings."""
 
 import json
 
@@ -8,6 +9,7 @@ from PIL import Image
 
 from dfkd.cli import train_teacher
 from dfkd.cli.options import command
+from dfkd.files import folder_lock
 from dfkd.teachers import checkpoint
 
 
@@ -27,23 +29,28 @@ def call(*argv: str) -> int:
     return command(train_teacher.Options, train_teacher.run, train_teacher.COMMAND, argv)
 
 
-def test_trains_and_writes(data, tmp_path, capsys, monkeypatch):
-    read = []
+SMALL = "--architecture resnet8 --input-size 16 --epochs 2 --batch-size 16 --augment none --device cpu".split()
+
+
+def train_on(data, out, *more: str) -> int:
+    return call("--data", f"imagefolder:{data}", "--out", str(out), *SMALL, *more)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The splits that were read so far."""
+    splits = []
     original = train_teacher.load
-    monkeypatch.setattr(train_teacher, "load", lambda *args: (read.append(args[1]), original(*args))[1])
-    options = [
-        "--architecture",
-        "resnet8",
-        "--input-size",
-        "16",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "16",
-        "--augment",
-        "none",
-    ]
-    assert call("--data", f"imagefolder:{data}", "--out", str(tmp_path), *options) == 0
+    monkeypatch.setattr(train_teacher, "load", lambda *args: (splits.append(args[1]), original(*args))[1])
+    return splits
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_trains_and_writes(data, tmp_path, capsys, read):
+    assert train_on(data, tmp_path) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["accuracy"] == 1.0 and result["test_images"] == 16
     assert read == ["train", "validation", "test"]
@@ -57,6 +64,115 @@ def test_trains_and_writes(data, tmp_path, capsys, monkeypatch):
     # Half of the pixels lie around 50 of 255, half around 170.
     assert teacher.mean == pytest.approx((0.43,) * 3, abs=0.01)
     assert teacher.std == pytest.approx((0.26,) * 3, abs=0.01)
+    assert sorted(contents(tmp_path)) == [
+        "config.json", "log.jsonl", "model.safetensors", "result.json", "settings.json"
+    ]  # fmt: skip
+
+
+class Killed(BaseException):
+    pass
+
+
+def die(patch, name, time, done):
+    """The command dies when it calls one of its functions for the given time: once that is done, or before."""
+    original, calls = getattr(train_teacher, name), []
+
+    def dying(*args):
+        calls.append(name)
+        if len(calls) < time:
+            return original(*args)
+        if done:
+            original(*args)
+        raise Killed
+
+    patch.setattr(train_teacher, name, dying)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(("write_checkpoint", 2, False), id="between log and checkpoint of epoch 2"),
+        pytest.param(("write_checkpoint", 2, True), id="after epoch 2"),
+        pytest.param(("load", 3, False), id="before the test"),
+        pytest.param(("write_result", 1, True), id="before the checkpoint was removed"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(data, tmp_path, monkeypatch, where):
+    runs = {name: (tmp_path / name, "--epochs", "3", "--augment", "crop-flip") for name in ("whole", "killed")}
+    assert train_on(data, *runs["whole"]) == 0
+    with monkeypatch.context() as patch:
+        die(patch, *where)
+        with pytest.raises(Killed):
+            train_on(data, *runs["killed"])
+    assert (tmp_path / "killed" / "checkpoint.pt").exists()
+    assert train_on(data, *runs["killed"]) == 0
+    whole, killed = (contents(tmp_path / name) for name in runs)
+    assert whole["model.safetensors"] == killed["model.safetensors"] and whole["config.json"] == killed["config.json"]
+    assert lines(whole) == lines(killed)
+    assert whole.keys() == killed.keys()
+
+
+def lines(files):
+    """The log without its times."""
+    found = [json.loads(line) for line in files["log.jsonl"].splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
+def test_a_finished_run_answers_at_once(data, tmp_path, capsys, read):
+    train_on(data, tmp_path)
+    before, first = contents(tmp_path), capsys.readouterr().out.splitlines()[-1]
+    read.clear()
+    assert train_on(data, tmp_path) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(first)
+    assert read == [] and contents(tmp_path) == before
+
+
+def test_other_settings_are_refused_and_change_nothing(data, tmp_path, capsys, monkeypatch, read):
+    with monkeypatch.context() as patch:
+        die(patch, "write_result", 1, False)
+        with pytest.raises(Killed):
+            train_on(data, tmp_path)
+    for finished in (False, True):
+        before = contents(tmp_path)
+        read.clear()
+        assert (tmp_path / "checkpoint.pt").exists() is not finished
+        assert train_on(data, tmp_path, "--lr", "0.05", "--epochs", "3") == 2
+        assert "epochs is 2 there and 3 here; lr is 0.1 there and 0.05 here" in capsys.readouterr().err
+        assert train_on(data / "dark", tmp_path) == 2
+        assert f"data is imagefolder:{data} there and imagefolder:{data}/dark here" in capsys.readouterr().err
+        assert contents(tmp_path) == before and read == []
+        assert train_on(data, tmp_path) == 0
+    assert train_on(data, tmp_path, "--lr", "0.05", "--no-resume") == 0
+    assert json.loads((tmp_path / "result.json").read_text())["run"]["lr"] == 0.05
+
+
+def test_other_images_of_the_same_name_are_refused(data, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        die(patch, "write_result", 1, False)
+        with pytest.raises(Killed):
+            train_on(data, tmp_path)
+    original = train_teacher.load
+
+    def changed(*args):
+        found = original(*args)
+        found.images[0] += 1
+        return found
+
+    monkeypatch.setattr(train_teacher, "load", changed)
+    assert train_on(data, tmp_path) == 2
+    assert "training images is " in capsys.readouterr().err
+
+
+def test_one_run_at_a_time(data, tmp_path, capsys):
+    with folder_lock(tmp_path):
+        assert train_on(data, tmp_path) == 2
+    assert "is in use" in capsys.readouterr().err
+
+
+def test_a_result_of_unknown_settings_is_refused(data, tmp_path, capsys):
+    (tmp_path / "result.json").write_text('{"accuracy": 1}')
+    assert train_on(data, tmp_path) == 2
+    assert "--no-resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
-"""Supervised training: it learns, repeats itself, and its learning rate follows the named schedule."""
+"""Supervised training: it learns, repeats itself, goes on where it was stopped, and its rate follows the schedule."""
 
 import functools
+import io
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from dfkd import teachers
 from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.train import SCHEDULES, Recipe, _parameter_groups, accuracy, rate, train
+from dfkd.teachers.train import SCHEDULES, Recipe, State, _parameter_groups, accuracy, rate, train
 
 RECIPE = Recipe(
     epochs=3,
@@ -54,6 +57,57 @@ def test_learns_and_reports():
 def test_same_seed_same_weights():
     first, second = (fit(run)[0].module.state_dict() for run in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Killed(Exception):
+    pass
+
+
+def with_dropout(seed: int) -> Classifier:
+    """BatchNorm, dropout and momentum: all that has a state or draws random numbers."""
+    torch.manual_seed(seed)
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 2))
+    return Classifier(nn.Sequential(*layers), "tiny", ("dark", "light"), 8, (0.4,) * 3, (0.3,) * 3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "onecycle", "amp": "bf16"}])
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
+    recipe = replace(RECIPE, **changes)
+    whole, whole_epochs = with_dropout(0), []
+    train(whole, *dark_and_light(), recipe, whole_epochs.append)
+
+    stopped, epochs, kept = with_dropout(0), [], io.BytesIO()
+    state = State(stopped.module, recipe)
+
+    def after_epoch(epoch):
+        epochs.append(epoch)
+        torch.save(state.content(), kept)
+        if epoch.number == killed:
+            raise Killed
+        kept.seek(0)
+
+    with pytest.raises(Killed):
+        train(stopped, *dark_and_light(), recipe, after_epoch, state)
+    resumed = with_dropout(99)
+    state = State(resumed.module, recipe)
+    kept.seek(0)
+    state.load(torch.load(kept, weights_only=True))
+    assert state.epoch == killed and state.seconds == epochs[-1].seconds
+    torch.rand(7)  # whatever else the new process draws
+    train(resumed, *dark_and_light(), recipe, epochs.append, state)
+
+    mine, theirs = resumed.module.state_dict(), whole.module.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert [replace(epoch, seconds=0) for epoch in epochs] == [replace(epoch, seconds=0) for epoch in whole_epochs]
+    assert [epoch.seconds for epoch in epochs] == sorted(epoch.seconds for epoch in epochs)
+
+
+def test_training_leaves_torchs_generator_alone():
+    classifier = with_dropout(0)
+    before = torch.get_rng_state()
+    train(classifier, *dark_and_light(), RECIPE, lambda epoch: None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_accuracy_counts():
