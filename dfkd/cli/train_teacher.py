@@ -94,8 +94,8 @@ def _run(options: Options, device: torch.device) -> dict[str, Any]:
         _clear(out)
     if (known := read_result(out)) is not None:
         refuse_other(out, known["run"], this_run)
-        (out / CHECKPOINT).unlink(missing_ok=True)  # of a run that was killed between its last two acts
         if (out / checkpoint.WEIGHTS).exists():
+            (out / CHECKPOINT).unlink(missing_ok=True)  # of a run that was killed between its last two acts
             return known
     # Read before the images, which take long, so that another run's folder is refused at once.
     saved = read_checkpoint(out, this_run, device)

@@ -29,7 +29,8 @@ def call(*argv: str) -> int:
     return command(train_teacher.Options, train_teacher.run, train_teacher.COMMAND, argv)
 
 
-SMALL = "--architecture resnet8 --input-size 16 --epochs 2 --batch-size 16 --augment none --device cpu".split()
+SMALL = ["--architecture", "resnet8", "--input-size", "16", "--epochs", "2", "--batch-size", "16"]
+SMALL += ["--augment", "none", "--device", "cpu"]
 
 
 def train_on(data, out, *more: str) -> int:
