@@ -236,7 +236,7 @@ def prior_reader(seed: int, steps: int = 600) -> nn.Module:
 
 
 @torch.no_grad()
-def judge(folder: Path, seed: int = 0, count: int = 500, cfg: float = 2.0, steps: int = 20) -> dict[str, float]:
+def judge(folder: Path, seed: int = 0, count: int = 500, cfg: float = 5.0, steps: int = 20) -> dict[str, float]:
     """Samples by diffusers' own pipeline, read by a classifier of world Y. Accuracies in 0..1."""
     reader = prior_reader(seed)
     fresh, fresh_labels = prior_images(2000, seed + 99)

@@ -99,6 +99,8 @@ class GenerateOptions:
     cutmix_alpha: float = option(1.0, "its Beta(alpha, alpha)", low=1e-3)
     noise_edit_steps: int = option(0, "gradient steps of the BN loss on the initial noise (FedCADO)", low=0)
     noise_edit_scale: float = option(0.1, "their length", low=0)
+    refine_steps: int = option(0, "guidance steps on the finished image's pixels; needs guidance", low=0)
+    refine_step: float = option(0.02, "rms of the first of them, of pixels in 0..1, falling to 0", low=0, high=1)
     student_checkpoint: Path | None = option(None, "student of the adversarial loss: OUT/last of dfkd-distill")
     shard_size: int = option(0, f"images a shard, a multiple of --group; 0: about {SHARD_IMAGES}", low=0)
     format: str = option(

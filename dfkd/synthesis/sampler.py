@@ -41,6 +41,8 @@ class SamplerSettings:
     cutmix_alpha         lam ~ Beta(alpha, alpha)
     noise_edit_steps     gradient steps of L_bn on z_T before sampling (FedCADO, arXiv 2311.08870)
     noise_edit_scale     their length, times the gradient of L_bn
+    refine_steps         guidance steps on the finished image's pixels, past what the decoder can express
+    refine_step          length (rms, of pixels in 0..1) of the first of them, falling linearly to 0
     """
 
     gradient: str = "latent"
@@ -56,6 +58,8 @@ class SamplerSettings:
     cutmix_alpha: float = 1.0
     noise_edit_steps: int = 0
     noise_edit_scale: float = 0.1
+    refine_steps: int = 0
+    refine_step: float = 0.02
 
     def guided(self, step: int, steps: int) -> bool:
         return self.guidance_step > 0 and self.guide_from <= step / steps < self.guide_to
@@ -175,6 +179,8 @@ def sample_group(
             plan = cutmix.plan(seed, ids, labels, i, settings.cutmix_alpha, *latent_size)
             z, z0_before = cutmix.apply(z, plan), cutmix.apply(z0_before, plan)
     images = in_microbatches(lambda rows: prior.decode(z[rows]).float(), len(z), micro)
+    if guidance and settings.refine_steps:
+        images = refine(images, guidance, settings, labels, micro)
     finite = z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
     if not finite.all():
         raise FloatingPointError(f"the images {ids[~finite].tolist()} are not finite")
@@ -208,3 +214,16 @@ def edit_noise(
         gradient, _ = statistics.gradient(z, labels, micro, to_latent)
         z = z - settings.noise_edit_scale * gradient
     return z
+
+
+def refine(images: Tensor, guidance: Guidance, settings: SamplerSettings, labels: Tensor, micro: int) -> Tensor:
+    """Guidance on pixels [G, 3, H, W] in 0..1, as DeepInversion (arXiv 1912.08795) does from noise.
+
+    A decoder cannot draw all the texture that the teacher's statistics ask for, and a step here needs no decoder.
+    """
+    on_pixels = Guidance(lambda x: x, guidance.teacher, guidance.weights, guidance.student)
+    for i in range(settings.refine_steps):
+        gradient, _ = on_pixels.gradient(images, labels, micro)
+        length = settings.refine_step * (1 - i / settings.refine_steps)
+        images = (images - length * scaled(gradient, "rms")).clamp(0, 1)
+    return images
