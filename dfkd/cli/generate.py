@@ -79,7 +79,7 @@ class GenerateOptions:
         " calls and a backward pass (published)",
         choices=("latent", "unet"),
     )
-    guidance_step: float = option(0.2, "length of a guidance step; 0: no guidance", low=0)
+    guidance_step: float = option(0.2, "length of a guidance step; 0: no teacher at all, no refinement either", low=0)
     guidance_repeats: int = option(1, "guidance steps at every denoising step", low=1)
     guidance_norm: str = option(
         "rms", "rms: gradient divided by its root mean square, per image; none: as it is", choices=("rms", "none")
@@ -123,6 +123,8 @@ class GenerateOptions:
             raise ValueError("--student-checkpoint acts only with --adv-weight above 0")
         if self.noise_edit_steps and not self.guides:
             raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0 and a loss of weight above 0")
+        if self.refine_steps and self.guidance_step > 0 and not self.guides:
+            raise ValueError("--refine-steps needs a loss of weight above 0")
 
     @property
     def guides(self) -> bool:

@@ -27,6 +27,7 @@ ACTS = {
     "negative_prompt": (("--cfg", 9), "photo of an a to a"),
     "gradient": ((), "unet"),
     "guidance_step": ((), 0.4),
+    "guidance_repeats": ((), 3),
     "guidance_norm": ((), "none"),
     "guide_from": ((), 0.5),
     "guide_to": ((), 0.5),
@@ -39,6 +40,8 @@ ACTS = {
     "cutmix_alpha": (("--cutmix-every", 1), 0.1),
     "noise_edit_steps": ((), 2),
     "noise_edit_scale": (("--noise-edit-steps", 2), 2.0),
+    "refine_steps": ((), 3),
+    "refine_step": (("--refine-steps", 3), 0.1),
     "normalisation": ((), "imagenet"),
 }
 # not fields of a run's identity, but what they name is, by digest

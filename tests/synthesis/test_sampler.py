@@ -1,6 +1,7 @@
 """The sampling loop: against diffusers' pipeline, against naive loops, and independent of how a group is cut."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -305,3 +306,33 @@ def test_images_that_are_not_finite_are_named():
     prior.decode = lambda z0: torch.where(torch.arange(len(z0))[:, None, None, None] == 2, torch.nan, decode(z0))
     with pytest.raises(FloatingPointError, match=r"the images \[72\] are not finite"):
         sample(prior, guidance, SamplerSettings())
+
+
+@pytest.mark.parametrize("path", ["latent", "unet"])
+def test_repeats_are_guidance_steps_at_one_noise_level(doubled, path):
+    prior = SmallPrior(dtype=torch.float64)
+    guidance, seen = guided(prior), []
+    plain = guidance.gradient
+    guidance.gradient = lambda *given: seen.append(given[0]) or plain(*given)
+    once = SamplerSettings(gradient=path, guidance_step=RHO, cfg=CFG, guide_to=0.2)
+    sample(prior, guidance, replace(once, guidance_repeats=3))
+    assert len(seen) == 3
+    for before, after in pairwise(seen):
+        rms = (after - before).square().mean((1, 2, 3)).sqrt()
+        torch.testing.assert_close(rms, torch.full_like(rms, RHO))  # each moves every image by rho
+
+
+def test_refinement_lowers_the_loss_of_the_finished_images():
+    prior = SmallPrior()
+    guidance, settings = guided(prior), SamplerSettings(cfg=CFG)
+    on_pixels = Guidance(lambda x: x, guidance.teacher, guidance.weights)
+
+    def loss(images):
+        _, losses = on_pixels.gradient(images, LABELS, len(LABELS))
+        return sum(getattr(WEIGHTS, name) * value.sum() for name, value in losses.items())
+
+    rough = sample(prior, guidance, settings).images
+    fine = sample(prior, guidance, replace(settings, refine_steps=8, refine_step=0.01)).images
+    assert loss(fine) < loss(rough) and fine.min() >= 0 and fine.max() <= 1
+    cut = sample(prior, guidance, replace(settings, refine_steps=8, refine_step=0.01), micro=3).images
+    torch.testing.assert_close(cut, fine, rtol=0, atol=1e-4)  # eight float32 steps
