@@ -3,13 +3,14 @@
     python -m benchmarks.guidance_paths --teacher runs/demo/teacher            speeds and cosines, about two minutes
     python -m benchmarks.guidance_paths --teacher runs/demo/teacher --students  also a student per row, far longer
 
-published   one image at a time, gradient through the UNet, two UNet calls a step, every image's own BN statistics
-unet        the same gradient for a whole group at a time, BN statistics of the group
-latent      ours: gradient through decoder and teacher only, one UNet call a step, BN statistics of the group
+published   one image at a time, gradient through the UNet, two UNet calls a step, guidance and classifier-free guidance
+            in every step, every image's own BN statistics, no refinement
+unet        the `demo` preset with the gradient through the UNet: groups, late guidance with repeats, refinement
+latent      the `demo` preset: the same with the gradient through decoder and teacher only
 
-All rows take the `demo` preset's steps and losses. Speeds are measured in turns (published, unet, latent, published,
-...) in one process, and the ratio is taken within a turn. The published row's student learns from images that were
-computed in batches: an image does not depend on its batch, so they are the same images.
+All rows take the preset's number of steps, loss weights and length of a guidance step. Speeds are measured in turns
+(published, unet, latent, published, ...) in one process, and the ratio is taken within a turn. The published row's
+student learns from images that were computed in batches: an image does not depend on its batch, so they are the same.
 """
 
 import argparse
@@ -38,7 +39,14 @@ from kernels.philox import philox_normal
 
 RESULTS = Path(__file__).parent / "results"
 ROWS: dict[str, dict[str, Any]] = {
-    "published": {"gradient": "unet", "bn_stats": "image"},
+    "published": {
+        "gradient": "unet",
+        "bn_stats": "image",
+        "guidance_repeats": 1,
+        "guide_from": 0,
+        "cfg_to": 1,
+        "refine_steps": 0,
+    },
     "unet": {"gradient": "unet"},
     "latent": {"gradient": "latent"},
 }
@@ -52,6 +60,13 @@ def make(teacher: Path, device: str, out: Path, overrides: dict[str, Any], more:
     """A synthesis of the demo preset with a row's overrides."""
     words = ["--preset", "demo", "--teacher-checkpoint", str(teacher), "--device", device, "--out", str(out)]
     return prepare(parse(GenerateOptions, [*words, *flags(overrides), *more], "dfkd-generate", PRESETS))
+
+
+def unet_calls(synthesis: Synthesis) -> int:
+    """UNet calls for an image (of two rows where classifier-free guidance acts); a guided `unet` step repeats them."""
+    settings, steps = synthesis.settings, len(synthesis.table)
+    guided = sum(settings.guided(i, steps) for i in range(steps))
+    return steps + (guided * settings.guidance_repeats if settings.gradient == "unet" else 0)
 
 
 def timed(synthesis: Synthesis, group: int, images: int) -> float:
@@ -141,7 +156,7 @@ def student_accuracy(teacher: Path, folder: Path, overrides: dict[str, Any], see
 def markdown(result: dict[str, Any]) -> str:
     """The table of a recorded result."""
     lines = [
-        "| path | UNet calls a step | images at a time | img/s: median (min to max) | ratio | student |",
+        "| path | UNet calls an image | images at a time | img/s: median (min to max) | ratio | student |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
@@ -191,7 +206,7 @@ def main() -> None:
             if a.students:
                 accuracy = student_accuracy(a.teacher, folder / name, ROWS[name], a.seed, a.split)
             result["rows"][name] = {
-                "unet_calls": 1 if ROWS[name]["gradient"] == "latent" else 2,
+                "unet_calls": unet_calls(rows[name]),
                 "images_at_a_time": 1 if name == "published" else rows[name].group,
                 "images_per_second": 1 / median(spent),
                 "slowest": 1 / max(spent),

@@ -91,7 +91,6 @@ PRESETS: dict[str, Preset] = {
             "count": 400,
             "group": 200,
             "batch": 200,
-            "micro_batch": 100,
             "sampler": "ddim",
             "steps": 12,
             "cfg": 4.0,

@@ -206,9 +206,11 @@ def _dress(axes: Axes, theme: Theme) -> Axes:
 
 
 def _log(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers at 1, 2 and 5 of each decade that has them."""
+    """A logarithmic vertical axis with plain numbers, at 1, 2 and 5 of each decade where there are few decades."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    low, high = axes.get_ylim()
+    few = high < 300 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8 if few else 6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
