@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import dfkd
+
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, cores, versions, commit and date, as plain JSON values."""
@@ -20,7 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "dfkd")},
+        "versions": {"dfkd": dfkd.__version__, **{name: version(name) for name in ("torch", "diffusers")}},
         "python": platform.python_version(),
         "commit": commit or None,
         "date": datetime.now(UTC).date().isoformat(),

@@ -182,7 +182,8 @@ def main() -> None:
     parser.add_argument("--distill", default="", help="more options of dfkd-distill, as one string")
     parser.add_argument("--record", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
-    result = {**demo(arguments), "machine": describe(torch.device("cpu"))}
+    machine = describe(torch.device("cpu"))  # before the work: what fails here must not lose it
+    result = {**demo(arguments), "machine": machine}
     if arguments.record:
         replace_text(arguments.record, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
