@@ -168,7 +168,9 @@ def markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines += [
         "",
-        f"Cosine of the latent path's gradient with the UNet path's: {cosine}. {result['steps']} steps, "
+        "The `demo` preset"
+        + (f" with `{result['generate']}`" if result["generate"] else "")
+        + f". Cosine of the latent path's gradient with the UNet path's: {cosine}. {result['steps']} steps, "
         f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}, {machine['date']}.",
     ]
     return "\n".join(lines)
@@ -197,6 +199,7 @@ def main() -> None:
         result: dict[str, Any] = {
             "machine": describe(rows["latent"].device),
             "steps": len(rows["latent"].table),
+            "generate": a.generate,
             "gradient_cosine": cosines(rows["latent"], rows["unet"], rows["latent"].group),
             "rows": {},
         }
