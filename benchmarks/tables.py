@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 NAMES = {
     "prior_data": "the prior's own training data",
     "unguided": "unguided samples of the prior",
-    "unguided_sharpened": "the same, sharpened without a teacher",
+    "unguided_sharpened": "unguided samples, sharpened without a teacher",
     "deepinversion": "DeepInversion, equal seconds",
     "noise": "uniform noise",
 }
