@@ -59,7 +59,7 @@ def sharpened(images: Tensor, amount: float = 1.5, sigma: float = 1.0) -> Tensor
 def deepinversion(teacher: Classifier, count: int, seed: int, seconds: float) -> tuple[Tensor, Tensor]:
     """DeepInversion (arXiv 1912.08795) in `seconds` of wall time: pixels optimised by Adam from noise.
 
-    Loss: CE + 10 BN statistics of the batch (relative form) + 0.05 total variation, with random shifts and flips
+    Loss: CE + 10 BN statistics of the batch (relative form) + 0.05 total variation, with random shifts
     of at most 2 pixels. The number of iterations per batch of 200 is what the time allows.
     """
     generator = torch.Generator().manual_seed(seed)

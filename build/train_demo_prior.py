@@ -2,9 +2,10 @@
 
     python build/train_demo_prior.py --out dfkd/priors/demo            about an hour on one CPU core
 
-Two stages, each resumable from its file in --work: the autoencoder (world Y and procedural textures), then text
-encoder and denoiser together on cached latents of world Y. The result is written in half precision in the layout of
-`StableDiffusionPipeline`, and judged: a classifier trained on world Y must read unguided samples at 90 % or more.
+Two stages: the autoencoder (world Y and procedural textures), kept in --work and not trained again when it is there;
+then text encoder and denoiser together on cached latents of world Y. The result is written in half precision in the
+layout of `StableDiffusionPipeline`, and judged: a classifier trained on world Y reads unguided samples, and the
+accuracies go into judged.json.
 """
 
 import argparse
