@@ -7,12 +7,14 @@
     L     = bn_weight L_bn + cls_weight L_cls + adv_weight L_adv   (DiffDFKD, arXiv 2504.00870)
 
 Every loss is a per-image quantity and the gradient that of their sum, so an image's guidance does not depend on how
-it was batched. Over a group of images L_bn takes two phases: moments of the whole group first, then gradients with
-the group's slopes held fixed. The sum is exact.
+it was batched. A group that fits one network call is differentiated whole. A group in several micro-batches takes two
+phases: moments of the whole group first, then gradients with the group's slopes held fixed. The sum is exact.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,17 @@ from dfkd.synthesis.statistics import BN_LOSSES, GroupLoss, Moments, add_moments
 from dfkd.teachers.classifier import Classifier
 
 Decode = Callable[[Tensor], Tensor]
-ToLatent = Callable[[Tensor, Tensor], Tensor]
+
+
+class ToLatent(Protocol):
+    """Points at which a gradient is taken [B, C, h, w], the latents of group rows `rows` [B] -> clean latents z0hat."""
+
+    def __call__(self, z: Tensor, rows: Tensor) -> Tensor: ...
+
+
+def as_it_is(z: Tensor, rows: Tensor) -> Tensor:
+    """The point itself is the clean latent: the `latent` path."""
+    return z
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,18 @@ class LossWeights:
             raise ValueError(f"bn_stats must be image or group, got {self.bn_stats!r}")
         if self.bn_loss not in BN_LOSSES:
             raise ValueError(f"bn_loss must be one of {', '.join(BN_LOSSES)}, got {self.bn_loss!r}")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """CE [B] of logits [B, C] and labels int64 [B], as softplus(logsumexp of the other logits - the label's logit).
+
+    Equal to log-softmax at the label, but each factor of its gradient is right in relative terms however sure the
+    teacher is. There softmax - onehot is the difference of nearly equal numbers, and guidance of unit length would
+    follow its rounding.
+    """
+    own = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    others = logits.masked_fill(own, -torch.inf).logsumexp(1)
+    return F.softplus(others - logits.masked_fill(~own, 0).sum(1), threshold=40)  # linear above: exact to 1e-17
 
 
 def adversarial_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -102,37 +126,62 @@ class Guidance:
         return GroupLoss.of(group_moments(sums, len(latents)), self.layers, self.weights.bn_loss)
 
     def _losses(self, z0: Tensor, labels: Tensor, group: GroupLoss | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to differentiate [B] and the losses to record, each [B]. A group's loss is every image's."""
+        """The loss to differentiate [B] and the losses to record, each [B]. A group's loss is every image's.
+
+        group: the group's slopes where these are some of its images; None where they are all of it.
+        """
         w = self.weights
         images = self.decode(z0)
         with tapped(self.layers) as moments:
-            # In float64 softmax - onehot keeps its direction however sure the teacher is; in float32 guidance of unit
-            # length would follow the rounding there.
-            logits = self.teacher.logits(images).double()
+            logits = self.teacher.logits(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = logits.new_zeros(len(logits))
         record: dict[str, Tensor] = {}
         if w.cls:
-            record["cls"] = F.cross_entropy(logits, labels, reduction="none")
+            record["cls"] = cross_entropy(logits, labels)
             total = total + w.cls * record["cls"]
         if w.bn and w.bn_stats == "image":
             record["bn"] = bn_loss(moments, self.layers, w.bn_loss)
             total = total + w.bn * record["bn"]
-        elif w.bn:
-            group = group or GroupLoss.of(
-                group_moments(add_moments([], [Moments(m.m1.detach(), m.m2.detach()) for m in moments], len(logits)),
-                              len(logits)),
-                self.layers, w.bn_loss,
-            )  # fmt: skip
+        elif w.bn and group is None:
+            average = [Moments(m.m1.mean(0, keepdim=True), m.m2.mean(0, keepdim=True)) for m in moments]
+            record["bn"] = bn_loss(average, self.layers, w.bn_loss).expand(len(logits))
+            total = total + w.bn * record["bn"]  # summed over the images: the group's loss times its size
+        elif w.bn and group:
             record["bn"] = torch.full_like(total, group.value)
             total = total + w.bn * group.surrogate(moments)
         if w.adv:
             assert self.student is not None
-            record["adv"] = adversarial_loss(logits, self.student.logits(images).double())
+            student = self.student.logits(images)
+            record["adv"] = adversarial_loss(logits, student.to(torch.promote_types(student.dtype, torch.float32)))
             total = total + w.adv * record["adv"]
         return total, {name: value.detach() for name, value in record.items()}
 
+    def of_batch(
+        self, latents: Tensor, labels: Tensor, group: GroupLoss | None = None, to_latent: Decode = lambda z: z
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient of one network call: `latents` [B, C, h, w] are a whole group, or some of the group that `group` is.
+
+        Returns the gradient, like `latents`, and the unweighted losses {name: [B]}. Only tensor arithmetic, no branch
+        on a value: this is what compiled engines are traced from.
+        """
+        leaf = latents.detach().requires_grad_()
+        with torch.enable_grad():
+            total, record = self._losses(to_latent(leaf), labels, group)
+            (gradient,) = torch.autograd.grad(total.sum() * self.loss_scale, leaf)
+        return gradient / self.loss_scale, record
+
+    def on_pixels(self) -> "Guidance":
+        """The same losses with images [B, 3, H, W] in 0..1 in the place of latents."""
+        return Guidance(lambda x: x, self.teacher, self.weights, self.student)
+
+    def statistics_alone(self) -> "Guidance":
+        """The same with L_bn alone, of weight 1."""
+        weights = LossWeights(bn=1.0, cls=0.0, bn_stats=self.weights.bn_stats, bn_loss=self.weights.bn_loss)
+        return Guidance(self.decode, self.teacher, weights, loss_scale=self.loss_scale)
+
     def gradient(
-        self, latents: Tensor, labels: Tensor, micro: int, to_latent: ToLatent = lambda z, rows: z
+        self, latents: Tensor, labels: Tensor, micro: int, to_latent: ToLatent = as_it_is
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of the summed loss in the latents of one whole group.
 
@@ -146,15 +195,12 @@ class Guidance:
         Returns:
             The gradient, like `latents`, and the unweighted losses {name: [G]} of the images as they were.
         """
-        whole = len(latents) <= micro  # one micro-batch sees the whole group: both phases in one pass
         in_group = bool(self.weights.bn) and self.weights.bn_stats == "group"
-        group = self._group_loss(latents, to_latent, micro) if in_group and not whole else None
+        cut = len(latents) > micro
+        group = self._group_loss(latents, to_latent, micro) if in_group and cut else None
         gradients, records = [], []
         for rows, count in cuts(len(latents), micro):
-            leaf = latents[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                total, record = self._losses(to_latent(leaf, rows), labels[rows], group)
-                (gradient,) = torch.autograd.grad(total.sum() * self.loss_scale, leaf)
-            gradients.append(gradient[:count] / self.loss_scale)
+            gradient, record = self.of_batch(latents[rows], labels[rows], group, partial(to_latent, rows=rows))
+            gradients.append(gradient[:count])
             records.append({name: value[:count] for name, value in record.items()})
         return torch.cat(gradients), {name: torch.cat([r[name] for r in records]) for name in records[0]}

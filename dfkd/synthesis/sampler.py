@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dfkd.synthesis import cutmix
-from dfkd.synthesis.guidance import Guidance, LossWeights
+from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.microbatch import in_microbatches
 from dfkd.synthesis.schedule import Step, StepTable
 from engine.networks import Prior
@@ -157,8 +157,8 @@ def sample_group(
         losses: dict[str, Tensor] = {}
         if guidance and guided and settings.gradient == "unet":
 
-            def to_latent(leaf: Tensor, rows: Tensor, t: Tensor = t, row: Step = row, cfg: bool = with_cfg) -> Tensor:
-                return row.z0_z * leaf + row.z0_model * denoise.rows(leaf, rows, t, cfg)
+            def to_latent(z: Tensor, rows: Tensor, t: Tensor = t, row: Step = row, cfg: bool = with_cfg) -> Tensor:
+                return row.z0_z * z + row.z0_model * denoise.rows(z, rows, t, cfg)
 
             for _ in range(settings.guidance_repeats):
                 gradient, losses = guidance.gradient(z, labels, micro, to_latent)
@@ -200,15 +200,14 @@ def edit_noise(
     row = table.row(0)
     t = torch.as_tensor(row.timestep, device=z.device)
     with_cfg = settings.classifier_free(0, len(table))
-    weights = LossWeights(bn=1.0, cls=0.0, bn_stats=guidance.weights.bn_stats, bn_loss=guidance.weights.bn_loss)
-    statistics = Guidance(guidance.decode, guidance.teacher, weights, loss_scale=guidance.loss_scale)
+    statistics = guidance.statistics_alone()
 
-    def to_latent(leaf: Tensor, rows: Tensor) -> Tensor:
+    def to_latent(z: Tensor, rows: Tensor) -> Tensor:
         if settings.gradient == "unet":
-            return row.z0_z * leaf + row.z0_model * denoise.rows(leaf, rows, t, with_cfg)
+            return row.z0_z * z + row.z0_model * denoise.rows(z, rows, t, with_cfg)
         with torch.no_grad():
-            model = denoise.rows(leaf, rows, t, with_cfg)
-        return row.z0_z * leaf + row.z0_model * model
+            model = denoise.rows(z, rows, t, with_cfg)
+        return row.z0_z * z + row.z0_model * model
 
     for _ in range(settings.noise_edit_steps):
         gradient, _ = statistics.gradient(z, labels, micro, to_latent)
@@ -221,7 +220,7 @@ def refine(images: Tensor, guidance: Guidance, settings: SamplerSettings, labels
 
     A decoder cannot draw all the texture that the teacher's statistics ask for, and a step here needs no decoder.
     """
-    on_pixels = Guidance(lambda x: x, guidance.teacher, guidance.weights, guidance.student)
+    on_pixels = guidance.on_pixels()
     for i in range(settings.refine_steps):
         gradient, _ = on_pixels.gradient(images, labels, micro)
         length = settings.refine_step * (1 - i / settings.refine_steps)
