@@ -28,7 +28,8 @@ import torch.nn.functional as F
 
 from benchmarks.machine import describe
 from benchmarks.quality import DATA, call
-from dfkd.cli.generate import GenerateOptions, prepare
+from dfkd.cli.generate import prepare
+from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
 from dfkd.files import replace_text
 from dfkd.presets import PRESETS

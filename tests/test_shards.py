@@ -9,15 +9,15 @@ import pytest
 import torch
 import webdataset
 
+from dfkd.choices import IMAGE_FORMATS
 from dfkd.errors import UsageError
 from dfkd.shards import open_folder, read_folder, require_space, required_bytes
-from dfkd.shards.codec import FORMATS
 from tests.shard_folders import CLASS_NAMES, contents, fill, make, open_for_writing, sample
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize("image_format", IMAGE_FORMATS)
 def test_what_is_written_is_read_back(tmp_path: Path, image_format: str) -> None:
     pool = read_folder(make(tmp_path, image_format=image_format))
     images, records = sample(range(10), 8)

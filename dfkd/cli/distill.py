@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from dfkd import teachers
+from dfkd.choices import NORMALISATIONS
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
-from dfkd.cli.teacher import NORMALISATIONS, load_teacher
+from dfkd.cli.teacher import load_teacher
 from dfkd.device import resolve_device
 from dfkd.distillation.held_out import confusion_matrix, logits_of
 from dfkd.distillation.identity import identity

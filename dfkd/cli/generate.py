@@ -4,27 +4,27 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from dfkd.cli.options import command, option, plain, save_settings
+from dfkd.cli.generate_options import GenerateOptions
+from dfkd.cli.options import command, plain, save_settings
 from dfkd.cli.progress import progress
-from dfkd.cli.teacher import NORMALISATIONS, load_teacher
+from dfkd.cli.teacher import load_teacher
 from dfkd.device import resolve_device
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 from dfkd.imagefolder import export_imagefolder
-from dfkd.shards import FORMATS, ShardFolder, open_folder, require_space
+from dfkd.shards import ShardFolder, open_folder, require_space
 from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.memory import device_bytes, images_per_call
 from dfkd.synthesis.prompts import chosen_classes, prompt_of
 from dfkd.synthesis.run import Synthesis, synthesise
 from dfkd.synthesis.sampler import SamplerSettings
-from dfkd.synthesis.schedule import SAMPLERS, build_table
-from dfkd.synthesis.statistics import BN_LOSSES, tapped
+from dfkd.synthesis.schedule import build_table
+from dfkd.synthesis.statistics import tapped
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
 from engine.networks import Prior, PriorError, load_prior
@@ -32,107 +32,8 @@ from engine.networks import Prior, PriorError, load_prior
 COMMAND = "dfkd-generate"
 RESULT = "result.json"
 IMAGE_FOLDER = "imagefolder"
-EMBEDDED_PRIOR = Path(__file__).parents[1] / "priors" / "demo"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_LOSS_SCALE = 2.0**10  # lifts gradients of 1e-7, common here, into float16's normal range
-SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Synthesise labelled images: a diffusion prior, steered at every step by the gradient of the teacher's loss.
-
-    Writes OUT/shard-*.tar (WebDataset), OUT/manifest.json, OUT/settings.json and OUT/result.json. Started again on the
-    same folder it computes what is missing or damaged and nothing else. The same --seed and image id give the same
-    image for any --batch, in any order.
-    """
-
-    out: Path = option(MISSING, "folder to write")
-    teacher: str | None = option(None, "architecture of the teacher; a folder of dfkd-train-teacher knows its own")
-    teacher_checkpoint: Path | None = option(None, "folder of dfkd-train-teacher, or a .safetensors, .pth or .pt file")
-    normalisation: str | None = option(
-        None, "mean and standard deviation for a teacher file that states none", choices=tuple(NORMALISATIONS)
-    )
-    classes: tuple[str, ...] = option((), "class names in the order of the teacher's logits, where it states none")
-    only: tuple[str, ...] = option((), "synthesise these classes alone")
-    prior: str = option(
-        str(EMBEDDED_PRIOR), "folder in Stable Diffusion layout, or the id of one on the Hugging Face hub"
-    )
-    count: int = option(1000, "how many images", unit="images", low=1)
-    batch: int = option(64, "images in flight, at most a group; no result depends on it", unit="images", low=1)
-    micro_batch: int = option(0, "images per network call; 0: as many as --batch, group and memory allow", low=0)
-    group: int = option(64, "images that share BN statistics and CutMix partners", unit="images", low=1)
-    seed: int = option(0, "run seed; with the image id it fixes an image", low=0, high=2**64 - 1)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
-    dtype: str = option("fp32", "precision of the networks; latents and losses stay fp32", choices=tuple(DTYPES))
-    size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
-    sampler: str = option("ddim", "sampler", choices=tuple(SAMPLERS))
-    steps: int = option(50, "denoising steps", low=1, high=1000)
-    cfg: float = option(3.0, "classifier-free scale; 1: the prompt alone", low=0)
-    cfg_from: float = option(0.0, "share of the steps after which it acts", low=0, high=1)
-    cfg_to: float = option(1.0, "share of the steps until which it acts", low=0, high=1)
-    prompt: str = option("a photo of the digit {label}", "template; without {label} it is class-free")
-    negative_prompt: str = option("", "prompt of the unconditional rows")
-    gradient: str = option(
-        "latent",
-        "latent: the gradient stops at the clean latent, one UNet call a step; unet: it goes through the UNet, two"
-        " calls and a backward pass (published)",
-        choices=("latent", "unet"),
-    )
-    guidance_step: float = option(0.2, "length of a guidance step; 0: no teacher at all, no refinement either", low=0)
-    guidance_repeats: int = option(1, "guidance steps at every denoising step", low=1)
-    guidance_norm: str = option(
-        "rms", "rms: gradient divided by its root mean square, per image; none: as it is", choices=("rms", "none")
-    )
-    guide_from: float = option(0.0, "share of the steps after which the teacher guides", low=0, high=1)
-    guide_to: float = option(1.0, "share of the steps until which the teacher guides", low=0, high=1)
-    bn_weight: float = option(0.1, "weight of the BatchNorm-statistics loss", low=0)
-    cls_weight: float = option(1.0, "weight of the cross-entropy", low=0)
-    adv_weight: float = option(0.0, "weight of the adversarial loss; needs --student-checkpoint", low=0)
-    bn_stats: str = option(
-        "group", "statistics of every image alone, or of its whole group", choices=("image", "group")
-    )
-    bn_loss: str = option(
-        "norm", "norm: un-squared 2-norms (published); relative: free of each layer's scale", choices=BN_LOSSES
-    )
-    cutmix_every: int = option(0, "Latent CutMix after every so many steps; 0: never", low=0)
-    cutmix_alpha: float = option(1.0, "its Beta(alpha, alpha)", low=1e-3)
-    noise_edit_steps: int = option(0, "gradient steps of the BN loss on the initial noise (FedCADO)", low=0)
-    noise_edit_scale: float = option(0.1, "their length", low=0)
-    refine_steps: int = option(0, "guidance steps on the finished image's pixels; needs guidance", low=0)
-    refine_step: float = option(0.02, "rms of the first of them, of pixels in 0..1, falling to 0", low=0, high=1)
-    student_checkpoint: Path | None = option(None, "student of the adversarial loss: OUT/last of dfkd-distill")
-    shard_size: int = option(0, f"images a shard, a multiple of --group; 0: about {SHARD_IMAGES}", low=0)
-    format: str = option(
-        "webdataset", "imagefolder: also class folders, under OUT/imagefolder", choices=("webdataset", "imagefolder")
-    )
-    image_format: str = option("png", "file format of the images", choices=FORMATS)
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("cfg", self.cfg_from, self.cfg_to),
-            ("guide", self.guide_from, self.guide_to),
-        ):
-            if low > high:
-                raise ValueError(f"--{name}-from {low} lies after --{name}-to {high}")
-        if self.shard_size % self.group:
-            raise ValueError(f"--shard-size {self.shard_size} is not a multiple of --group {self.group}")
-        if self.adv_weight and self.student_checkpoint is None:
-            raise ValueError("--adv-weight above 0 needs --student-checkpoint, the student that should disagree")
-        if self.student_checkpoint is not None and not self.adv_weight:
-            raise ValueError("--student-checkpoint acts only with --adv-weight above 0")
-        if self.noise_edit_steps and not self.guides:
-            raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0 and a loss of weight above 0")
-        if self.refine_steps and self.guidance_step > 0 and not self.guides:
-            raise ValueError("--refine-steps needs a loss of weight above 0")
-
-    @property
-    def guides(self) -> bool:
-        return self.guidance_step > 0 and max(self.bn_weight, self.cls_weight, self.adv_weight) > 0
-
-    @property
-    def images_per_shard(self) -> int:
-        return self.shard_size or self.group * math.ceil(SHARD_IMAGES / self.group)
 
 
 # What decides where and in which portions a run is computed, and not what comes out.
@@ -217,7 +118,7 @@ def prepare(options: GenerateOptions) -> Synthesis:
     prompt_of(options.prompt, teacher.class_names[0])
     student = load_student(options, teacher, device)
     try:
-        prior = load_prior(options.prior, DTYPES[options.dtype], device)
+        prior = load_prior(options.prior, TORCH_DTYPES[options.dtype], device)
     except PriorError as error:
         raise UsageError(str(error)) from None
     guidance = None
@@ -272,7 +173,7 @@ def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> int:
         return min(options.micro_batch, most)
     pixels = math.prod(synthesis.latent_size) * synthesis.prior.vae_scale_factor**2
     width = int(synthesis.prior.decoder_width)
-    value = DTYPES[options.dtype].itemsize
+    value = TORCH_DTYPES[options.dtype].itemsize
     return min(most, images_per_call(pixels, width, value, device_bytes(synthesis.device)))
 
 

@@ -2,19 +2,10 @@
 
 from pathlib import Path
 
+from dfkd.choices import NORMALISATIONS
 from dfkd.errors import UsageError
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
-
-Channels = tuple[float, float, float]
-
-# Mean and standard deviation of the channels, of images in 0..1.
-NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "domainnet": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 def load_teacher(

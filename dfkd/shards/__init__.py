@@ -9,14 +9,12 @@ Its bytes are a function of its images and records alone (no time, owner or orde
 killed and started again ends with the same bytes as one that was not.
 """
 
-from dfkd.shards.codec import FORMATS
 from dfkd.shards.layout import Layout, Record, read_manifest
 from dfkd.shards.reader import Pool, ShardPool, open_folder, read_folder
 from dfkd.shards.space import require_space, required_bytes
 from dfkd.shards.writer import ShardFolder
 
 __all__ = [
-    "FORMATS",
     "Layout",
     "Pool",
     "Record",

@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-FORMATS = ("png", "jpg", "npy")
-
 
 def encode(image: npt.NDArray[np.uint8], image_format: str) -> bytes:
     """One image, uint8 [H, W, 3], as the bytes of a png, jpg (quality 95, full colour resolution) or npy file."""

@@ -12,9 +12,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from dfkd.choices import IMAGE_FORMATS
 from dfkd.errors import UsageError
 from dfkd.files import folder_lock, make_writable, remove_partials, replace_file, replace_text
-from dfkd.shards.codec import FORMATS, encode
+from dfkd.shards.codec import encode
 from dfkd.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest, sha256
 
 
@@ -42,8 +43,8 @@ class ShardFolder:
         settings must be plain JSON values. Raises UsageError when the folder cannot be written, is in use, or belongs
         to other settings (naming each field with both values).
         """
-        if image_format not in FORMATS:
-            raise UsageError(f"image format {image_format!r} is unknown", f"known are {', '.join(FORMATS)}")
+        if image_format not in IMAGE_FORMATS:
+            raise UsageError(f"image format {image_format!r} is unknown", f"known are {', '.join(IMAGE_FORMATS)}")
         wanted = Layout(_plain(settings), tuple(class_names), image_size, image_format, count, shard_size)
         make_writable(path)
         with ExitStack() as lock:

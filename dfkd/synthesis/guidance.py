@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd.choices import BN_LOSSES
 from dfkd.synthesis.microbatch import cuts
-from dfkd.synthesis.statistics import BN_LOSSES, GroupLoss, Moments, add_moments, bn_loss, group_moments, tapped
+from dfkd.synthesis.statistics import GroupLoss, Moments, add_moments, bn_loss, group_moments, tapped
 from dfkd.teachers.classifier import Classifier
 
 Decode = Callable[[Tensor], Tensor]

@@ -31,14 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfkd.choices import SAMPLERS
 from dfkd.errors import UsageError
 
-SAMPLERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpmpp2m": "DPMSolverMultistepScheduler",
-}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # What the sampler's name already says; a config written by another scheduler does not override it.

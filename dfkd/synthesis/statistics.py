@@ -17,8 +17,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-BN_LOSSES = ("norm", "relative")
-
 
 @dataclass(frozen=True)
 class Moments:

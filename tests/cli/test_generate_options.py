@@ -7,7 +7,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from dfkd.cli.generate import _NOT_IDENTITY, GenerateOptions
+from dfkd.cli.generate import _NOT_IDENTITY
+from dfkd.cli.generate_options import GenerateOptions
 from dfkd.shards import read_manifest
 from tests.cli.small_generate import images_of, save_classifier
 

@@ -6,8 +6,9 @@ import diffusers
 import pytest
 import torch
 
+from dfkd.choices import SAMPLERS
 from dfkd.errors import UsageError
-from dfkd.synthesis.schedule import PREDICTION_TYPES, SAMPLERS, build_table
+from dfkd.synthesis.schedule import PREDICTION_TYPES, build_table
 
 SD15 = {  # scheduler/scheduler_config.json of Stable Diffusion 1.5
     "_class_name": "PNDMScheduler",

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from dfkd.choices import BN_LOSSES
 from dfkd.synthesis.microbatch import cuts
-from dfkd.synthesis.statistics import BN_LOSSES, GroupLoss, Moments, add_moments, bn_loss, group_moments, tapped
+from dfkd.synthesis.statistics import GroupLoss, Moments, add_moments, bn_loss, group_moments, tapped
 from dfkd.teachers import build
 from tests.synthesis.small_networks import bn_inputs, classifier, plain_bn_loss
 
