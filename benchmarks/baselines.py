@@ -70,7 +70,7 @@ def deepinversion(teacher: Classifier, count: int, seed: int, seconds: float) ->
     for number, part in enumerate(parts):
         stop = time.perf_counter() + (deadline - time.perf_counter()) / (len(parts) - number)
         x = torch.rand(len(part), 3, SIZE, SIZE, generator=generator).requires_grad_()
-        optimizer = torch.optim.Adam([x], lr=0.05)
+        optimizer = torch.optim.Adam([x], lr=0.2)
         while time.perf_counter() < stop:
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
             with tapped(layers) as moments:
