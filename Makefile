@@ -7,6 +7,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+DEMO_TEACHER := runs/demo/teacher
 
 ifdef PY
 SETUP :=
@@ -23,8 +24,9 @@ help: ## list the targets
 demo: $(SETUP) ## teacher, synthesis, student and report on two CPU cores, in minutes (runs/demo)
 	@$(PY) -m benchmarks.quality demo --seeds 1 --baselines prior_data,unguided --out runs/demo
 
+# One torch thread a worker: two that share cores wait for one another.
 test: $(SETUP) ## run the tests (ARGS="-k shards" for some)
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(SETUP) ## lint, formatting and types; changes nothing
 	@$(PY) -m ruff check .
@@ -35,8 +37,8 @@ fix: $(SETUP) ## put lint and formatting right where that can be done safely
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-engines: ## compile networks ahead of time (not in this version)
-	@echo "error: this version has no compiled backend: every network runs eagerly, there is nothing to build." >&2; exit 2
+engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks and its guidance gradient (build/engines)
+	@$(PY) -c "from dfkd.cli.engines import main; main()" build --set demo $(ARGS)
 
 bench: $(SETUP) guidance-paths ## time the parts, then compare the guidance paths
 	@$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
@@ -55,6 +57,10 @@ gpu-report: $(SETUP) ## time the guidance paths on a CUDA device and record them
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) runs dist build/engines .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO_TEACHER)/result.json: | $(SETUP)
+	@echo "training the demo's teacher first, about a minute: the gradient engine holds it" >&2
+	@$(PY) -c "from dfkd.cli.train_teacher import main; main()" --preset demo --seed 0 --out $(DEMO_TEACHER) >&2
 
 $(INSTALLED): pyproject.toml build/constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" \

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 
 from benchmarks.machine import describe
 from benchmarks.quality import DATA, call
-from dfkd.cli.generate import prepare
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
+from dfkd.cli.prepare import prepare
 from dfkd.files import replace_text
 from dfkd.presets import PRESETS
 from dfkd.synthesis.guidance import Guidance

@@ -121,6 +121,7 @@ def whole_run(run: Run, names: Sequence[str]) -> dict[str, Any]:
     made = run.synthesise("synthesis", run.folder / "synthetic")
     summary["student_accuracy"] = run.student("student", run.folder / "synthetic", run.folder / "student")
     summary["images"] = made["images"]
+    summary["backends"] = made["backends"]
     guided_seconds = json.loads((run.folder / "synthetic" / "manifest.json").read_text())["shards"]
     spent = sum(shard["seconds"] for shard in guided_seconds)
     summary["baselines"] = {name: run.baseline(name, made["images"], spent) for name in names}
@@ -161,6 +162,7 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
         "baselines_seeds": {name: [r["baselines"][name] for r in results] for name in names},
         "images": first["images"],
         "split": arguments.split,
+        "backends": first["backends"],
         "preset": {k: dict(getattr(PRESETS["demo"], k)) for k in ("train_teacher", "generate", "distill")},
         "seconds": first["seconds"] if len(results) == 1 else [r["seconds"] for r in results],
         "report": first["report"] if len(results) == 1 else [r["report"] for r in results],
@@ -185,7 +187,8 @@ def main() -> None:
     machine = describe(torch.device("cpu"))  # before the work: what fails here must not lose it
     result = {**demo(arguments), "machine": machine}
     if arguments.record:
-        replace_text(arguments.record, json.dumps(result, indent=1) + "\n")
+        kept = {name: value for name, value in result.items() if name != "report"}  # it is of paths on this machine
+        replace_text(arguments.record, json.dumps(kept, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_engines import markdown as engines_table
 from benchmarks.guidance_paths import markdown as guidance_table
 
 ROOT = Path(__file__).parents[1]
@@ -49,15 +50,24 @@ def quality_table(result: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo-table": ("quality-demo-cpu.json", quality_table),
     "guidance-table": ("guidance_paths-cpu.json", guidance_table),
+    "engines-table": ("engines-cpu.json", engines_table),
 }
 
 
 def filled(text: str) -> str:
-    """`text` with every table replaced by what the results say. Raises ValueError where a marker is missing."""
+    """`text` with every table replaced by what the results say; one whose result is not recorded is left out.
+
+    Raises ValueError: a marker is missing, or a table stands there without a result.
+    """
     for name, (file, render) in TABLES.items():
+        pattern = re.compile(f"<!-- {name} -->(.*?)<!-- /{name} -->", re.DOTALL)
+        there = pattern.search(text)
+        if not (RESULTS / file).exists():
+            if there and there[1].strip():
+                raise ValueError(f"README.md has a table {name}, and {RESULTS / file} is not recorded")
+            continue
         table = render(json.loads((RESULTS / file).read_text()))
-        pattern = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-        if not pattern.search(text):
+        if not there:
             raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = pattern.sub(lambda _, block=block: block, text)

@@ -93,10 +93,13 @@ def test_make_lists_its_targets() -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()] == wanted.split()
 
 
-def test_make_engines_says_that_there_are_none() -> None:
-    done = make("engines")
-    assert done.returncode == 2
-    assert "eagerly" in done.stderr
+def test_make_engines_trains_the_demo_teacher_first_and_builds_its_set() -> None:
+    done = make("-n", "engines")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert "build --set demo" in lines[-1]
+    if not (ROOT / "runs" / "demo" / "teacher" / "result.json").exists():
+        assert "--preset demo --seed 0 --out runs/demo/teacher" in done.stdout
 
 
 def test_the_second_make_has_nothing_to_set_up() -> None:

@@ -2,156 +2,48 @@
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import command, plain, save_settings
+from dfkd.cli.prepare import TORCH_DTYPES, prepare
 from dfkd.cli.progress import progress
-from dfkd.cli.teacher import load_teacher
-from dfkd.device import resolve_device
+from dfkd.engines.choose import Choice, apply, choose, in_words
+from dfkd.engines.requests import rows_per_call
+from dfkd.engines.sources import sources_of
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 from dfkd.imagefolder import export_imagefolder
-from dfkd.shards import ShardFolder, open_folder, require_space
-from dfkd.synthesis.guidance import Guidance, LossWeights
+from dfkd.shards import ShardFolder, open_folder, read_manifest, require_space
+from dfkd.shards.layout import MANIFEST
 from dfkd.synthesis.memory import device_bytes, images_per_call
-from dfkd.synthesis.prompts import chosen_classes, prompt_of
 from dfkd.synthesis.run import Synthesis, synthesise
-from dfkd.synthesis.sampler import SamplerSettings
-from dfkd.synthesis.schedule import build_table
-from dfkd.synthesis.statistics import tapped
-from dfkd.teachers import checkpoint
-from dfkd.teachers.classifier import Classifier
-from engine.networks import Prior, PriorError, load_prior
+from engine.store import EngineStore
 
 COMMAND = "dfkd-generate"
 RESULT = "result.json"
 IMAGE_FOLDER = "imagefolder"
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP16_LOSS_SCALE = 2.0**10  # lifts gradients of 1e-7, common here, into float16's normal range
 
 
 # What decides where and in which portions a run is computed, and not what comes out.
 _NOT_IDENTITY = (
     *("out", "batch", "micro_batch", "device", "format", "count", "image_format", "shard_size"),
-    *("teacher", "teacher_checkpoint", "student_checkpoint", "prior", "classes"),
+    *("teacher", "teacher_checkpoint", "student_checkpoint", "prior", "classes", "backend", "engines", "attention"),
 )
 
 
-def on_device(classifier: Classifier, device: torch.device) -> Classifier:
-    """Frozen, in evaluation mode and channels_last; BatchNorm teachers keep float32 (their statistics are the loss)."""
-    classifier.module.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return classifier
+def identity(options: GenerateOptions, synthesis: Synthesis, choices: Sequence[Choice] = ()) -> dict[str, Any]:
+    """What a run's pixels follow from, as plain JSON values; a folder takes no others.
 
-
-def load_student(options: GenerateOptions, teacher: Classifier, device: torch.device) -> Classifier | None:
-    if options.student_checkpoint is None:
-        return None
-    student = on_device(checkpoint.load(None, options.student_checkpoint), device)
-    if student.class_names != teacher.class_names:
-        raise UsageError(
-            f"{options.student_checkpoint} has {len(student.class_names)} classes that are not the teacher's",
-            f"the teacher has {len(teacher.class_names)}",
-            "give a student distilled from this teacher",
-        )
-    return student
-
-
-def latent_size(options: GenerateOptions, prior: Prior) -> tuple[int, int]:
-    if not options.size:
-        if len(set(prior.latent_size)) > 1:
-            raise UsageError(f"the prior's latents are {prior.latent_size}", "images are square here", "give --size")
-        return prior.latent_size
-    if options.size % prior.vae_scale_factor:
-        raise UsageError(
-            f"--size {options.size} does not fit the prior",
-            f"its decoder enlarges latents {prior.vae_scale_factor} times",
-            f"choose a multiple of {prior.vae_scale_factor}",
-        )
-    return (options.size // prior.vae_scale_factor,) * 2
-
-
-@torch.no_grad()
-def try_teacher(
-    teacher: Classifier, options: GenerateOptions, guidance: Guidance | None, size: int, device: torch.device
-) -> None:
-    """Show the teacher one grey image. Raises UsageError for what would fail later."""
-    if options.noise_edit_steps and not teacher.batch_norms():
-        raise UsageError(
-            f"teacher {teacher.architecture} has no BatchNorm layer", "--noise-edit-steps descends their loss"
-        )
-    try:
-        with tapped(guidance.layers if guidance else ()):
-            logits = teacher.logits(torch.full((1, 3, size, size), 0.5, device=device))
-    except ValueError as error:
-        raise UsageError(str(error), todo="use --bn-weight 0 for this teacher") from None
-    if logits.shape != (1, len(teacher.class_names)):
-        raise UsageError(
-            f"teacher {teacher.architecture} gives {logits.shape[-1]} logits",
-            f"there are {len(teacher.class_names)} class names",
-            "name every logit with --classes",
-        )
-
-
-def prepare(options: GenerateOptions) -> Synthesis:
-    """Load and check all that a run needs. Raises UsageError."""
-    device = resolve_device(options.device)
-    if options.teacher_checkpoint is None and options.teacher is None:
-        raise UsageError(
-            "no teacher", "labels and guidance come from it", "give --teacher-checkpoint, or --teacher too"
-        )
-    teacher = on_device(
-        load_teacher(options.teacher, options.teacher_checkpoint, options.normalisation, options.classes), device
-    )
-    if options.classes and options.classes != teacher.class_names:
-        raise UsageError(
-            f"--classes names {len(options.classes)} classes: {', '.join(options.classes[:10])}",
-            f"the teacher has {len(teacher.class_names)}: {', '.join(teacher.class_names[:10])}",
-            "leave --classes out, or give the teacher's in its order",
-        )
-    classes = chosen_classes(teacher.class_names, options.only)
-    prompt_of(options.prompt, teacher.class_names[0])
-    student = load_student(options, teacher, device)
-    try:
-        prior = load_prior(options.prior, TORCH_DTYPES[options.dtype], device)
-    except PriorError as error:
-        raise UsageError(str(error)) from None
-    guidance = None
-    if options.guides:
-        weights = LossWeights(
-            options.bn_weight, options.cls_weight, options.adv_weight, options.bn_stats, options.bn_loss
-        )
-        scale = FP16_LOSS_SCALE if options.dtype == "fp16" else 1.0
-        try:
-            guidance = Guidance(prior.decode, teacher, weights, student, scale)
-        except ValueError as error:
-            raise UsageError(str(error), todo="use --bn-weight 0 for this teacher") from None
-    size = latent_size(options, prior)
-    try_teacher(teacher, options, guidance, size[0] * prior.vae_scale_factor, device)
-    names = SamplerSettings.__dataclass_fields__
-    return Synthesis(
-        prior=prior,
-        teacher=teacher,
-        guidance=guidance,
-        table=build_table(prior.scheduler_config, options.sampler, options.steps),
-        settings=SamplerSettings(**{name: getattr(options, name) for name in names}),
-        seed=options.seed,
-        classes=classes,
-        group=options.group,
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        latent_size=size,
-        device=device,
-    )
-
-
-def identity(options: GenerateOptions, synthesis: Synthesis) -> dict[str, Any]:
-    """What a run's pixels follow from, as plain JSON values; a folder takes no others."""
+    choices: engines are named by their keys, since they differ from eager networks in the last bits.
+    """
     chosen = {name: value for name, value in asdict(options).items() if name not in _NOT_IDENTITY}
     student = synthesis.guidance.student if synthesis.guidance else None
     chosen |= {
@@ -162,6 +54,8 @@ def identity(options: GenerateOptions, synthesis: Synthesis) -> dict[str, Any]:
         "student_digest": student.digest() if student else None,
         "size": synthesis.latent_size[0] * synthesis.prior.vae_scale_factor,
     }
+    if compiled := {choice.network: choice.key for choice in choices if choice.key}:
+        chosen["engines"] = compiled
     result: dict[str, Any] = plain(chosen)
     return result
 
@@ -175,6 +69,27 @@ def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> int:
     width = int(synthesis.prior.decoder_width)
     value = TORCH_DTYPES[options.dtype].itemsize
     return min(most, images_per_call(pixels, width, value, device_bytes(synthesis.device)))
+
+
+def build_command(options: GenerateOptions) -> str:
+    """The command that builds the engines of a run with these options."""
+    own = ("out", "count", "backend", "engines", "seed", "format", "image_format", "shard_size", "only")
+    words = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in own or value == field.default:
+            continue
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        words += ["--" + field.name.replace("_", "-"), text]
+    backend = [] if options.backend == "auto" else ["--backend", options.backend]
+    return shlex.join(["dfkd-engines", "build", *backend, "--engines", str(options.engines), "--", *words])
+
+
+def engines_before(out: Path) -> dict[str, str] | None:
+    """The engines that a folder was begun with, by network; None for a new folder. Raises UsageError."""
+    if not (out / MANIFEST).exists():
+        return None
+    return dict(read_manifest(out)[0].settings.get("engines", {}))
 
 
 def quieten_libraries() -> None:
@@ -196,11 +111,17 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     if not sys.stderr.isatty():
         quieten_libraries()
     synthesis = prepare(options)
-    size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     micro = choose_micro(options, synthesis)
+    # engines are of so many rows, which short memory may make fewer than the options say
+    fitting = replace(options, micro_batch=micro) if micro < rows_per_call(options) else options
+    choices = choose(fitting, EngineStore(options.engines), build_command(fitting), engines_before(options.out))
+    synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
+    for line in in_words(choices):
+        print(line, file=sys.stderr)
+    size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     with ShardFolder.create_or_open(
         options.out,
-        identity(options, synthesis),
+        identity(options, synthesis, choices),
         synthesis.teacher.class_names,
         size,
         options.image_format,
@@ -234,6 +155,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         "seconds": round(done.seconds, 3),
         "images_per_second": round(done.images / done.seconds, 3) if done.images else None,
         "micro_batch": micro,
+        "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
         "class_names": synthesis.teacher.class_names,
         "class_counts": torch.bincount(
             open_folder(options.out).labels, minlength=len(synthesis.teacher.class_names)

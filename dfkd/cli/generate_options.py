@@ -4,7 +4,7 @@ import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from dfkd.choices import BN_LOSSES, DTYPES, IMAGE_FORMATS, NORMALISATIONS, SAMPLERS
+from dfkd.choices import ATTENTION_NAMES, BACKEND_NAMES, BN_LOSSES, DTYPES, IMAGE_FORMATS, NORMALISATIONS, SAMPLERS
 from dfkd.cli.options import option
 
 EMBEDDED_PRIOR = Path(__file__).parents[1] / "priors" / "demo"
@@ -38,6 +38,15 @@ class GenerateOptions:
     seed: int = option(0, "run seed; with the image id it fixes an image", low=0, high=2**64 - 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
     dtype: str = option("fp32", "precision of the networks; latents and losses stay fp32", choices=DTYPES)
+    backend: str = option(
+        "auto",
+        "what runs the networks: eager; an engine built by dfkd-engines; auto: of these the one measured quickest",
+        choices=BACKEND_NAMES,
+    )
+    engines: Path = option(Path("build/engines"), "folder of the engines")
+    attention: str = option(
+        "auto", "attention of networks that run eagerly; auto: xformers where it can run", choices=ATTENTION_NAMES
+    )
     size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
     sampler: str = option("ddim", "sampler", choices=tuple(SAMPLERS))
     steps: int = option(50, "denoising steps", low=1, high=1000)

@@ -27,6 +27,7 @@ import dfkd
 from dfkd.cli.values import check, convert, split_optional
 from dfkd.errors import UsageError
 from dfkd.presets import PRESETS, Preset
+from engine.errors import EngineError
 
 T = TypeVar("T")
 
@@ -96,11 +97,11 @@ def parse(cls: type[T], argv: Sequence[str], command: str, presets: Mapping[str,
 def command(cls: type[T], run: Callable[[T], Mapping[str, Any]], name: str, argv: Sequence[str] | None = None) -> int:
     """Parse, run, print the result as one JSON line (the last of stdout); returns the exit status.
 
-    0 done; 2 UsageError, printed as ``error: ...`` on stderr; 130 interrupted.
+    0 done; 2 UsageError or EngineError, printed as ``error: ...`` on stderr; 130 interrupted.
     """
     try:
         result = run(parse(cls, sys.argv[1:] if argv is None else argv, name, PRESETS))
-    except UsageError as error:
+    except (UsageError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """What a folder of shards states about itself: one record per image, one manifest per folder."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,8 +67,3 @@ def read_manifest(path: Path) -> tuple[Layout, list[dict[str, Any]]]:
     if version != VERSION:
         raise UsageError(f"{path / MANIFEST} has version {version}", f"this program reads version {VERSION}", todo)
     return layout, shards
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

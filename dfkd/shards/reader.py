@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dfkd.errors import UsageError
+from dfkd.files import sha256
 from dfkd.shards.codec import decode
-from dfkd.shards.layout import Layout, Record, read_manifest, sha256
+from dfkd.shards.layout import Layout, Record, read_manifest
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from dfkd.choices import IMAGE_FORMATS
 from dfkd.errors import UsageError
-from dfkd.files import folder_lock, make_writable, remove_partials, replace_file, replace_text
+from dfkd.files import folder_lock, make_writable, remove_partials, replace_file, replace_text, sha256
 from dfkd.shards.codec import encode
-from dfkd.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest, sha256
+from dfkd.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest
 
 
 class ShardFolder:

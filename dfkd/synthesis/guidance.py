@@ -34,8 +34,7 @@ class ToLatent(Protocol):
     def __call__(self, z: Tensor, rows: Tensor) -> Tensor: ...
 
 
-def as_it_is(z: Tensor, rows: Tensor) -> Tensor:
-    """The point itself is the clean latent: the `latent` path."""
+def identity(z: Tensor) -> Tensor:
     return z
 
 
@@ -118,12 +117,13 @@ class Guidance:
             self.teacher.logits(self.decode(z0))
         return moments
 
-    def _group_loss(self, latents: Tensor, to_latent: ToLatent, micro: int) -> GroupLoss:
+    def _group_loss(self, latents: Tensor, to_latent: ToLatent | None, micro: int) -> GroupLoss:
         """Phase one: the whole group's statistics, without a gradient."""
         sums: list[Moments] = []
         with torch.no_grad():
             for rows, count in cuts(len(latents), micro):
-                sums = add_moments(sums, self._moments(to_latent(latents[rows], rows)), count)
+                z0 = to_latent(latents[rows], rows) if to_latent else latents[rows]
+                sums = add_moments(sums, self._moments(z0), count)
         return GroupLoss.of(group_moments(sums, len(latents)), self.layers, self.weights.bn_loss)
 
     def _losses(self, z0: Tensor, labels: Tensor, group: GroupLoss | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +136,7 @@ class Guidance:
         with tapped(self.layers) as moments:
             logits = self.teacher.logits(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = logits.new_zeros(len(logits))
+        total = logits.new_zeros(logits.shape[0])
         record: dict[str, Tensor] = {}
         if w.cls:
             record["cls"] = cross_entropy(logits, labels)
@@ -146,7 +146,7 @@ class Guidance:
             total = total + w.bn * record["bn"]
         elif w.bn and group is None:
             average = [Moments(m.m1.mean(0, keepdim=True), m.m2.mean(0, keepdim=True)) for m in moments]
-            record["bn"] = bn_loss(average, self.layers, w.bn_loss).expand(len(logits))
+            record["bn"] = bn_loss(average, self.layers, w.bn_loss).expand(logits.shape[0])
             total = total + w.bn * record["bn"]  # summed over the images: the group's loss times its size
         elif w.bn and group:
             record["bn"] = torch.full_like(total, group.value)
@@ -159,7 +159,7 @@ class Guidance:
         return total, {name: value.detach() for name, value in record.items()}
 
     def of_batch(
-        self, latents: Tensor, labels: Tensor, group: GroupLoss | None = None, to_latent: Decode = lambda z: z
+        self, latents: Tensor, labels: Tensor, group: GroupLoss | None = None, to_latent: Decode = identity
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of one network call: `latents` [B, C, h, w] are a whole group, or some of the group that `group` is.
 
@@ -174,7 +174,7 @@ class Guidance:
 
     def on_pixels(self) -> "Guidance":
         """The same losses with images [B, 3, H, W] in 0..1 in the place of latents."""
-        return Guidance(lambda x: x, self.teacher, self.weights, self.student)
+        return Guidance(identity, self.teacher, self.weights, self.student)
 
     def statistics_alone(self) -> "Guidance":
         """The same with L_bn alone, of weight 1."""
@@ -182,7 +182,7 @@ class Guidance:
         return Guidance(self.decode, self.teacher, weights, loss_scale=self.loss_scale)
 
     def gradient(
-        self, latents: Tensor, labels: Tensor, micro: int, to_latent: ToLatent = as_it_is
+        self, latents: Tensor, labels: Tensor, micro: int, to_latent: ToLatent | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of the summed loss in the latents of one whole group.
 
@@ -190,8 +190,8 @@ class Guidance:
             latents: [G, C, h, w], the point at which to differentiate.
             labels: int64 [G].
             micro: rows per network call; results do not depend on it but for rounding.
-            to_latent: (latents [B, ...], row indices [B]) -> clean latents z0hat [B, ...]; the identity on the
-                `latent` path, the denoiser's prediction on the `unet` path.
+            to_latent: (latents [B, ...], row indices [B]) -> clean latents z0hat [B, ...], the denoiser's prediction on
+                the `unet` path; None where the latents are clean, on the `latent` path.
 
         Returns:
             The gradient, like `latents`, and the unweighted losses {name: [G]} of the images as they were.
@@ -201,7 +201,8 @@ class Guidance:
         group = self._group_loss(latents, to_latent, micro) if in_group and cut else None
         gradients, records = [], []
         for rows, count in cuts(len(latents), micro):
-            gradient, record = self.of_batch(latents[rows], labels[rows], group, partial(to_latent, rows=rows))
+            way = partial(to_latent, rows=rows) if to_latent else identity
+            gradient, record = self.of_batch(latents[rows], labels[rows], group, way)
             gradients.append(gradient[:count])
             records.append({name: value[:count] for name, value in record.items()})
         return torch.cat(gradients), {name: torch.cat([r[name] for r in records]) for name in records[0]}

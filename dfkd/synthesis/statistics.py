@@ -60,7 +60,7 @@ def bn_loss(moments: list[Moments], layers: tuple[nn.BatchNorm2d, ...], kind: st
     norm      sum over layers of ||var - rvar||_2 + ||mean - rmean||_2, norms over channels (DiffDFKD, arXiv 2504.00870)
     relative  mean over layers and channels of ((mean - rmean)/rstd)^2 + (std/rstd - 1)^2, free of a layer's scale
     """
-    total = moments[0].m1.new_zeros(len(moments[0].m1))
+    total = moments[0].m1.new_zeros(moments[0].m1.shape[0])
     for taken, layer in zip(moments, layers, strict=True):
         assert layer.running_var is not None
         variance = (taken.m2 - taken.m1.square()).clamp_min(0)
@@ -114,7 +114,7 @@ class GroupLoss:
         The group's moments are averages, so dL/dx_i = 1/G sum_l <dL/dM, dm_i/dx_i>; times G, an image's guidance does
         not fade with the size of its group.
         """
-        total = moments[0].m1.new_zeros(len(moments[0].m1))
+        total = moments[0].m1.new_zeros(moments[0].m1.shape[0])
         for taken, slope in zip(moments, self.slopes, strict=True):
             total = total + (taken.m1 * slope.m1.to(taken.m1)).sum(1) + (taken.m2 * slope.m2.to(taken.m2)).sum(1)
         return total

@@ -4,7 +4,7 @@ from functools import cache, partial
 
 import pytest
 
-from dfkd.cli import generate
+from dfkd.cli import generate, prepare
 from tests.cli.small_generate import SMALL, save_classifier, status_of
 from tests.synthesis.small_sd import make_small_sd
 
@@ -21,11 +21,11 @@ def small_teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cached_load_prior():
-    return cache(generate.load_prior)
+    return cache(prepare.load_prior)
 
 
 @pytest.fixture
 def call(small_prior, small_teacher, cached_load_prior, monkeypatch):
     """call(*argv) -> exit status. The last of two same flags counts, so that a test can give its own."""
-    monkeypatch.setattr(generate, "load_prior", cached_load_prior)
+    monkeypatch.setattr(prepare, "load_prior", cached_load_prior)
     return partial(status_of, generate.main, "--teacher-checkpoint", small_teacher, "--prior", small_prior, *SMALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfkd.cli import generate
+from dfkd.cli import prepare
 from tests.cli.small_generate import images_of, last_line, save_classifier, shards_of
 
 
@@ -21,10 +21,11 @@ def test_what_it_writes(call, tmp_path, capfd):
     assert (result["images"], result["images_written"], result["shards_written"]) == (10, 10, 2)
     assert result["class_counts"] == [4, 3, 3] and result["class_names"] == ["zero", "one", "two"]
     assert result["images_per_second"] > 0 and result == json.loads((out / "result.json").read_text())
-    # quiet without a terminal: one line about the run, no bars and no hints of the libraries that load the networks
+    # quiet without a terminal: two lines about the run, no bars and no hints of the libraries that load the networks
     assert streams.err.splitlines() == [
+        "unet, decode, gradient: eager (no engine is built: dfkd-engines build)",
         "10 images of 16x16, 10 to compute on cpu in fp32; groups of 4, 4 images a network call; "
-        "2 more complete the last group and are dropped"
+        "2 more complete the last group and are dropped",
     ]
     settings = json.loads((out / "settings.json").read_text())
     assert settings["command"] == "dfkd-generate" and settings["options"]["seed"] == 7
@@ -88,14 +89,14 @@ def test_teacher_file_and_class_count_disagree(call, small_teacher, tmp_path, ca
 
 
 def test_a_teacher_with_more_logits_than_names(call, small_teacher, tmp_path, capsys, monkeypatch):
-    load = generate.load_teacher
+    load = prepare.load_teacher
 
     def with_a_wrong_head(*arguments):
         teacher = load(*arguments)
         teacher.module.register_forward_hook(lambda module, x, logits: torch.cat([logits, logits], 1))
         return teacher
 
-    monkeypatch.setattr(generate, "load_teacher", with_a_wrong_head)
+    monkeypatch.setattr(prepare, "load_teacher", with_a_wrong_head)
     assert "gives 6 logits: there are 3 class names" in refused(call, capsys, "--out", tmp_path / "out")
 
 
@@ -129,7 +130,7 @@ def test_hub_id_without_a_network(call, tmp_path, capsys, monkeypatch):
 
 
 def test_losses_that_the_teacher_cannot_give(call, tmp_path, capsys, monkeypatch):
-    load = generate.load_teacher
+    load = prepare.load_teacher
 
     def without_batch_norm(*arguments):
         teacher = load(*arguments)
@@ -137,7 +138,7 @@ def test_losses_that_the_teacher_cannot_give(call, tmp_path, capsys, monkeypatch
             layer.running_mean = layer.running_var = None
         return teacher
 
-    monkeypatch.setattr(generate, "load_teacher", without_batch_norm)
+    monkeypatch.setattr(prepare, "load_teacher", without_batch_norm)
     error = refused(call, capsys, "--out", tmp_path / "out")
     assert "has no BatchNorm layer" in error and "use --bn-weight 0" in error
     editing = ["--bn-weight", 0, "--noise-edit-steps", 1]

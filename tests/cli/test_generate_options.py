@@ -51,6 +51,7 @@ NAMED = {"teacher_checkpoint": "OTHER_TEACHER", "prior": "OTHER_PRIOR"}
 SAME = {"batch": 2, "micro_batch": 3, "device": "auto", "shard_size": 4, "format": "imagefolder"}
 ELSEWHERE = {  # test_generate.py and below
     *("out", "count", "image_format", "teacher", "classes", "student_checkpoint"),
+    *("backend", "engines", "attention"),
 }
 
 

@@ -24,7 +24,9 @@ def test_end_to_end(prior, tmp_path, capfd, path, count, steps):
     assert status_of(generate.main, *argv, "--gradient", path, "--prompt", "an image of {label}") == 0
     streams = capfd.readouterr()
     assert last_line(streams.out)["images_written"] == count
-    assert len(streams.err.splitlines()) == 1  # quiet but for the line that says what is done
+    lines = streams.err.splitlines()  # quiet but for what runs the networks and what is done
+    assert [": eager (no engine is built" in line for line in lines[:-1]] == [True] * (path == "latent")
+    assert lines[-1].startswith(f"{count} images of 512x512")
     pool = images_of(tmp_path / "out")
     assert pool.images.shape == (count, 3, 512, 512) and pool.labels.tolist() == list(range(count))
     assert pool.images.float().std() > 1 and (count == 1 or not torch.equal(pool.images[0], pool.images[1]))

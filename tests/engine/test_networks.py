@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from engine.networks import PriorError, load_prior
+from engine.networks import load_prior
+from engine.prior_folder import PriorError
 from tests.tiny_sd import VAE, WIDTH, make_tiny_sd
 
 

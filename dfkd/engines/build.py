@@ -1,0 +1,179 @@
+"""From a request to an engine in the store: trace, compile, judge, time, save. What is current is left alone."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfkd.engines.functions import OF_DECODER, OF_TEACHER, Function, Sources, function, samples
+from dfkd.engines.requests import Request
+from engine.backends import get
+from engine.compiled import Engine
+from engine.errors import EngineError
+from engine.graph import Graph, trace
+from engine.manifest import Manifest
+from engine.parity import TOLERANCE, measure
+from engine.spec import EngineSpec, pairs
+from engine.store import EngineStore
+
+JUDGED_ROWS = (4, 3)  # batches of samples that parity is measured on
+TIMED_TURNS = 3  # engine and eager in turns, after one warm-up each
+SEED = 0
+
+
+class Built(NamedTuple):
+    """state: "current" (the recipe was known), "adopted" (the graph was), or "built"."""
+
+    state: str
+    manifest: Manifest
+
+
+class Workshop:
+    """Builds engines of one set of networks; a graph is traced once however many backends take it.
+
+    sources: loads the networks; it is called once, and not at all where every recipe is known.
+    """
+
+    def __init__(self, store: EngineStore, sources: Callable[[], Sources]) -> None:
+        self.store = store
+        self._load = sources
+        self._loaded: Sources | None = None
+        self._graphs: dict[str, tuple[Function, Graph]] = {}
+
+    def build(self, request: Request) -> Built:
+        """The engine of a request, built where it is missing or damaged.
+
+        Raises EngineError: the backend cannot be used here, the function cannot be traced, the engine misses its
+        tolerance (it is not saved then), or the disk refuses.
+        """
+        found = self.store.find(request.recipe)
+        if found is not None and self.store.problem(found.key) is None:
+            return Built("current", found)
+        backend, sources = get(request.backend), self.sources()
+        if (why := backend.unusable(sources.prior.device, request.recipe["dtype"])) is not None:
+            raise EngineError(f"{request} cannot be built", why, "or choose another backend with --backend")
+        traced, graph = self._traced(request.network)
+        spec = EngineSpec(
+            network=request.network,
+            graph=graph.structure(),
+            weights=graph.weights(),
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            batch=request.batch,
+            dtype=request.recipe["dtype"],
+            backend=request.backend,
+            versions=_part(request, "versions."),
+            device=request.recipe["device"],
+            flags=_part(request, "flags."),
+        )
+        if self.store.problem(spec.key()) is None:
+            return Built("adopted", self.store.adopt(request.recipe, spec.key()))
+
+        def make(folder: Path) -> dict[str, Any]:
+            started = time.perf_counter()
+            backend.compile(graph, spec, folder)
+            seconds = time.perf_counter() - started
+            engine = Engine(spec, backend.load(folder, spec, sources.prior.device), sources.prior.device)
+            return {
+                "compile_seconds": round(seconds, 2),
+                "nodes": len(graph.module.graph.nodes),
+                **identity(request.network, sources),
+                **_judged(request, traced, engine, sources),
+                "milliseconds": _timed(request, traced, engine, sources),
+            }
+
+        return Built("built", self.store.build(spec, request.recipe, make))
+
+    def sources(self) -> Sources:
+        """The networks, loaded at the first call."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _traced(self, network: str) -> tuple[Function, Graph]:
+        if network not in self._graphs:
+            sources = self.sources()
+            made = function(network, sources)
+            graph = trace(made.call, made.inputs, output_names=made.outputs, device=sources.prior.device)
+            self._graphs[network] = made, graph
+        return self._graphs[network]
+
+
+def identity(network: str, sources: Sources) -> dict[str, str]:
+    """Digests of the networks in memory that an engine holds: what an engine that is loaded must agree with.
+
+    Of each network's own weights, so that a change of one leaves the engines of the others as they are.
+    """
+    found = {}
+    if network == "unet":
+        found["unet_digest"] = _digest(sources.prior.unet)
+    if network in OF_DECODER:
+        found["decoder_digest"] = _digest(sources.prior.vae, without=("encoder.", "quant_conv."))
+    if network in OF_TEACHER:
+        assert sources.teacher is not None
+        found["teacher_digest"] = _digest(sources.teacher.module)
+    return found
+
+
+def _digest(network: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of names and bytes of weights and buffers, but those whose names begin with one of `without`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if not name.startswith(without):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _part(request: Request, prefix: str) -> tuple[tuple[str, str], ...]:
+    return pairs({k.removeprefix(prefix): v for k, v in request.recipe.items() if k.startswith(prefix)})
+
+
+def _judged(request: Request, made: Function, engine: Engine, sources: Sources) -> dict[str, Any]:
+    """Errors against float64. Raises EngineError where they miss the tolerance: the engine is not saved."""
+    tolerance = TOLERANCE[made.kind, request.recipe["dtype"]]
+    doubled = sources.doubled()
+    exact = function(request.network, doubled)
+    sizes = [min(rows, request.batch[2]) for rows in JUDGED_ROWS]
+    batches = [samples(request.network, sources, rows, SEED + i) for i, rows in enumerate(sizes)]
+    # the loss scale is a power of two and no part of the result
+    parity = measure(engine, _without_grad(exact.call), _without_grad(made.call), batches, made.kind, _dtype(request))
+    if (problem := parity.problem(tolerance)) is not None:
+        why = f"against float64 {problem}"
+        raise EngineError(f"{request} is not saved", why, "report it, and use another backend for this network")
+    return {"parity": parity.to_json()}
+
+
+def _dtype(request: Request) -> str:
+    return request.recipe["dtype"]
+
+
+def _without_grad(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return call(*tensors)
+
+    return run
+
+
+def _timed(request: Request, made: Function, engine: Engine, sources: Sources) -> dict[str, Any]:
+    """Milliseconds of a call of the planned batch, engine and eager in turns on the same tensors."""
+    rows = request.batch[1]
+    arguments = samples(request.network, sources, rows, SEED)
+    ways: dict[str, Callable[..., tuple[Tensor, ...]]] = {"engine": engine, "eager": _without_grad(made.call)}
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(TIMED_TURNS + 1):
+        for name, call in ways.items():
+            started = time.perf_counter()
+            call(*arguments)
+            if sources.prior.device.type == "cuda":
+                torch.cuda.synchronize(sources.prior.device)
+            if turn:
+                spent[name].append(1000 * (time.perf_counter() - started))
+    found: dict[str, Any] = {name: round(median(values), 2) for name, values in spent.items()}
+    return found | {"rows": rows, "threads": torch.get_num_threads()}

@@ -1,0 +1,146 @@
+"""Which backend runs which network of a synthesis, and why.
+
+`auto` takes the quickest engine that the store holds for exactly these networks, and eager where none was measured
+quicker; a named backend must have them all. Nothing is built here.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from dfkd.choices import STORED_BACKENDS
+from dfkd.cli.generate_options import GenerateOptions
+from dfkd.engines.build import identity as held_by
+from dfkd.engines.digests import FileDigests
+from dfkd.engines.functions import Sources
+from dfkd.engines.guidance import CompiledGuidance, CompiledPrior
+from dfkd.engines.requests import DIGESTS, Request, architecture_of, needed, requests
+from dfkd.engines.text import causes
+from dfkd.errors import UsageError
+from dfkd.synthesis.run import Synthesis
+from engine.compiled import load
+from engine.errors import EngineError
+from engine.manifest import Manifest
+from engine.store import EngineStore
+
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs one network: an engine of the store, or eager where key is None; `why` is for people."""
+
+    network: str
+    backend: str
+    key: str | None
+    why: str
+
+
+def choose(
+    options: GenerateOptions, store: EngineStore, build_command: str, before: Mapping[str, str] | None = None
+) -> tuple[Choice, ...]:
+    """A choice for every network, without loading any.
+
+    before: network -> key or "eager", as a folder that is continued was begun: `auto` goes on with it, since engines
+        differ in the last bits.
+
+    Raises UsageError: a named backend lacks an engine (with the command that builds it), cannot be used with these
+    options, or an engine that the folder was begun with is gone.
+    """
+    networks = needed(options)
+    if options.backend == EAGER:
+        return tuple(Choice(name, EAGER, None, "--backend eager") for name in networks)
+    if not networks:
+        if options.backend != "auto":
+            why = "it differentiates through UNet and decoder, and an engine has no backward pass"
+            raise UsageError(
+                f"--gradient unet cannot run on --backend {options.backend}", why, "use --gradient latent, or eager"
+            )
+        return ()
+    memory = FileDigests(store.root / DIGESTS)
+    device = architecture_of(options.device)
+    wanted = STORED_BACKENDS if options.backend == "auto" else (options.backend,)
+    asked = {name: requests(options, name, device, memory) for name in wanted}
+    memory.save()
+    found = {
+        network: [(r, m) for of in asked.values() for r in of if r.network == network and (m := store.find(r.recipe))]
+        for network in networks
+    }
+    if options.backend != "auto":
+        lacking = [network for network in networks if not found[network]]
+        if lacking:
+            request = next(r for r in asked[options.backend] if r.network == lacking[0])
+            raise UsageError(
+                f"there is no {options.backend} engine in {store.root} for {', '.join(lacking)}",
+                f"{lacking[0]}: {'; '.join(causes(store.explain(request.recipe)))}",
+                f"build it: {build_command}",
+            )
+        return tuple(_chosen(found[network][0][1], f"--backend {options.backend}") for network in networks)
+    if before is not None:  # empty for a folder that was begun without engines
+        return tuple(_again(network, before.get(network, EAGER), found[network], build_command) for network in networks)
+    return tuple(_quickest(network, [m for _, m in found[network]]) for network in networks)
+
+
+def in_words(choices: Iterable[Choice]) -> list[str]:
+    """A line for each backend and reason."""
+    lines: dict[str, list[str]] = {}
+    for choice in choices:
+        lines.setdefault(f"{choice.backend} ({choice.why})", []).append(choice.network)
+    return [f"{', '.join(networks)}: {how}" for how, networks in lines.items()]
+
+
+def apply(synthesis: Synthesis, sources: Sources, choices: tuple[Choice, ...], store: EngineStore) -> Synthesis:
+    """The synthesis on the engines that were chosen, each verified before it is loaded.
+
+    Raises EngineError: an engine is damaged, or does not hold the networks in memory.
+    """
+    engines = {}
+    for choice in choices:
+        if choice.key is None:
+            continue
+        manifest = store.get(choice.key)
+        assert manifest is not None
+        _require_same(manifest, sources, store)
+        engines[choice.network] = load(store, choice.key, synthesis.device)
+    if not engines:
+        return synthesis
+    guidance = CompiledGuidance(synthesis.guidance, engines) if synthesis.guidance else None
+    return replace(synthesis, prior=CompiledPrior.of(synthesis.prior, engines), guidance=guidance)
+
+
+def _quickest(network: str, engines: list[Manifest]) -> Choice:
+    if not engines:
+        return Choice(network, EAGER, None, "no engine is built: dfkd-engines build")
+    best = min(engines, key=lambda manifest: float(manifest.facts["milliseconds"]["engine"]))
+    times = best.facts["milliseconds"]
+    measured = f"{times['rows']} rows, {times['threads']} threads, when it was built"
+    if times["engine"] < times["eager"]:
+        return _chosen(best, f"{times['engine']} ms a call, eager {times['eager']}: {measured}")
+    why = f"{times['eager']} ms a call, {best.spec.backend} {times['engine']}: {measured}"
+    return Choice(network, EAGER, None, why)
+
+
+def _again(network: str, key: str, found: list[tuple[Request, Manifest]], build_command: str) -> Choice:
+    if key == EAGER:
+        return Choice(network, EAGER, None, "the folder was begun with it")
+    for _, manifest in found:
+        if manifest.key == key:
+            return _chosen(manifest, "the folder was begun with it")
+    why = (
+        f"it was begun with the {network} engine {key}, which these options do not lead to now; "
+        "others differ in the last bits"
+    )
+    todo = f"repeat --batch and --micro-batch, build it again ({build_command}), or choose another --out"
+    raise UsageError("this folder cannot be continued", why, todo)
+
+
+def _chosen(manifest: Manifest, why: str) -> Choice:
+    return Choice(manifest.spec.network, manifest.spec.backend, manifest.key, why)
+
+
+def _require_same(manifest: Manifest, sources: Sources, store: EngineStore) -> None:
+    for name, here in held_by(manifest.spec.network, sources).items():
+        if (there := manifest.facts.get(name)) != here:
+            why = f"its {name} is {str(there)[:12]}, that of the networks in memory {here[:12]}"
+            # only so: a file was changed under the size and time that its digest is remembered by
+            todo = f"delete {store.root / DIGESTS} and run dfkd-engines build"
+            raise EngineError(f"the engine {manifest} is stale", why, todo)

@@ -1,0 +1,169 @@
+"""Which engines a synthesis needs, and what each is made of, read from options and files alone: no torch is loaded.
+
+A request's recipe names everything that its engine follows from. A recipe that was built before needs no tracing to
+find its engine; one that was not is traced, and the graph decides.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from dfkd.cli.generate_options import GenerateOptions
+from dfkd.engines import digests
+from dfkd.engines.digests import FileDigests
+from dfkd.engines.teacher_files import described
+from dfkd.errors import UsageError
+from engine.backends import get
+from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, locate, weight_files
+from engine.spec import cpu_architecture
+
+DIGESTS = "file-digests.json"  # in the store's folder
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TEACHER = ("gradient", "pixel_gradient", "image_moments", "image_gradient")
+_DECODER = ("decode", "gradient", "decode_vjp")
+
+# The modules that write a graph; a backend's own are added to them.
+_GRAPH = (
+    *("engine/graph.py", "engine/decompositions", "engine/interception.py", "engine/operations.py"),
+    *("engine/rewrites", "engine/module_paths.py", "engine/networks.py", "engine/export.py"),
+    "dfkd/engines/functions.py",
+)
+_LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One engine that a run can use.
+
+    batch   smallest, planned and largest rows of a call
+    recipe  flat mapping of strings: `engine.store` finds an engine by it
+    """
+
+    network: str
+    backend: str
+    batch: tuple[int, int, int]
+    recipe: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.network} in {self.backend}, up to {self.batch[2]} rows"
+
+
+def needed(options: GenerateOptions) -> tuple[str, ...]:
+    """The networks of dfkd.engines.functions that a run with these options calls; () where none can be an engine."""
+    if options.guides and options.gradient == "unet":
+        return ()  # guidance differentiates through UNet and decoder, and an engine has no backward
+    if not options.guides:
+        return "unet", "decode"
+    in_group = options.bn_weight > 0 and options.bn_stats == "group"
+    cut = in_group and rows_per_call(options) < options.group
+    if options.adv_weight:  # the image gradient stays with autograd: the student of L_adv is replaced between runs
+        return "unet", "decode", *(("image_moments",) if cut else ()), "decode_vjp"
+    if cut:
+        return "unet", "decode", "image_moments", "image_gradient", "decode_vjp"
+    return "unet", "decode", "gradient", *(("pixel_gradient",) if options.refine_steps else ())
+
+
+def rows_per_call(options: GenerateOptions) -> int:
+    """Images a network call as planned; dfkd-generate may take fewer where memory is short."""
+    return min(options.micro_batch or options.batch, options.batch, options.group)
+
+
+def requests(options: GenerateOptions, backend: str, device: str, memory: FileDigests) -> tuple[Request, ...]:
+    """A request for every network that is needed, in the order of the data's way.
+
+    device: an architecture, as engine.spec writes it (`cpu_architecture()` for a CPU).
+
+    Raises UsageError: the prior or the teacher cannot be found, or an unknown backend.
+    """
+    return tuple(request(options, network, backend, device, memory) for network in needed(options))
+
+
+def request(options: GenerateOptions, network: str, backend: str, device: str, memory: FileDigests) -> Request:
+    """The request for one network; raises as `requests`."""
+    rows = rows_per_call(options)
+    if network == "unet" and options.cfg != 1:
+        rows *= 2
+    kind = device.partition(" ")[0]
+    own = get(backend)
+    recipe = {
+        "network": network,
+        "backend": backend,
+        "device": device,
+        "dtype": TORCH_NAMES[options.dtype],
+        "batch": f"1 to {rows}",
+        "size": str(options.size or "the prior's own"),
+    }
+    recipe |= {f"prior.{name}": value for name, value in _prior(options, network, memory).items()}
+    packages = {"torch", "diffusers"}
+    if network in _TEACHER:
+        recipe |= {f"teacher.{name}": value for name, value in _teacher(options, memory).items()}
+        recipe |= {f"losses.{name}": value for name, value in _losses(options, network).items()}
+        packages |= _library(recipe["teacher.architecture"])
+    sources = [*_GRAPH, f"engine/backends/{backend}.py", *(_LOSSES if network in _TEACHER else ())]
+    recipe["sources"] = digests.of_sources(*sources)
+    found = {name: _version(name) for name in sorted(packages)} | own.versions()
+    recipe |= {f"versions.{name}": value for name, value in found.items()}
+    recipe |= {f"flags.{name}": value for name, value in own.flags(kind).items()}
+    return Request(network, backend, (1, rows, rows), recipe)
+
+
+def architecture_of(device: str) -> str:
+    """The architecture behind --device, without torch where there can be no GPU. Raises UsageError."""
+    no_gpu = not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists()
+    if device == "cpu" or (device == "auto" and no_gpu):
+        return cpu_architecture()
+    from dfkd.device import resolve_device
+    from engine.architecture import architecture
+
+    return architecture(resolve_device(device))
+
+
+def prior_folder(options: GenerateOptions) -> Path:
+    """Where the prior's files lie. Raises UsageError."""
+    try:
+        return locate(options.prior)
+    except PriorError as error:
+        raise UsageError(str(error)) from None
+
+
+def _prior(options: GenerateOptions, network: str, memory: FileDigests) -> dict[str, str]:
+    folder = prior_folder(options)
+    parts = ["unet"] if network == "unet" else ["vae"] if network in _DECODER else []
+    found = {}
+    try:
+        for part in parts:
+            files = [folder / part / CONFIGS[part], *weight_files(folder, part, WEIGHTS[part])]
+            found[part] = digests.of_files(folder, files, memory)
+        # the size of latents, images and prompts
+        shapes = [folder / part / CONFIGS[part] for part in ("unet", "vae", "text_encoder")]
+        shapes += [file for file in (folder / "tokenizer" / "tokenizer_config.json",) if file.is_file()]
+        found["shapes"] = digests.of_files(folder, shapes, memory)
+    except PriorError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"cannot read the prior {folder}", str(error)) from None
+    return found
+
+
+def _teacher(options: GenerateOptions, memory: FileDigests) -> dict[str, str]:
+    return described(options.teacher, options.teacher_checkpoint, options.normalisation, options.classes, memory.of)
+
+
+def _losses(options: GenerateOptions, network: str) -> dict[str, str]:
+    if network == "image_moments":
+        return {}
+    found = {"cls": str(options.cls_weight), "bn": str(options.bn_weight)}
+    return found | ({"bn_stats": options.bn_stats, "bn_loss": options.bn_loss} if options.bn_weight else {})
+
+
+def _library(architecture: str) -> set[str]:
+    prefix = architecture.partition(":")[0] if ":" in architecture else ""
+    return {prefix} if prefix in ("timm", "torchvision", "transformers") else set()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,78 @@
+"""Engine sets: which engines belong together, as build/engines.toml describes them."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dfkd.choices import STORED_BACKENDS
+from dfkd.cli.generate_options import GenerateOptions
+from dfkd.cli.options import parse
+from dfkd.engines.requests import needed
+from dfkd.errors import UsageError
+from dfkd.presets import PRESETS
+
+_KEYS = ("backends", "networks", "generate")
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """A run's options, the networks of it that are compiled, and what compiles each."""
+
+    name: str
+    options: GenerateOptions
+    networks: tuple[str, ...]
+    backends: tuple[str, ...]
+
+
+def read_set(file: Path, name: str, more: Sequence[str] = ()) -> EngineSet:
+    """The set `name` of a file of the form of build/engines.toml; `more` are flags of dfkd-generate that override it.
+
+    Raises UsageError: no such file or set, an unknown key, backend, network or option.
+    """
+    try:
+        sets = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        todo = "run in a checkout of the project, or name a file with --sets; or give options of dfkd-generate after --"
+        raise UsageError(f"cannot read {file}", error.strerror or str(error), todo) from None
+    except ValueError as error:
+        raise UsageError(f"{file} is not TOML", str(error)) from None
+    if name not in sets:
+        raise UsageError(f"{file} has no set {name!r}", f"it has {', '.join(sets)}", "choose one of them with --set")
+    table: Mapping[str, Any] = sets[name]
+    if unknown := sorted(table.keys() - set(_KEYS)):
+        raise UsageError(f"{file}: [{name}] has an unknown key {unknown[0]!r}", f"known are {', '.join(_KEYS)}")
+    words = [word for key, value in table.get("generate", {}).items() for word in ("--" + key, _text(value))]
+    return _set(name, [*words, *more], table.get("networks"), table.get("backends"))
+
+
+def set_of(more: Sequence[str]) -> EngineSet:
+    """The set that a run of dfkd-generate with these flags uses. Raises UsageError."""
+    return _set("", more, None, None)
+
+
+def narrowed(chosen: EngineSet, networks: Sequence[str], backend: str) -> EngineSet:
+    """With some of its networks (() for all) and one backend ("" for its own). Raises UsageError."""
+    if unknown := [name for name in networks if name not in chosen.networks]:
+        raise UsageError(f"--only names {unknown[0]!r}", f"this set has {', '.join(chosen.networks)}")
+    return replace(
+        chosen, networks=tuple(networks) or chosen.networks, backends=(backend,) if backend else chosen.backends
+    )
+
+
+def _set(name: str, words: Sequence[str], networks: Sequence[str] | None, backends: Sequence[str] | None) -> EngineSet:
+    options = parse(GenerateOptions, ["--out", ".", *words], "dfkd-generate", PRESETS)
+    used = needed(options)
+    if not used:
+        why = "it differentiates through UNet and decoder, and an engine has no backward pass"
+        raise UsageError("--gradient unet uses no engines", why, "use --gradient latent")
+    chosen = tuple(backends or (STORED_BACKENDS[0],))
+    for what, known, kind in ((chosen, STORED_BACKENDS, "backend"), (tuple(networks or used), used, "network")):
+        if unknown := [word for word in what if word not in known]:
+            raise UsageError(f"the set {name} names the {kind} {unknown[0]!r}", f"known are {', '.join(known)}")
+    return EngineSet(name, options, tuple(networks or used), chosen)
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

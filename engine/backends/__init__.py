@@ -1,0 +1,69 @@
+"""What runs a graph: one contract, one object a backend.
+
+    eager         torch's kernels, one op after another; nothing is stored
+    inductor      torch's compiler; stored as an AOTInductor package: code and weights in one shared library
+    onnxruntime   stored as an ONNX file, which holds no code
+
+Nothing here imports torch or onnxruntime before a backend compiles or loads: which engines are current is answered
+without them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from engine.backends.eager import Eager
+from engine.backends.inductor import Inductor
+from engine.backends.onnxruntime import OnnxRuntime
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from engine.graph import Graph
+    from engine.spec import EngineSpec
+
+Device: TypeAlias = "torch.device | str"
+Run: TypeAlias = "Callable[..., tuple[Tensor, ...]]"
+
+
+class Backend(Protocol):
+    """One way to run a graph. What it loads is called through `engine.compiled.Engine`, never by itself.
+
+    name: as in EngineSpec.backend. stored: whether it compiles to files.
+    """
+
+    name: str
+    stored: bool
+
+    def unusable(self, device: Device, dtype: str = "float32") -> str | None:
+        """Why it cannot compile or run networks of ``dtype`` on ``device`` here, and what would change that."""
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that change what it compiles, from their metadata: nothing is imported."""
+
+    def flags(self, device: Device) -> dict[str, str]:
+        """Options that change what it compiles."""
+
+    def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
+        """Write the payload into ``folder``, which is empty; the batch of the result is 2 to the spec's largest.
+
+        Raises EngineError where `unusable` has a reason. What a compiler itself raises passes through.
+        """
+
+    def load(self, folder: Path, spec: "EngineSpec", device: Device) -> Run:
+        """The payload as a function of contiguous tensors on ``device``, in the spec's order.
+
+        Its results are new tensors at every call. Raises EngineError where the payload cannot be loaded.
+        """
+
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime())}
+
+
+def get(name: str) -> Backend:
+    """The backend of this name; raises EngineError with the known names."""
+    if name not in BACKENDS:
+        raise EngineError(f"the backend {name!r} is unknown", f"known are {', '.join(BACKENDS)}", "choose one of them")
+    return BACKENDS[name]

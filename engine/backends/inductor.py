@@ -1,0 +1,154 @@
+"""Torch's compiler: fused C++ loops on a CPU, Triton kernels on a GPU, convolutions and matmuls from the libraries.
+
+A stored engine is an AOTInductor package (`engine.pt2`): a zip of one shared library, in which the weights are too, and
+JSON. It holds machine code for this CPU or GPU, so the spec's device is part of its key.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.backends.packages import missing, versions
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.backends import Device, Run
+    from engine.graph import Graph
+    from engine.spec import EngineSpec
+
+PACKAGE = "engine.pt2"
+
+# Written out where they are the default too, since environment variables change inductor's defaults unseen.
+_OPTIONS: dict[str, Any] = {
+    "freezing": True,  # weights are constants: convolutions get them in the library's own layout, foldable ops go
+    "layout_optimization": True,  # convolutions in channels_last
+    "max_autotune": False,
+    "force_disable_caches": True,  # what an earlier compilation left behind decides nothing
+    "cpp.dynamic_threads": True,  # otherwise the builder's thread count is compiled in
+    "aot_inductor.package_constants_in_so": True,
+    "aot_inductor.precompile_headers": False,  # they would be compiled for one engine and thrown away
+}
+
+
+class Inductor:
+    name = "inductor"
+    stored = True
+
+    def unusable(self, device: "Device", dtype: str = "float32") -> str | None:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            return f"it needs a C++ compiler and finds no {compiler} (install g++, or name yours in CXX)"
+        if _kind(device) == "cuda" and missing("triton"):
+            return "it needs triton for a GPU, which is not installed (pip install triton)"
+        return None
+
+    def versions(self) -> dict[str, str]:
+        return versions("torch")
+
+    def flags(self, device: "Device") -> dict[str, str]:
+        options = {name: str(value) for name, value in _OPTIONS.items()}
+        return options | (versions("triton") if _kind(device) == "cuda" else {})
+
+    def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
+        from torch._inductor import aoti_compile_and_package
+
+        if (why := self.unusable(spec.device.split()[0], spec.dtype)) is not None:
+            raise EngineError(f"{spec.network} cannot be compiled by inductor", why, "or choose another backend")
+        program = _exported(graph, spec)
+        with _own_cache(folder):
+            aoti_compile_and_package(program, package_path=str(folder / PACKAGE), inductor_configs=dict(_OPTIONS))
+
+    def load(self, folder: Path, spec: "EngineSpec", device: "Device") -> "Run":
+        import torch
+        from torch._inductor import aoti_load_package
+
+        place = torch.device(device)
+        index = -1 if place.type == "cpu" else torch.cuda.current_device() if place.index is None else place.index
+        try:
+            package = aoti_load_package(str(folder / PACKAGE), device_index=index)
+        except (OSError, RuntimeError) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            why = f"torch {torch.__version__} does not take its package ({first_line})"
+            raise EngineError(f"{spec.network} {spec.key()} cannot be loaded", why, _REBUILD) from error
+
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(package(*tensors))
+
+        return run
+
+
+def jit(graph: "Graph") -> "Run":
+    """The graph through torch.compile, in this process only; it reads its weights anew at every call.
+
+    The batch is dynamic from 2 on, all other sizes are compiled in.
+    """
+    import torch
+
+    compiled = torch.compile(graph.module, fullgraph=True)
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        marked = []
+        for tensor, spec in zip(tensors, graph.inputs, strict=True):
+            own = tensor.detach()  # the mark stays on the tensor, and this one is the caller's
+            if spec.shape[:1] == (None,):
+                torch._dynamo.mark_dynamic(own, 0)
+            marked.append(own)
+        with torch.no_grad():
+            return tuple(compiled(*marked))
+
+    return run
+
+
+_REBUILD = "build it again with dfkd-engines build"
+
+
+def _exported(graph: "Graph", spec: "EngineSpec") -> "torch.export.ExportedProgram":
+    """The graph for any batch from 2 to the spec's largest; the planned one is the hint for choices of speed."""
+    import torch
+
+    _, planned, largest = spec.batch
+    device = spec.device.split()[0]
+    examples = tuple(
+        torch.zeros(
+            [max(planned, 2) if size is None else size for size in tensor.shape],
+            dtype=getattr(torch, tensor.dtype),
+            device=device,
+        )
+        for tensor in graph.inputs
+    )
+    rows = torch.export.Dim("rows", min=2, max=max(largest, 3))
+    shapes = tuple({0: rows} if tensor.shape[:1] == (None,) else None for tensor in graph.inputs)
+    with torch.no_grad():
+        return torch.export.export(graph.module, examples, dynamic_shapes=shapes)
+
+
+def _kind(device: "Device") -> str:
+    return str(device).partition(":")[0]
+
+
+@contextmanager
+def _own_cache(folder: Path) -> Iterator[None]:
+    """Let inductor and Triton work in a folder of their own below ``folder``, removed at the end.
+
+    Below, so that the disk that is meant for engines is the one that fills, and whoever sweeps up after a killed build
+    finds it.
+    """
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
+        os.environ.update(dict(zip(names, (work, f"{work}/triton"), strict=True)))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

@@ -1,0 +1,112 @@
+"""A graph as an ONNX file."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from engine.errors import EngineError
+from engine.graph import Graph
+
+OPSET = 18
+# protobuf holds 2 GiB at most; weights go to a file of their own before that
+_LARGEST_FILE = 1_500_000_000
+
+
+def to_program(graph: Graph, batch: int = 6) -> ExportedProgram:
+    """The graph as a torch.export program with a dynamic batch of 2 or more rows.
+
+    batch: rows of the examples to export with; the program does not depend on it.
+    Raises EngineError where torch.export refuses it.
+    """
+    size = Dim("batch", min=2)
+    shapes = tuple({0: size} if spec.shape[:1] == (None,) else None for spec in graph.inputs)
+    device = next((value.device for value in graph.module.buffers()), torch.device("cpu"))
+    examples = tuple(
+        torch.zeros([batch if n is None else n for n in spec.shape], dtype=getattr(torch, spec.dtype), device=device)
+        for spec in graph.inputs
+    )
+    named = _Named(graph)
+    try:
+        with torch.no_grad():
+            return torch.export.export(named, examples, dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:  # torch.export documents no exceptions of its own
+        raise EngineError("the graph could not be exported", _first_line(error), "Report it with the graph") from error
+
+
+def to_onnx(graph: Graph, path: Path) -> None:
+    """Write path, an ONNX model with the specs' names and a dynamic batch; weights above 1.5 GB lie beside it.
+
+    Raises EngineError: the export failed, or onnx and onnxscript are not installed.
+    """
+    program = to_program(graph)
+    try:
+        with _quiet():
+            model = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except ImportError as error:
+        raise EngineError("no ONNX file can be written", _first_line(error), 'pip install "dfkd[onnx]"') from error
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise EngineError("the graph could not be exported", _first_line(error), "Use another backend") from error
+    assert model is not None
+    _rename(model.model.graph, [spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs])
+    size = sum(value.numel() * value.element_size() for value in graph.module.buffers())
+    try:
+        model.save(path, external_data=size > _LARGEST_FILE)
+    except OSError as error:
+        raise EngineError(f"{path} could not be written", str(error), "Make room, or choose another folder") from error
+
+
+class _Named(nn.Module):
+    """The graph as torch.export wants a module: one argument per input."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.module = graph.module
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = self.module(*tensors)
+        return result
+
+
+def _rename(onnx_graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give inputs and outputs of an onnx_ir graph their names, and another one to what has such a name by chance."""
+    ends = [*onnx_graph.inputs, *onnx_graph.outputs]
+    values = [value for node in onnx_graph for value in node.outputs]
+    for value in [*onnx_graph.initializers.values(), *values]:
+        if value.name in {*inputs, *outputs}:
+            value.name = f"{value.name}_inside"
+    # by way of names that no one has: an input may be called as another one was
+    for index, value in enumerate(ends):
+        value.name = f"end_{index}_of_the_graph"
+    for value, name in zip(ends, [*inputs, *outputs], strict=True):
+        value.name = name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on its own insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(".: ")

@@ -1,0 +1,40 @@
+"""What kernels and parsers want of single operations."""
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def plain_max_pools(module: fx.GraphModule) -> None:
+    """Max pools without their indices, which nothing here uses; TensorRT's parser refuses them."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten.max_pool2d_with_indices.default or any(u.args[1] != 0 for u in node.users):
+            continue
+        with module.graph.inserting_after(node):
+            pool = module.graph.call_function(aten.max_pool2d.default, node.args, node.kwargs)
+        pool.meta = {**node.meta, "val": node.meta["val"][0]}
+        for user in list(node.users):
+            user.replace_all_uses_with(pool)
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+
+
+def ordered_group_norms(module: fx.GraphModule) -> None:
+    """Ask for the memory order that group norm's kernels take: NHWC on a CPU where it comes so, else NCHW.
+
+    torch.group_norm does it by itself, but does not return the statistics that the gradient needs.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is not aten.native_group_norm.default:
+            continue
+        source = node.args[0]
+        value = source.meta["val"]
+        nhwc = (
+            value.dim() == 4 and value.device.type == "cpu" and value.is_contiguous(memory_format=torch.channels_last)
+        )
+        order = torch.channels_last if nhwc else torch.contiguous_format
+        with module.graph.inserting_before(node):
+            ordered = module.graph.call_function(aten.contiguous.default, (source,), {"memory_format": order})
+        ordered.meta = dict(node.meta, val=value)
+        node.args = (ordered, *node.args[1:])
