@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.errors import EngineError
+
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 CONFIGS = {
     "unet": "config.json",
@@ -25,19 +27,8 @@ CONFIGS = {
 }
 
 
-class PriorError(ValueError):
-    """A prior that cannot be used, found before any sampling.
-
-    what: the fact, naming the folder or id. why: the rule it breaks. todo: what to do about it.
-    ``str()`` reads "what: why. todo."
-    """
-
-    def __init__(self, what: str, why: str, todo: str) -> None:
-        super().__init__(what, why, todo)
-        self.what, self.why, self.todo = what, why, todo
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.why}. {self.todo}."
+class PriorError(EngineError):
+    """A prior that cannot be used, found before any sampling."""
 
 
 def locate(source: str | Path) -> Path:

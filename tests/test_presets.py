@@ -11,7 +11,7 @@ from dfkd.presets import PRESETS
 
 COMMANDS = {
     "dfkd-train-teacher": "dfkd.cli.train_teacher",
-    "dfkd-generate": "dfkd.cli.generate",
+    "dfkd-generate": "dfkd.cli.generate_options",
     "dfkd-distill": "dfkd.cli.distill",
 }
 
