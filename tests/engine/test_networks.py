@@ -85,7 +85,10 @@ def counted(function, calls):
 
 @pytest.mark.parametrize("t", [501, 501.0, torch.tensor(501.0, dtype=torch.float64), torch.full((2,), 501)])
 def test_denoise_is_the_unet(prior, pipeline, t):
-    z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, WIDTH)
+    # A seed, since this thin UNet's norms take groups of two numbers: where those are nearly equal, rounding decides.
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 4, 8, 8, generator=generator)
+    context = torch.randn(2, 77, WIDTH, generator=generator)
     with torch.no_grad():
         expected = pipeline.unet(z, 501, encoder_hidden_states=context).sample
         # the pipeline's networks are NCHW, ours NHWC: the same sums in another order
