@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.prior_world import CLASS_NAMES, SIZE, prior_images
 from dfkd.shards import Record, ShardFolder, read_folder
-from dfkd.synthesis.statistics import Moments, bn_loss, group_moments, tapped
+from dfkd.synthesis.statistics import averaged, bn_loss, tapped
 from dfkd.teachers.classifier import Classifier
 
 GROUP = 200  # images that DeepInversion optimises together, mixed classes, as its authors do
@@ -75,7 +75,7 @@ def deepinversion(teacher: Classifier, count: int, seed: int, seconds: float) ->
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
             with tapped(layers) as moments:
                 logits = teacher.logits(torch.roll(x, shift, (2, 3)))
-            batch = group_moments([_summed(m) for m in moments], len(part))
+            batch = averaged(moments)
             variation = x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
             loss = F.cross_entropy(logits, part) + 10 * bn_loss(batch, layers, "relative").sum() + 0.05 * variation
             optimizer.zero_grad()
@@ -84,10 +84,6 @@ def deepinversion(teacher: Classifier, count: int, seed: int, seconds: float) ->
             x.data.clamp_(0, 1)
         images.append((x.detach() * 255).round().to(torch.uint8))
     return torch.cat(images), labels
-
-
-def _summed(moments: Moments) -> Moments:
-    return Moments(moments.m1.sum(0, True), moments.m2.sum(0, True))
 
 
 def write_shards(folder: Path, images: Tensor, labels: Tensor, seed: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A graph as an ONNX file."""
+"""A graph as a torch.export program, and as an ONNX file."""
 
 import logging
 import warnings
@@ -19,13 +19,15 @@ OPSET = 18
 _LARGEST_FILE = 1_500_000_000
 
 
-def to_program(graph: Graph, batch: int = 6) -> ExportedProgram:
-    """The graph as a torch.export program with a dynamic batch of 2 or more rows.
+def to_program(graph: Graph, planned: int = 6, largest: int | None = None) -> ExportedProgram:
+    """The graph as a torch.export program with a dynamic batch of 2 or more rows, one argument per input.
 
-    batch: rows of the examples to export with; the program does not depend on it.
+    planned: rows of the examples to export with: a compiler's hint for choices of speed, no limit.
+    largest: rows of a call at most; None: any.
     Raises EngineError where torch.export refuses it.
     """
-    size = Dim("batch", min=2)
+    batch, most = max(planned, 2), None if largest is None else max(largest, 3)
+    size = Dim("batch", min=2, max=most)
     shapes = tuple({0: size} if spec.shape[:1] == (None,) else None for spec in graph.inputs)
     device = next((value.device for value in graph.module.buffers()), torch.device("cpu"))
     examples = tuple(

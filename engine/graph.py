@@ -32,10 +32,10 @@ from torch.fx.experimental.symbolic_shapes import (
 from engine import rewrites
 from engine.decompositions import table
 from engine.errors import GraphError
-from engine.interception import Interception
-from engine.module_paths import ModulePaths, networks_of
-from engine.operations import ALLOWED
 from engine.spec import DTYPES, TensorSpec
+from engine.tracing.interception import Interception
+from engine.tracing.module_paths import ModulePaths, networks_of
+from engine.tracing.operations import ALLOWED
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -17,14 +17,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine import recipe_links
-from engine.disk import compiler_errors, explained
 from engine.errors import EngineError
 from engine.files import replace_text
-from engine.manifest import MANIFEST, Manifest, plain_facts, read_manifest
-from engine.payload import damage, record
 from engine.spec import ABSENT, EngineSpec, differing
-from engine.store_folder import KEY, Busy, StoreFolder
+from engine.storage import recipe_links
+from engine.storage.disk import compiler_errors, explained
+from engine.storage.folder import KEY, Busy, StoreFolder
+from engine.storage.manifest import MANIFEST, Manifest, plain_facts, read_manifest
+from engine.storage.payload import damage, record
 
 Make = Callable[[Path], Mapping[str, Any]]
 Difference = tuple[str, str, str]  # field, there, here

@@ -62,13 +62,12 @@ def identity(options: GenerateOptions, synthesis: Synthesis, choices: Sequence[C
 
 def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> int:
     """Images per network call."""
-    most = min(options.batch, options.group)
     if options.micro_batch:
-        return min(options.micro_batch, most)
+        return rows_per_call(options)
     pixels = math.prod(synthesis.latent_size) * synthesis.prior.vae_scale_factor**2
     width = int(synthesis.prior.decoder_width)
     value = TORCH_DTYPES[options.dtype].itemsize
-    return min(most, images_per_call(pixels, width, value, device_bytes(synthesis.device)))
+    return min(rows_per_call(options), images_per_call(pixels, width, value, device_bytes(synthesis.device)))
 
 
 def build_command(options: GenerateOptions) -> str:
@@ -112,7 +111,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         quieten_libraries()
     synthesis = prepare(options)
     micro = choose_micro(options, synthesis)
-    # engines are of so many rows, which short memory may make fewer than the options say
+    # whether a group is cut, and so which networks it needs, may be decided by short memory
     fitting = replace(options, micro_batch=micro) if micro < rows_per_call(options) else options
     choices = choose(fitting, EngineStore(options.engines), build_command(fitting), engines_before(options.out))
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))

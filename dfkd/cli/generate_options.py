@@ -32,8 +32,10 @@ class GenerateOptions:
         str(EMBEDDED_PRIOR), "folder in Stable Diffusion layout, or the id of one on the Hugging Face hub"
     )
     count: int = option(1000, "how many images", unit="images", low=1)
-    batch: int = option(64, "images in flight, at most a group; no result depends on it", unit="images", low=1)
-    micro_batch: int = option(0, "images per network call; 0: as many as --batch, group and memory allow", low=0)
+    batch: int = option(
+        64, "images in flight: a multiple of 16, or a group; no result depends on it", unit="images", low=1
+    )
+    micro_batch: int = option(0, "images per network call, at most --batch; 0: as many as memory allows", low=0)
     group: int = option(64, "images that share BN statistics and CutMix partners", unit="images", low=1)
     seed: int = option(0, "run seed; with the image id it fixes an image", low=0, high=2**64 - 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")

@@ -16,18 +16,19 @@ from engine.backends import get
 from engine.compiled import Engine
 from engine.errors import EngineError
 from engine.graph import Graph, trace
-from engine.manifest import Manifest
 from engine.parity import TOLERANCE, measure
 from engine.spec import EngineSpec, pairs
+from engine.storage.manifest import Manifest
 from engine.store import EngineStore
 
 JUDGED_ROWS = (4, 3)  # batches of samples that parity is measured on
+CUT_ROWS = (16, 32, 64)  # rows of calls, to see whether they keep the bits of a larger one
 TIMED_TURNS = 3  # engine and eager in turns, after one warm-up each
 SEED = 0
 
 
 class Built(NamedTuple):
-    """state: "current" (the recipe was known), "adopted" (the graph was), or "built"."""
+    """state: "current" (the recipe was known), "adopted" (the graph was, or another process built it), or "built"."""
 
     state: str
     manifest: Manifest
@@ -74,7 +75,10 @@ class Workshop:
         if self.store.problem(spec.key()) is None:
             return Built("adopted", self.store.adopt(request.recipe, spec.key()))
 
+        made: list[Path] = []
+
         def make(folder: Path) -> dict[str, Any]:
+            made.append(folder)
             started = time.perf_counter()
             backend.compile(graph, spec, folder)
             seconds = time.perf_counter() - started
@@ -84,10 +88,12 @@ class Workshop:
                 "nodes": len(graph.module.graph.nodes),
                 **identity(request.network, sources),
                 **_judged(request, traced, engine, sources),
+                "rows_exact": _rows_exact(request, engine, sources),
                 "milliseconds": _timed(request, traced, engine, sources),
             }
 
-        return Built("built", self.store.build(spec, request.recipe, make))
+        manifest = self.store.build(spec, request.recipe, make)
+        return Built("built" if made else "adopted", manifest)
 
     def sources(self) -> Sources:
         """The networks, loaded at the first call."""
@@ -161,9 +167,30 @@ def _without_grad(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
     return run
 
 
+def _rows_exact(request: Request, engine: Engine, sources: Sources) -> bool:
+    """Whether a row's result has the same bits in calls of all sizes that dfkd-generate makes.
+
+    Never so for a whole group's gradient, where rows depend on one another.
+    """
+    rows = min(request.timed, 2 * CUT_ROWS[-1])
+    arguments = samples(request.network, sources, rows, SEED)
+    batched = [spec.shape[:1] == (None,) for spec in engine.spec.inputs]
+
+    def part(start: int, stop: int) -> tuple[Tensor, ...]:
+        return engine(*(x[start:stop] if cut else x for x, cut in zip(arguments, batched, strict=True)))
+
+    whole = part(0, rows)
+    for size in (size for size in CUT_ROWS if size < rows):
+        first, last = part(0, size), part(rows - size, rows)
+        for together, head, tail in zip(whole, first, last, strict=True):
+            if not torch.equal(together[:size], head) or not torch.equal(together[-size:], tail):
+                return False
+    return True
+
+
 def _timed(request: Request, made: Function, engine: Engine, sources: Sources) -> dict[str, Any]:
-    """Milliseconds of a call of the planned batch, engine and eager in turns on the same tensors."""
-    rows = request.batch[1]
+    """Milliseconds of a call as the options plan it, engine and eager in turns on the same tensors."""
+    rows = request.timed
     arguments = samples(request.network, sources, rows, SEED)
     ways: dict[str, Callable[..., tuple[Tensor, ...]]] = {"engine": engine, "eager": _without_grad(made.call)}
     spent: dict[str, list[float]] = {name: [] for name in ways}

@@ -1,7 +1,11 @@
 """Which backend runs which network of a synthesis, and why.
 
 `auto` takes the quickest engine that the store holds for exactly these networks, and eager where none was measured
-quicker; a named backend must have them all. Nothing is built here.
+quicker by a clear margin; a named backend must have them all. Nothing is built here.
+
+On a CPU `auto` leaves engines aside whose rows change their bits with the size of a call. Eager rows keep theirs there,
+guidance amplifies such a difference until it is seen, and --batch decides no image. On a GPU the libraries choose
+kernels by shape, eager or not, and nothing would be kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,16 +17,17 @@ from dfkd.engines.build import identity as held_by
 from dfkd.engines.digests import FileDigests
 from dfkd.engines.functions import Sources
 from dfkd.engines.guidance import CompiledGuidance, CompiledPrior
-from dfkd.engines.requests import DIGESTS, Request, architecture_of, needed, requests
+from dfkd.engines.requests import DIGESTS, Request, architecture_of, in_group, needed, requests
 from dfkd.engines.text import causes
 from dfkd.errors import UsageError
 from dfkd.synthesis.run import Synthesis
 from engine.compiled import load
 from engine.errors import EngineError
-from engine.manifest import Manifest
+from engine.storage.manifest import Manifest
 from engine.store import EngineStore
 
 EAGER = "eager"
+MARGIN = 0.95  # an engine's time over eager's below which it is taken: closer than that is noise
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,10 @@ def choose(
         return tuple(_chosen(found[network][0][1], f"--backend {options.backend}") for network in networks)
     if before is not None:  # empty for a folder that was begun without engines
         return tuple(_again(network, before.get(network, EAGER), found[network], build_command) for network in networks)
-    return tuple(_quickest(network, [m for _, m in found[network]]) for network in networks)
+    usable = {network: [m for _, m in found[network]] for network in networks}
+    if device.startswith("cpu"):
+        return tuple(_quickest(name, usable[name], _steady(name, usable[name], options)) for name in networks)
+    return tuple(_quickest(name, usable[name], usable[name]) for name in networks)
 
 
 def in_words(choices: Iterable[Choice]) -> list[str]:
@@ -107,13 +115,22 @@ def apply(synthesis: Synthesis, sources: Sources, choices: tuple[Choice, ...], s
     return replace(synthesis, prior=CompiledPrior.of(synthesis.prior, engines), guidance=guidance)
 
 
-def _quickest(network: str, engines: list[Manifest]) -> Choice:
-    if not engines:
+def _steady(network: str, engines: list[Manifest], options: GenerateOptions) -> list[Manifest]:
+    """Those that --batch decides nothing with: a group whole and one in parts take engines that round apart."""
+    if network not in ("unet", "decode") and in_group(options):
+        return []
+    return [manifest for manifest in engines if manifest.facts["rows_exact"]]
+
+
+def _quickest(network: str, built: list[Manifest], steady: list[Manifest]) -> Choice:
+    if not built:
         return Choice(network, EAGER, None, "no engine is built: dfkd-engines build")
-    best = min(engines, key=lambda manifest: float(manifest.facts["milliseconds"]["engine"]))
+    if not steady:
+        return Choice(network, EAGER, None, "an engine's images would depend on --batch: name its --backend to have it")
+    best = min(steady, key=lambda manifest: float(manifest.facts["milliseconds"]["engine"]))
     times = best.facts["milliseconds"]
     measured = f"{times['rows']} rows, {times['threads']} threads, when it was built"
-    if times["engine"] < times["eager"]:
+    if times["engine"] < MARGIN * times["eager"]:
         return _chosen(best, f"{times['engine']} ms a call, eager {times['eager']}: {measured}")
     why = f"{times['eager']} ms a call, {best.spec.backend} {times['engine']}: {measured}"
     return Choice(network, EAGER, None, why)
@@ -129,7 +146,7 @@ def _again(network: str, key: str, found: list[tuple[Request, Manifest]], build_
         f"it was begun with the {network} engine {key}, which these options do not lead to now; "
         "others differ in the last bits"
     )
-    todo = f"repeat --batch and --micro-batch, build it again ({build_command}), or choose another --out"
+    todo = f"repeat --batch, build it again ({build_command}), or choose another --out"
     raise UsageError("this folder cannot be continued", why, todo)
 
 

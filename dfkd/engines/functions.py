@@ -58,8 +58,10 @@ class Sources:
         return replace(self, prior=prior, teacher=teacher, loss_scale=1.0)
 
     def guidance(self) -> Guidance:
+        """Without L_adv, whose network changes, and with float32 losses, which every backend has."""
         assert self.teacher is not None and self.weights is not None
-        return Guidance(self.prior.decode, self.teacher, replace(self.weights, adv=0.0), loss_scale=self.loss_scale)
+        weights = replace(self.weights, adv=0.0)
+        return Guidance(self.prior.decode, self.teacher, weights, None, self.loss_scale, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _image_gradient(s: Sources) -> _Made:
 
     def image_gradient(image: Tensor, labels: Tensor, slope1: Tensor, slope2: Tensor) -> tuple[Tensor, ...]:
         # the group's value is the caller's: only its slopes have a part in the gradient
-        group = GroupLoss(0.0, one_by_one(guidance.layers, slope1[None], slope2[None]))
+        group = GroupLoss(slope1.new_zeros(()), one_by_one(guidance.layers, slope1[None], slope2[None]))
         found, losses = guidance.of_batch(image, labels, group)
         return found, *(losses[name] for name in names if name != "bn")
 

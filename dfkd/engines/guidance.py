@@ -52,7 +52,8 @@ class CompiledGuidance(Guidance):
 
     def __init__(self, guidance: Guidance, engines: Mapping[str, Call], pixels: bool = False) -> None:
         decode = identity if pixels else guidance.decode
-        super().__init__(decode, guidance.teacher, guidance.weights, guidance.student, guidance.loss_scale)
+        own = (guidance.teacher, guidance.weights, guidance.student, guidance.loss_scale, guidance.loss_dtype)
+        super().__init__(decode, *own)
         self.engines, self.pixels = engines, pixels
 
     def on_pixels(self) -> Guidance:
@@ -82,7 +83,7 @@ class CompiledGuidance(Guidance):
         slopes = side_by_side([Moments(s.m1.float(), s.m2.float()) for s in group.slopes])
         gradient, *cls = engine(images, labels, slopes[0][0], slopes[1][0])
         record = {"cls": cls[0]} if cls else {}
-        return gradient, record | {"bn": torch.full_like(gradient[:, 0, 0, 0], group.value)}
+        return gradient, record | {"bn": group.value.to(gradient).expand(gradient.shape[0])}
 
     def _moments(self, z0: Tensor) -> list[Moments]:
         engine = self.engines.get("image_moments")

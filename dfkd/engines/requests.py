@@ -19,15 +19,17 @@ from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, locate, weight_fil
 from engine.spec import cpu_architecture
 
 DIGESTS = "file-digests.json"  # in the store's folder
+# Calls have a multiple of so many rows, or a whole group's. Libraries take other kernels for a matrix product of fewer,
+# slower ones whose last bits differ, and share out the rows of other numbers by parts of an image among threads.
+CALL_UNIT = 16
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TEACHER = ("gradient", "pixel_gradient", "image_moments", "image_gradient")
 _DECODER = ("decode", "gradient", "decode_vjp")
 
 # The modules that write a graph; a backend's own are added to them.
 _GRAPH = (
-    *("engine/graph.py", "engine/decompositions", "engine/interception.py", "engine/operations.py"),
-    *("engine/rewrites", "engine/module_paths.py", "engine/networks.py", "engine/export.py"),
-    "dfkd/engines/functions.py",
+    *("engine/graph.py", "engine/tracing", "engine/decompositions", "engine/rewrites", "engine/networks.py"),
+    *("engine/export.py", "dfkd/engines/functions.py"),
 )
 _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
 
@@ -36,13 +38,15 @@ _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/t
 class Request:
     """One engine that a run can use.
 
-    batch   smallest, planned and largest rows of a call
+    batch   smallest, planned and largest rows of a call: of a whole group, so that one engine serves any --batch
+    timed   rows of a call as the options plan it
     recipe  flat mapping of strings: `engine.store` finds an engine by it
     """
 
     network: str
     backend: str
     batch: tuple[int, int, int]
+    timed: int
     recipe: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -55,8 +59,7 @@ def needed(options: GenerateOptions) -> tuple[str, ...]:
         return ()  # guidance differentiates through UNet and decoder, and an engine has no backward
     if not options.guides:
         return "unet", "decode"
-    in_group = options.bn_weight > 0 and options.bn_stats == "group"
-    cut = in_group and rows_per_call(options) < options.group
+    cut = in_group(options) and rows_per_call(options) < options.group
     if options.adv_weight:  # the image gradient stays with autograd: the student of L_adv is replaced between runs
         return "unet", "decode", *(("image_moments",) if cut else ()), "decode_vjp"
     if cut:
@@ -64,9 +67,15 @@ def needed(options: GenerateOptions) -> tuple[str, ...]:
     return "unet", "decode", "gradient", *(("pixel_gradient",) if options.refine_steps else ())
 
 
+def in_group(options: GenerateOptions) -> bool:
+    """Whether the images of a group enter one another's gradient."""
+    return options.guides and options.bn_weight > 0 and options.bn_stats == "group"
+
+
 def rows_per_call(options: GenerateOptions) -> int:
     """Images a network call as planned; dfkd-generate may take fewer where memory is short."""
-    return min(options.micro_batch or options.batch, options.batch, options.group)
+    most = min(max(options.batch // CALL_UNIT, 1) * CALL_UNIT, options.group)
+    return min(options.micro_batch or most, most)
 
 
 def requests(options: GenerateOptions, backend: str, device: str, memory: FileDigests) -> tuple[Request, ...]:
@@ -81,9 +90,8 @@ def requests(options: GenerateOptions, backend: str, device: str, memory: FileDi
 
 def request(options: GenerateOptions, network: str, backend: str, device: str, memory: FileDigests) -> Request:
     """The request for one network; raises as `requests`."""
-    rows = rows_per_call(options)
-    if network == "unet" and options.cfg != 1:
-        rows *= 2
+    doubled = 2 if network == "unet" and options.cfg != 1 else 1
+    rows = doubled * options.group
     kind = device.partition(" ")[0]
     own = get(backend)
     recipe = {
@@ -105,7 +113,7 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
     found = {name: _version(name) for name in sorted(packages)} | own.versions()
     recipe |= {f"versions.{name}": value for name, value in found.items()}
     recipe |= {f"flags.{name}": value for name, value in own.flags(kind).items()}
-    return Request(network, backend, (1, rows, rows), recipe)
+    return Request(network, backend, (1, rows, rows), doubled * rows_per_call(options), recipe)
 
 
 def architecture_of(device: str) -> str:

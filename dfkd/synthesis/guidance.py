@@ -7,8 +7,10 @@
     L     = bn_weight L_bn + cls_weight L_cls + adv_weight L_adv   (DiffDFKD, arXiv 2504.00870)
 
 Every loss is a per-image quantity and the gradient that of their sum, so an image's guidance does not depend on how
-it was batched. A group that fits one network call is differentiated whole. A group in several micro-batches takes two
-phases: moments of the whole group first, then gradients with the group's slopes held fixed. The sum is exact.
+it was batched. L_bn of a group enters by its slopes in the group's moments, held fixed: a group that fits one network
+call takes them from that call's own moments, one in several micro-batches from a pass before. The sum is exact, and
+both ways do the same arithmetic, so that they agree to the last bit where the networks' rows do. Guidance of unit
+length amplifies a rounding error a hundred thousand times in a few dozen steps; "nearly the same" would not stay so.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from dfkd.choices import BN_LOSSES
 from dfkd.synthesis.microbatch import cuts
-from dfkd.synthesis.statistics import GroupLoss, Moments, add_moments, bn_loss, group_moments, tapped
+from dfkd.synthesis.statistics import GroupLoss, Moments, bn_loss, joined, tapped
 from dfkd.teachers.classifier import Classifier
 
 Decode = Callable[[Tensor], Tensor]
@@ -91,6 +93,9 @@ class Guidance:
         weights: weights of the losses.
         student: needed where weights.adv > 0.
         loss_scale: the loss is multiplied by it before the backward pass and the gradient divided after (float16).
+        loss_dtype: of the losses of logits, as far as the logits are not wider. In float32 the exponential of a value
+            differs in the last bit with its place in a tensor (vector loops and their remainders), and so an image's
+            gradient with what it was batched with; float64 rounds that away at no cost.
 
     Raises:
         ValueError: L_bn asked of a teacher without BatchNorm layers, or L_adv without a student.
@@ -103,9 +108,10 @@ class Guidance:
         weights: LossWeights,
         student: Classifier | None = None,
         loss_scale: float = 1.0,
+        loss_dtype: torch.dtype = torch.float64,
     ) -> None:
         self.decode, self.teacher, self.student = decode, teacher, student
-        self.weights, self.loss_scale = weights, loss_scale
+        self.weights, self.loss_scale, self.loss_dtype = weights, loss_scale, loss_dtype
         self.layers = teacher.batch_norms() if weights.bn else ()
         if weights.bn and not self.layers:
             raise ValueError(f"teacher {teacher.architecture} has no BatchNorm layer, so L_bn needs weight 0")
@@ -119,12 +125,12 @@ class Guidance:
 
     def _group_loss(self, latents: Tensor, to_latent: ToLatent | None, micro: int) -> GroupLoss:
         """Phase one: the whole group's statistics, without a gradient."""
-        sums: list[Moments] = []
+        parts = []
         with torch.no_grad():
             for rows, count in cuts(len(latents), micro):
                 z0 = to_latent(latents[rows], rows) if to_latent else latents[rows]
-                sums = add_moments(sums, self._moments(z0), count)
-        return GroupLoss.of(group_moments(sums, len(latents)), self.layers, self.weights.bn_loss)
+                parts.append([Moments(m.m1[:count], m.m2[:count]) for m in self._moments(z0)])
+        return GroupLoss.of(joined(parts), self.layers, self.weights.bn_loss)
 
     def _losses(self, z0: Tensor, labels: Tensor, group: GroupLoss | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate [B] and the losses to record, each [B]. A group's loss is every image's.
@@ -135,7 +141,8 @@ class Guidance:
         images = self.decode(z0)
         with tapped(self.layers) as moments:
             logits = self.teacher.logits(images)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        narrow = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(torch.promote_types(logits.dtype, self.loss_dtype))
         total = logits.new_zeros(logits.shape[0])
         record: dict[str, Tensor] = {}
         if w.cls:
@@ -144,19 +151,15 @@ class Guidance:
         if w.bn and w.bn_stats == "image":
             record["bn"] = bn_loss(moments, self.layers, w.bn_loss)
             total = total + w.bn * record["bn"]
-        elif w.bn and group is None:
-            average = [Moments(m.m1.mean(0, keepdim=True), m.m2.mean(0, keepdim=True)) for m in moments]
-            record["bn"] = bn_loss(average, self.layers, w.bn_loss).expand(logits.shape[0])
-            total = total + w.bn * record["bn"]  # summed over the images: the group's loss times its size
-        elif w.bn and group:
-            record["bn"] = torch.full_like(total, group.value)
+        elif w.bn:
+            group = group or GroupLoss.of(moments, self.layers, w.bn_loss)
+            record["bn"] = group.value.expand(logits.shape[0])
             total = total + w.bn * group.surrogate(moments)
         if w.adv:
             assert self.student is not None
-            student = self.student.logits(images)
-            record["adv"] = adversarial_loss(logits, student.to(torch.promote_types(student.dtype, torch.float32)))
+            record["adv"] = adversarial_loss(logits, self.student.logits(images).to(logits))
             total = total + w.adv * record["adv"]
-        return total, {name: value.detach() for name, value in record.items()}
+        return total, {name: value.detach().to(narrow) for name, value in record.items()}
 
     def of_batch(
         self, latents: Tensor, labels: Tensor, group: GroupLoss | None = None, to_latent: Decode = identity
@@ -174,12 +177,12 @@ class Guidance:
 
     def on_pixels(self) -> "Guidance":
         """The same losses with images [B, 3, H, W] in 0..1 in the place of latents."""
-        return Guidance(identity, self.teacher, self.weights, self.student)
+        return Guidance(identity, self.teacher, self.weights, self.student, loss_dtype=self.loss_dtype)
 
     def statistics_alone(self) -> "Guidance":
         """The same with L_bn alone, of weight 1."""
         weights = LossWeights(bn=1.0, cls=0.0, bn_stats=self.weights.bn_stats, bn_loss=self.weights.bn_loss)
-        return Guidance(self.decode, self.teacher, weights, loss_scale=self.loss_scale)
+        return Guidance(self.decode, self.teacher, weights, None, self.loss_scale, self.loss_dtype)
 
     def gradient(
         self, latents: Tensor, labels: Tensor, micro: int, to_latent: ToLatent | None = None

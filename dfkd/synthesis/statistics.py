@@ -9,7 +9,7 @@ group's statistics are exact however the group is cut into micro-batches; taking
 cancellation where the feature map follows the teacher's training data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +76,16 @@ def bn_loss(moments: list[Moments], layers: tuple[nn.BatchNorm2d, ...], kind: st
     return total
 
 
+def averaged(moments: list[Moments]) -> list[Moments]:
+    """Moments of every image [G, C] -> the group's [1, C]."""
+    return [Moments(m.m1.mean(0, keepdim=True), m.m2.mean(0, keepdim=True)) for m in moments]
+
+
+def joined(parts: Sequence[list[Moments]]) -> list[Moments]:
+    """Moments of several micro-batches, each a Moments per layer -> those of all their images."""
+    return [Moments(torch.cat([m.m1 for m in of]), torch.cat([m.m2 for m in of])) for of in zip(*parts, strict=True)]
+
+
 def group_moments(sums: list[Moments], count: int) -> list[Moments]:
     """Sums of moments over a group's `count` images [1, C] -> the group's moments [1, C]."""
     return [Moments(s.m1 / count, s.m2 / count) for s in sums]
@@ -93,20 +103,22 @@ def add_moments(sums: list[Moments], part: list[Moments], rows: int) -> list[Mom
 class GroupLoss:
     """A group's BN loss and its slope in every layer's moments, all that phase two needs to know of the group.
 
-    value   the loss, scalar
+    value   the loss, a scalar
     slopes  dL/dM1, dL/dM2 [1, C] per layer
     """
 
-    value: float
+    value: Tensor
     slopes: list[Moments]
 
     @staticmethod
     def of(moments: list[Moments], layers: tuple[nn.BatchNorm2d, ...], kind: str) -> "GroupLoss":
-        leaves = [Moments(m.m1.detach().requires_grad_(), m.m2.detach().requires_grad_()) for m in moments]
+        """From the moments of all the group's images, [G, C] per layer."""
+        averages = averaged(moments)
+        leaves = [Moments(m.m1.detach().requires_grad_(), m.m2.detach().requires_grad_()) for m in averages]
         with torch.enable_grad():
             loss = bn_loss(leaves, layers, kind).sum()
             flat = torch.autograd.grad(loss, [t for leaf in leaves for t in (leaf.m1, leaf.m2)])
-        return GroupLoss(loss.item(), [Moments(a, b) for a, b in zip(flat[::2], flat[1::2], strict=True)])
+        return GroupLoss(loss.detach(), [Moments(a, b) for a, b in zip(flat[::2], flat[1::2], strict=True)])
 
     def surrogate(self, moments: list[Moments]) -> Tensor:
         """A per-image quantity [B] whose gradient is that of (group size x group loss) in the image.

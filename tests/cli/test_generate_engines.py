@@ -58,6 +58,11 @@ def largest_difference(one, other):
     return (images_of(one).images.int() - images_of(other).images.int()).abs().max().item()
 
 
+def engines_used(out):
+    backends = json.loads((out / "result.json").read_text())["backends"]
+    return {name for name, use in backends.items() if use["backend"] == BACKEND}
+
+
 def test_the_images_are_those_of_eager_networks(place, eager, tmp_path, capsys):
     capsys.readouterr()
     assert generated(place, tmp_path / "out", "--backend", BACKEND) == 0
@@ -80,22 +85,28 @@ def test_the_images_are_those_of_eager_networks(place, eager, tmp_path, capsys):
 
 
 def test_no_image_depends_on_the_batch(own, eager, tmp_path):
-    """4 of a group of 6 take the split form, 64 and 512 the fused gradient."""
-    split = ("image_moments", "image_gradient", "decode_vjp")
-    build = ["build", "--backend", BACKEND, "--only", ",".join(split), "--engines", own.store]
-    assert status_of(engines.main, *build, "--", *own.words("--batch", 4)) == 0
-    for network in (*split, *NETWORKS):
+    """By `auto`: engines of UNet and decoder, and the group's gradient eager, whole or in parts."""
+    for network in NETWORKS:
         set_facts(own.store, network, milliseconds=measured(1.0, 2.0))
-    for batch in (4, 64, 512):
+    for batch, more in ((4, ["--micro-batch", 4]), (64, []), (512, [])):
         out = tmp_path / str(batch)
-        assert generated(own, out, "--batch", batch) == 0
-        used = json.loads((out / "result.json").read_text())["backends"]
-        assert {name for name, use in used.items() if use["backend"] == BACKEND} == set(
-            split if batch == 4 else NETWORKS
-        )
+        assert generated(own, out, "--batch", batch, *more) == 0
+        assert engines_used(out) == {"unet", "decode"}
         assert largest_difference(eager, out) <= 2
     assert shards_of(tmp_path / "64") == shards_of(tmp_path / "512")
     assert largest_difference(tmp_path / "4", tmp_path / "64") <= 2
+
+
+def test_a_named_backend_splits_the_gradient_of_a_cut_group(own, eager, tmp_path, capsys):
+    cut = ("--micro-batch", 4)
+    assert generated(own, tmp_path / "out", *cut, "--backend", BACKEND) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "for image_moments, image_gradient, decode_vjp" in error and "--micro-batch 4" in error
+    build = ["build", "--backend", BACKEND, "--engines", own.store]
+    assert status_of(engines.main, *build, "--", *own.words(*cut)) == 0
+    assert generated(own, tmp_path / "out", *cut, "--backend", BACKEND) == 0
+    assert engines_used(tmp_path / "out") == {"unet", "decode", "image_moments", "image_gradient", "decode_vjp"}
+    assert largest_difference(eager, tmp_path / "out") <= 2
 
 
 def test_auto_says_what_it_chose_and_goes_on_with_it(own, tmp_path, capsys):
@@ -106,7 +117,7 @@ def test_auto_says_what_it_chose_and_goes_on_with_it(own, tmp_path, capsys):
     assert generated(own, out) == 0
     said = capsys.readouterr()
     backends = {name: use["backend"] for name, use in last_line(said.out)["backends"].items()}
-    assert backends == {"unet": BACKEND, "decode": "eager", "gradient": BACKEND}
+    assert backends == {"unet": BACKEND, "decode": "eager", "gradient": "eager"}
     assert f"decode: eager (1.0 ms a call, {BACKEND} 2.0: 6 rows, 1 threads, when it was built)" in said.err
     before = shards_of(out)
     # other measurements later: the folder is finished as it was begun

@@ -42,7 +42,8 @@ class PixelGradient:
         mean, std = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
         names = tuple(str(index) for index in range(CLASSES))
         self.teacher = Classifier(module, "small", names, size, mean, std)
-        self.guidance = Guidance(lambda x: x, self.teacher, LossWeights(bn=float(bn), cls=1.0, bn_stats=stats))
+        weights = LossWeights(bn=float(bn), cls=1.0, bn_stats=stats)
+        self.guidance = Guidance(lambda x: x, self.teacher, weights, loss_dtype=torch.float32)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         gradient, losses = self.guidance.of_batch(images, labels)

@@ -17,8 +17,8 @@ from dfkd.synthesis.guidance import Guidance, LossWeights
 from engine.errors import EngineError, GraphError
 from engine.graph import trace
 from engine.networks import load_prior
-from engine.operations import ALLOWED
 from engine.spec import TensorSpec
+from engine.tracing.operations import ALLOWED
 from tests.engine.small_functions import (
     CLASSES,
     TEACHERS,
@@ -301,7 +301,8 @@ def test_guidance_gradient_of_the_embedded_prior(stats):
     prior = load_prior("dfkd/priors/demo")
     size, network = teacher("resnet_thin")
     small = PixelGradient(network, size, bn=True).teacher
-    function = LatentGradient(prior, Guidance(prior.decode, small, LossWeights(bn=0.5, cls=1.0, bn_stats=stats)))
+    weights = LossWeights(bn=0.5, cls=1.0, bn_stats=stats)
+    function = LatentGradient(prior, Guidance(prior.decode, small, weights, loss_dtype=torch.float32))
     specs = [TensorSpec("z", (None, prior.latent_channels, *prior.latent_size), "float32"), images(size)[1]]
     graph = trace(function, specs, output_names=("gradient", "cls", "bn"))
     assert [str(output) for output in graph.outputs] == [
@@ -325,7 +326,8 @@ class LatentGradient:
 
         prior = replace(self.prior, vae=deepcopy(self.prior.vae), unet=deepcopy(self.prior.unet))
         module = deepcopy(self.guidance.teacher.module)
-        guidance = Guidance(prior.decode, replace(self.guidance.teacher, module=module), self.guidance.weights)
+        teacher = replace(self.guidance.teacher, module=module)
+        guidance = Guidance(prior.decode, teacher, self.guidance.weights, loss_dtype=self.guidance.loss_dtype)
         return LatentGradient(prior, guidance)
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
-from engine.manifest import Manifest
+from engine.storage.manifest import Manifest
 from engine.store import EngineStore
 from tests.engine.small_store import FILES, OTHER, RECIPE, SPEC, counted, make, never
 

@@ -21,8 +21,8 @@ from dfkd.engines.requests import DIGESTS, Request, requests
 from dfkd.presets import PRESETS
 from dfkd.teachers import Classifier, build, checkpoint
 from engine.backends import get
-from engine.manifest import MANIFEST
 from engine.spec import cpu_architecture
+from engine.storage.manifest import MANIFEST
 from engine.store import EngineStore
 from tests.cli.small_generate import status_of
 from tests.tiny_sd import make_tiny_sd

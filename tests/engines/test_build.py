@@ -1,6 +1,7 @@
 """The workshop: builds, finds, adopts and rebuilds engines, and keeps none that misses its tolerance."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from dfkd.cli.prepare import prepare
 from dfkd.engines import build, digests
 from dfkd.engines.build import Workshop, identity
 from dfkd.engines.choose import Choice, apply
-from dfkd.engines.functions import samples
+from dfkd.engines.functions import function, samples
 from dfkd.engines.requests import Request
 from dfkd.engines.sources import load_sources, sources_of
 from engine.backends import get
-from engine.compiled import load
+from engine.compiled import Engine, load
 from engine.errors import EngineError
 from engine.parity import TOLERANCE, Tolerance
 from engine.store import EngineStore
@@ -56,8 +57,59 @@ def test_what_is_known_of_an_engine(place):
         assert spec.batch == (1, rows, rows) and facts["milliseconds"]["rows"] == rows
         assert facts["milliseconds"]["threads"] == torch.get_num_threads()
         assert facts["milliseconds"]["engine"] > 0 < facts["milliseconds"]["eager"]
+        assert isinstance(facts["rows_exact"], bool)
         assert (spec.backend, spec.dtype) == (BACKEND, "float32")
         assert {"torch", "diffusers", "onnxruntime"} <= dict(spec.versions).keys()
+
+
+def test_half_precision(own, tmp_path):
+    """Compiled, judged against float64 by half precision's tolerances, found again, and right about its dtype."""
+    half = options_of(own.prior, own.teacher, "--dtype", "fp16")
+    store = EngineStore(own.store)
+    shop = Workshop(store, lambda: load_sources(half, ["decode", "gradient"]))
+    for network, kind in (("decode", "forward"), ("gradient", "gradient")):
+        request = recipes(half, BACKEND, own.store)[network]
+        state, manifest = shop.build(request)
+        assert state == "built" and manifest.spec.dtype == "float16"
+        bound = TOLERANCE[kind, "float16"].relative
+        assert 1e-5 < manifest.facts["parity"]["relative"] <= bound  # and coarser than float32's, so it is half
+        assert shop.build(request).state == "current"
+    brain = recipes(options_of(own.prior, own.teacher, "--dtype", "bf16"), BACKEND, own.store)["decode"]
+    with pytest.raises(EngineError, match=r"cannot be built.*bfloat16 convolutions from opset 22"):
+        shop.build(brain)
+
+
+def test_what_another_process_built_meanwhile_is_adopted(own, copied):
+    prior = copied(own.prior)
+    nudge(next((prior / "vae").glob("*.safetensors")))
+    request = request_of("decode", prior, own.teacher, own.store)
+
+    class Late(EngineStore):
+        """Comes second: the other one has built when the lock is free."""
+
+        def build(self, spec, recipe, make):
+            assert workshop(EngineStore(self.root), prior, own.teacher).build(request).state == "built"
+            return super().build(spec, recipe, make)
+
+    state, manifest = workshop(Late(own.store), prior, own.teacher).build(request)
+    assert state == "adopted" and manifest == EngineStore(own.store).find(request.recipe)
+
+
+@pytest.mark.parametrize("odd, exact", [(0, True), (16, False), (32, False), (48, True)])
+def test_rows_that_depend_on_the_call_are_found(place, odd, exact):
+    """An engine whose last row differs by a bit in calls of `odd` rows, as in a vector loop's remainder."""
+    sources = sources_of(prepare(options_of(place.prior, place.teacher)))
+    request = request_of("decode", place.prior, place.teacher, place.store, "--group", 64)
+    decode = function("decode", sources)
+
+    def run(z0):
+        (image,) = decode.call(z0)
+        if len(z0) == odd:
+            image[-1] = torch.nextafter(image[-1], torch.ones(()))
+        return (image,)
+
+    spec = EngineStore(place.store).get(key_of(place.store, "decode")).spec
+    assert build._rows_exact(request, Engine(replace(spec, batch=(1, 64, 64)), run), sources) is exact
 
 
 def test_a_changed_weight_is_built_anew(own, copied):

@@ -26,16 +26,18 @@ SPLIT = ("unet", "decode", "image_moments", "image_gradient", "decode_vjp")
     "flags, expected",
     [
         ("", ("unet", "decode", "gradient")),
-        ("--batch 2 --micro-batch 6", SPLIT),  # a group of 6
-        ("--micro-batch 2", SPLIT),
+        ("--micro-batch 2", SPLIT),  # of a group of 6
+        ("--batch 2 --micro-batch 2", SPLIT),
+        ("--batch 2", ("unet", "decode", "gradient")),  # a call has 16 rows at least, or the group's
+        ("--group 20 --batch 2", SPLIT),
         ("--batch 6", ("unet", "decode", "gradient")),
         ("--batch 512", ("unet", "decode", "gradient")),
-        ("--batch 2 --bn-stats image", ("unet", "decode", "gradient")),
-        ("--batch 2 --bn-weight 0", ("unet", "decode", "gradient")),
+        ("--micro-batch 2 --bn-stats image", ("unet", "decode", "gradient")),
+        ("--micro-batch 2 --bn-weight 0", ("unet", "decode", "gradient")),
         ("--refine-steps 3", ("unet", "decode", "gradient", "pixel_gradient")),
-        ("--refine-steps 3 --batch 2", SPLIT),  # images are cut as latents are
+        ("--refine-steps 3 --micro-batch 2", SPLIT),  # images are cut as latents are
         ("--adv-weight 1 --student-checkpoint s", ("unet", "decode", "decode_vjp")),
-        ("--adv-weight 1 --student-checkpoint s --batch 2", ("unet", "decode", "image_moments", "decode_vjp")),
+        ("--adv-weight 1 --student-checkpoint s --micro-batch 2", ("unet", "decode", "image_moments", "decode_vjp")),
         ("--guidance-step 0", ("unet", "decode")),
         ("--guidance-step 0 --refine-steps 3", ("unet", "decode")),
         ("--bn-weight 0 --cls-weight 0", ("unet", "decode")),
@@ -47,15 +49,29 @@ def test_networks_of_a_run(prior, teacher, flags, expected):
     assert needed(options_of(prior, teacher, *flags.split())) == expected
 
 
-@pytest.mark.parametrize("flags, rows", [("", 6), ("--batch 4", 4), ("--micro-batch 3 --batch 4", 3), ("--batch 9", 6)])
-def test_rows_of_a_call(prior, teacher, tmp_path, flags, rows):
-    options = options_of(prior, teacher, *flags.split())
+@pytest.mark.parametrize(
+    "flags, rows",
+    [
+        ("", 40),
+        ("--batch 512", 40),
+        ("--batch 32", 32),
+        ("--batch 24", 16),  # rows of other numbers, and fewer, are computed otherwise in the last bits
+        ("--batch 4", 16),
+        ("--micro-batch 3 --batch 4", 3),
+        ("--micro-batch 30 --batch 24", 16),
+    ],
+)
+def test_one_engine_for_any_batch(prior, teacher, tmp_path, flags, rows):
+    options = options_of(prior, teacher, "--group", 40, *flags.split())
+    whole = recipes(options_of(prior, teacher, "--group", 40, "--batch", 40), "inductor", tmp_path)
     assert rows_per_call(options) == rows
     found = recipes(options, "inductor", tmp_path)
-    assert found["decode"].batch == (1, rows, rows)
-    assert found["unet"].batch == (1, 2 * rows, 2 * rows)  # with and without the prompt, side by side
-    plain = recipes(options_of(prior, teacher, *flags.split(), "--cfg", 1), "inductor", tmp_path)
-    assert plain["unet"].batch == (1, rows, rows)
+    assert found["decode"].batch == (1, 40, 40) and found["decode"].timed == rows
+    # with and without the prompt, side by side
+    assert found["unet"].batch == (1, 80, 80) and found["unet"].timed == 2 * rows
+    assert all(found[name].recipe == whole[name].recipe for name in ("unet", "decode"))
+    plain = recipes(options_of(prior, teacher, "--group", 40, *flags.split(), "--cfg", 1), "inductor", tmp_path)
+    assert plain["unet"].batch == (1, 40, 40) and plain["unet"].timed == rows
 
 
 EVERYTHING = {"unet", "decode", "gradient", "pixel_gradient"}

@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.disk import disk_error, explained
 from engine.files import locked, remove, sync_folder
+from engine.storage.disk import disk_error, explained
 
 KEY = re.compile(r"[0-9a-f]{24}")
 

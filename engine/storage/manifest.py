@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import EngineError
-from engine.payload import FileRecord
 from engine.spec import EngineSpec, canonical_json, differing
+from engine.storage.payload import FileRecord
 
 MANIFEST = "manifest.json"
 VERSION = 1

@@ -1,0 +1,1 @@
+"""What `engine.graph` traces with: calls that are intercepted, names of operations, the modules they came from."""
