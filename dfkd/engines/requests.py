@@ -74,7 +74,8 @@ def in_group(options: GenerateOptions) -> bool:
 
 def rows_per_call(options: GenerateOptions) -> int:
     """Images a network call as planned; dfkd-generate may take fewer where memory is short."""
-    most = min(max(options.batch // CALL_UNIT, 1) * CALL_UNIT, options.group)
+    units = max(options.batch // CALL_UNIT, 1)
+    most = options.group if options.batch >= options.group else min(units * CALL_UNIT, options.group)
     return min(options.micro_batch or most, most)
 
 

@@ -6,7 +6,19 @@ import pytest
 
 from dfkd.cli import generate, prepare
 from tests.cli.small_generate import SMALL, save_classifier, status_of
+from tests.engines.small_engines import built, with_own_store
 from tests.synthesis.small_sd import make_small_sd
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A prior and a teacher whose engines are built; `own` is the same with a store to be changed."""
+    return built(tmp_path_factory.getbasetemp() / "engines")
+
+
+@pytest.fixture
+def own(place, tmp_path):
+    return with_own_store(place, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -16,27 +16,15 @@ from tests.cli.small_generate import last_line, status_of
 from tests.engines.small_engines import (
     BACKEND,
     NEEDS_IT,
-    built,
     flip_a_byte,
     folders,
     key_of,
     nudge,
     set_facts,
-    with_own_store,
     words,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return built(tmp_path_factory.getbasetemp() / "engines")
-
-
-@pytest.fixture
-def own(place, tmp_path):
-    return with_own_store(place, tmp_path)
 
 
 def run(command, place, *options, rest=None):

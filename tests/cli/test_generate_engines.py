@@ -1,9 +1,6 @@
 """dfkd-generate on compiled engines: the images of eager networks, begun, killed, continued and refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,34 +8,21 @@ import torch
 from dfkd.cli import engines, generate
 from engine.store import EngineStore
 from tests.cli.small_generate import images_of, last_line, shards_of, status_of
-from tests.cli.test_generate_killed import KILLS, ROOT
+from tests.cli.test_generate_killed import check_killed
 from tests.engines.small_engines import (
     BACKEND,
     NEEDS_IT,
-    built,
     flip_a_byte,
     key_of,
     measured,
     set_facts,
-    with_own_store,
 )
 
 pytestmark = NEEDS_IT
 
 NETWORKS = ("unet", "decode", "gradient")
-# as in test_generate_killed.py, with what a run loads by and by: a fork of it begins to sample at once
 LOADED = "from diffusers import AutoencoderTiny, UNet2DConditionModel\nfrom transformers import CLIPTextConfig\n"
 LOADED += "from transformers import CLIPTextModel, CLIPTokenizer\nimport onnxruntime\n"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return built(tmp_path_factory.getbasetemp() / "engines")
-
-
-@pytest.fixture
-def own(place, tmp_path):
-    return with_own_store(place, tmp_path)
 
 
 def generated(place, out, *more):
@@ -189,14 +173,5 @@ class Sessions:
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(place, tmp_path):
     argv = ["--engines", place.store, "--backend", BACKEND, "--count", 22, "--shard-size", 6, *place.words()]
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED + KILLS, str(tmp_path), "3", *map(str, argv)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    whole, killed = shards_of(tmp_path / "whole"), shards_of(tmp_path / "killed")
-    assert len(whole) == 4 and killed == whole, done.stdout
+    check_killed(tmp_path, argv, LOADED)
     assert json.loads((tmp_path / "killed/result.json").read_text())["backends"]["unet"]["backend"] == BACKEND

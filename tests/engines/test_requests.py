@@ -54,7 +54,8 @@ def test_networks_of_a_run(prior, teacher, flags, expected):
     [
         ("", 40),
         ("--batch 512", 40),
-        ("--batch 32", 32),
+        ("--batch 40", 40),
+        ("--batch 39", 32),
         ("--batch 24", 16),  # rows of other numbers, and fewer, are computed otherwise in the last bits
         ("--batch 4", 16),
         ("--micro-batch 3 --batch 4", 3),
