@@ -16,7 +16,7 @@ from dfkd.cli.options import command, plain, save_settings
 from dfkd.cli.prepare import TORCH_DTYPES, prepare
 from dfkd.cli.progress import progress
 from dfkd.engines.choose import Choice, apply, choose, in_words
-from dfkd.engines.requests import rows_per_call
+from dfkd.engines.requests import gradient_rows, rows_per_call
 from dfkd.engines.sources import sources_of
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
@@ -60,14 +60,16 @@ def identity(options: GenerateOptions, synthesis: Synthesis, choices: Sequence[C
     return result
 
 
-def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> int:
-    """Images per network call."""
+def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> tuple[int, int]:
+    """Images per network call, and per call of the guidance gradient."""
     if options.micro_batch:
-        return rows_per_call(options)
+        return rows_per_call(options), gradient_rows(options)
     pixels = math.prod(synthesis.latent_size) * synthesis.prior.vae_scale_factor**2
     width = int(synthesis.prior.decoder_width)
     value = TORCH_DTYPES[options.dtype].itemsize
-    return min(rows_per_call(options), images_per_call(pixels, width, value, device_bytes(synthesis.device)))
+    fit = images_per_call(pixels, width, value, device_bytes(synthesis.device))
+    micro = min(rows_per_call(options), fit)
+    return micro, gradient_rows(options) if gradient_rows(options) <= fit else micro
 
 
 def build_command(options: GenerateOptions) -> str:
@@ -110,9 +112,9 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     if not sys.stderr.isatty():
         quieten_libraries()
     synthesis = prepare(options)
-    micro = choose_micro(options, synthesis)
+    micro, gradient_micro = choose_micro(options, synthesis)
     # whether a group is cut, and so which networks it needs, may be decided by short memory
-    fitting = replace(options, micro_batch=micro) if micro < rows_per_call(options) else options
+    fitting = replace(options, micro_batch=micro) if gradient_micro < gradient_rows(options) else options
     choices = choose(fitting, EngineStore(options.engines), build_command(fitting), engines_before(options.out))
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
     for line in in_words(choices):
@@ -135,12 +137,13 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         print(
             f"{options.count} images of {size}x{size}, {remaining} to compute on {synthesis.device} in {options.dtype};"
             f" groups of {options.group}, {micro} images a network call"
+            + (f", {gradient_micro} a gradient" if gradient_micro != micro else "")
             + (f"; {dropped} more complete the last group and are dropped" if dropped else ""),
             file=sys.stderr,
         )
         with progress(remaining, "synthesis", "img") as bar:
             try:
-                done = synthesise(folder, synthesis, micro, bar.update)
+                done = synthesise(folder, synthesis, micro, bar.update, gradient_micro)
             except FloatingPointError as error:
                 raise UsageError(str(error), todo="lower --guidance-step, or use --dtype fp32") from None
     if options.format == "imagefolder":
@@ -154,6 +157,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         "seconds": round(done.seconds, 3),
         "images_per_second": round(done.images / done.seconds, 3) if done.images else None,
         "micro_batch": micro,
+        "gradient_micro_batch": gradient_micro,
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
         "class_names": synthesis.teacher.class_names,
         "class_counts": torch.bincount(

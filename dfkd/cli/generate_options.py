@@ -35,7 +35,11 @@ class GenerateOptions:
     batch: int = option(
         64, "images in flight: a multiple of 16, or a group; no result depends on it", unit="images", low=1
     )
-    micro_batch: int = option(0, "images per network call, at most --batch; 0: as many as memory allows", low=0)
+    micro_batch: int = option(
+        0,
+        "images per network call, at most --batch; 0: as memory allows, and a group's gradient in one call",
+        low=0,
+    )
     group: int = option(64, "images that share BN statistics and CutMix partners", unit="images", low=1)
     seed: int = option(0, "run seed; with the image id it fixes an image", low=0, high=2**64 - 1)
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")

@@ -116,9 +116,9 @@ def apply(synthesis: Synthesis, sources: Sources, choices: tuple[Choice, ...], s
 
 
 def _steady(network: str, engines: list[Manifest], options: GenerateOptions) -> list[Manifest]:
-    """Those that --batch decides nothing with: a group whole and one in parts take engines that round apart."""
-    if network not in ("unet", "decode") and in_group(options):
-        return []
+    """Those that --batch decides nothing with; a group's gradient in one call has always the same rows."""
+    if network in ("gradient", "pixel_gradient") and in_group(options):
+        return engines
     return [manifest for manifest in engines if manifest.facts["rows_exact"]]
 
 

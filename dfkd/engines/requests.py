@@ -24,6 +24,7 @@ DIGESTS = "file-digests.json"  # in the store's folder
 CALL_UNIT = 16
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TEACHER = ("gradient", "pixel_gradient", "image_moments", "image_gradient")
+_GRADIENT = ("gradient", "pixel_gradient", "image_gradient", "decode_vjp")
 _DECODER = ("decode", "gradient", "decode_vjp")
 
 # The modules that write a graph; a backend's own are added to them.
@@ -59,7 +60,7 @@ def needed(options: GenerateOptions) -> tuple[str, ...]:
         return ()  # guidance differentiates through UNet and decoder, and an engine has no backward
     if not options.guides:
         return "unet", "decode"
-    cut = in_group(options) and rows_per_call(options) < options.group
+    cut = in_group(options) and gradient_rows(options) < options.group
     if options.adv_weight:  # the image gradient stays with autograd: the student of L_adv is replaced between runs
         return "unet", "decode", *(("image_moments",) if cut else ()), "decode_vjp"
     if cut:
@@ -77,6 +78,16 @@ def rows_per_call(options: GenerateOptions) -> int:
     units = max(options.batch // CALL_UNIT, 1)
     most = options.group if options.batch >= options.group else min(units * CALL_UNIT, options.group)
     return min(options.micro_batch or most, most)
+
+
+def gradient_rows(options: GenerateOptions) -> int:
+    """Images a call of the guidance gradient as planned.
+
+    The latent gradient of a group with statistics in common is taken whole, whatever --batch says: in parts it takes
+    two passes, and engines of other rounding. Only --micro-batch, or short memory in its place, cuts it.
+    """
+    whole = in_group(options) and options.gradient == "latent" and not options.micro_batch
+    return options.group if whole else rows_per_call(options)
 
 
 def requests(options: GenerateOptions, backend: str, device: str, memory: FileDigests) -> tuple[Request, ...]:
@@ -114,7 +125,8 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
     found = {name: _version(name) for name in sorted(packages)} | own.versions()
     recipe |= {f"versions.{name}": value for name, value in found.items()}
     recipe |= {f"flags.{name}": value for name, value in own.flags(kind).items()}
-    return Request(network, backend, (1, rows, rows), doubled * rows_per_call(options), recipe)
+    timed = gradient_rows(options) if network in _GRADIENT else doubled * rows_per_call(options)
+    return Request(network, backend, (1, rows, rows), timed, recipe)
 
 
 def architecture_of(device: str) -> str:

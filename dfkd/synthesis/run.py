@@ -45,8 +45,11 @@ class Synthesis:
     latent_size: tuple[int, int]
     device: torch.device
 
-    def sample(self, group: int, micro: int) -> tuple[Tensor, list[Record]]:
-        """Sample group number `group` whole: images uint8 [group, H, W, 3] on the CPU and their records."""
+    def sample(self, group: int, micro: int, gradient_micro: int | None = None) -> tuple[Tensor, list[Record]]:
+        """Sample group number `group` whole: images uint8 [group, H, W, 3] on the CPU and their records.
+
+        micro, gradient_micro: as of `sample_group`.
+        """
         ids = torch.arange(group * self.group, (group + 1) * self.group)
         labels = labels_of(ids, self.classes)
         names = [self.teacher.class_names[label] for label in labels.tolist()]
@@ -63,6 +66,7 @@ class Synthesis:
             self.prior.encode_prompts([self.negative_prompt]),
             self.latent_size,
             micro,
+            gradient_micro,
         )
         pixels = (sampled.images.clamp(0, 1) * 255).round().to(torch.uint8)
         sure = self._teacher_probability(pixels, labels.to(self.device), micro).cpu()
@@ -122,7 +126,13 @@ class RunResult:
     seconds: float
 
 
-def synthesise(folder: ShardFolder, synthesis: Synthesis, micro: int, advance: Callable[[int], object]) -> RunResult:
+def synthesise(
+    folder: ShardFolder,
+    synthesis: Synthesis,
+    micro: int,
+    advance: Callable[[int], object],
+    gradient_micro: int | None = None,
+) -> RunResult:
     """Write the shards that `folder` lacks; `advance(n)` is called after every n images.
 
     Images beyond the folder's count, sampled because their group needs them, are dropped.
@@ -135,7 +145,7 @@ def synthesise(folder: ShardFolder, synthesis: Synthesis, micro: int, advance: C
         images: list[Tensor] = []
         records: list[Record] = []
         for group in range(ids.start // synthesis.group, -(-ids.stop // synthesis.group)):
-            pixels, described = synthesis.sample(group, micro)
+            pixels, described = synthesis.sample(group, micro, gradient_micro)
             keep = sum(record.id < ids.stop for record in described)
             images.append(pixels[:keep])
             records += described[:keep]

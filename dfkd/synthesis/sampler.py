@@ -128,6 +128,7 @@ def sample_group(
     unconditional: Tensor,
     latent_size: tuple[int, int],
     micro: int,
+    gradient_micro: int | None = None,
 ) -> SampledGroup:
     """Sample the images `ids` [G] of one whole group with `labels` int64 [G].
 
@@ -138,15 +139,17 @@ def sample_group(
         conditional: prompt embeddings [G, L, D]; unconditional [1, L, D].
         latent_size: (h, w) of the latents.
         micro: images per network call.
+        gradient_micro: images per call of the guidance gradient; None: micro.
 
     Raises:
         FloatingPointError: latents or images are not finite (names the image ids).
     """
     shape = (prior.latent_channels, *latent_size)
     denoise = Denoiser(prior, conditional, unconditional, settings.cfg, micro)
+    gradient_micro = gradient_micro or micro
     z = table.init_scale * philox_normal(seed, ids, INITIAL_NOISE, shape)
     if guidance and settings.noise_edit_steps:
-        z = edit_noise(z, guidance, table, settings, denoise, labels, micro)
+        z = edit_noise(z, guidance, table, settings, denoise, labels, gradient_micro)
     curves: dict[str, list[Tensor]] = {}
     z0_before, plan = torch.zeros_like(z), None
     for i in range(len(table)):
@@ -161,13 +164,13 @@ def sample_group(
                 return row.z0_z * z + row.z0_model * denoise.rows(z, rows, t, cfg)
 
             for _ in range(settings.guidance_repeats):
-                gradient, losses = guidance.gradient(z, labels, micro, to_latent)
+                gradient, losses = guidance.gradient(z, labels, gradient_micro, to_latent)
                 z = z - settings.guidance_step * scaled(gradient, settings.guidance_norm)
         model = denoise(z, t, with_cfg)
         z0 = row.z0_z * z + row.z0_model * model
         if guidance and guided and settings.gradient == "latent":
             for _ in range(settings.guidance_repeats):
-                gradient, losses = guidance.gradient(z0 + push, labels, micro)
+                gradient, losses = guidance.gradient(z0 + push, labels, gradient_micro)
                 push = push - settings.guidance_step * scaled(gradient, settings.guidance_norm)
         for name, value in losses.items():
             curves.setdefault(name, []).append(value)
@@ -180,7 +183,7 @@ def sample_group(
             z, z0_before = cutmix.apply(z, plan), cutmix.apply(z0_before, plan)
     images = in_microbatches(lambda rows: prior.decode(z[rows]).float(), len(z), micro)
     if guidance and settings.refine_steps:
-        images = refine(images, guidance, settings, labels, micro)
+        images = refine(images, guidance, settings, labels, gradient_micro)
     finite = z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
     if not finite.all():
         raise FloatingPointError(f"the images {ids[~finite].tolist()} are not finite")

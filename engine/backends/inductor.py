@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,8 @@ class Inductor:
         if (why := self.unusable(spec.device.split()[0], spec.dtype)) is not None:
             raise EngineError(f"{spec.network} cannot be compiled by inductor", why, "or choose another backend")
         program = to_program(graph, *spec.batch[1:])
-        with _own_cache(folder):
+        with _own_cache(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what torch's parts say to one another
             aoti_compile_and_package(
                 program, package_path=str(folder / PACKAGE), inductor_configs=_options(spec.device.split()[0])
             )

@@ -52,6 +52,7 @@ def test_without_engines_it_is_eager(place, tmp_path):
 def test_auto_takes_what_was_measured_quicker(own):
     set_facts(own.store, "unet", milliseconds=measured(2.0, 3.0))
     set_facts(own.store, "decode", milliseconds=measured(3.0, 2.0))
+    set_facts(own.store, "gradient", milliseconds=measured(2.5, 2.5))
     choices = chosen(own)
     assert by_network(choices) == {
         "unet": (BACKEND, key_of(own.store, "unet")), "decode": ("eager", None), "gradient": ("eager", None)
@@ -60,7 +61,7 @@ def test_auto_takes_what_was_measured_quicker(own):
     assert in_words(choices) == [
         f"unet: {BACKEND} (2.0 ms a call, eager 3.0: {when})",
         f"decode: eager (2.0 ms a call, {BACKEND} 3.0: {when})",
-        "gradient: eager (an engine's images would depend on --batch: name its --backend to have it)",
+        f"gradient: eager (2.5 ms a call, {BACKEND} 2.5: {when})",
     ]
 
 
@@ -84,12 +85,9 @@ def test_auto_leaves_an_engine_whose_rows_depend_on_the_call(own):
 @NEEDS_IT
 @pytest.mark.parametrize("batch", [1, 4, 512])
 def test_auto_chooses_alike_for_every_batch(own, batch):
-    """Of a group in parts too, engines of whose split gradient are not there."""
-    for name in ("unet", "decode"):
-        set_facts(own.store, name, milliseconds=measured(1.0, 9.0), rows_exact=True)
-    choices = by_network(chosen(own, "--batch", batch, *(["--micro-batch", 4] if batch == 4 else [])))
-    assert {name for name, (backend, _) in choices.items() if backend == BACKEND} == {"unet", "decode"}
-    assert [choices[name][1] for name in ("unet", "decode")] == [key_of(own.store, n) for n in ("unet", "decode")]
+    for name in NETWORKS:
+        set_facts(own.store, name, milliseconds=measured(1.0, 9.0))
+    assert by_network(chosen(own, "--batch", batch)) == {n: (BACKEND, key_of(own.store, n)) for n in NETWORKS}
 
 
 @NEEDS_IT

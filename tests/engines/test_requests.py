@@ -28,8 +28,9 @@ SPLIT = ("unet", "decode", "image_moments", "image_gradient", "decode_vjp")
         ("", ("unet", "decode", "gradient")),
         ("--micro-batch 2", SPLIT),  # of a group of 6
         ("--batch 2 --micro-batch 2", SPLIT),
-        ("--batch 2", ("unet", "decode", "gradient")),  # a call has 16 rows at least, or the group's
-        ("--group 20 --batch 2", SPLIT),
+        ("--batch 2", ("unet", "decode", "gradient")),
+        ("--group 20 --batch 2", ("unet", "decode", "gradient")),  # the group's gradient is one call
+        ("--group 20 --batch 2 --gradient latent --micro-batch 16", SPLIT),
         ("--batch 6", ("unet", "decode", "gradient")),
         ("--batch 512", ("unet", "decode", "gradient")),
         ("--micro-batch 2 --bn-stats image", ("unet", "decode", "gradient")),
@@ -68,6 +69,7 @@ def test_one_engine_for_any_batch(prior, teacher, tmp_path, flags, rows):
     assert rows_per_call(options) == rows
     found = recipes(options, "inductor", tmp_path)
     assert found["decode"].batch == (1, 40, 40) and found["decode"].timed == rows
+    assert "gradient" not in found or found["gradient"].timed == 40
     # with and without the prompt, side by side
     assert found["unet"].batch == (1, 80, 80) and found["unet"].timed == 2 * rows
     assert all(found[name].recipe == whole[name].recipe for name in ("unet", "decode"))

@@ -75,7 +75,7 @@ def test_started_again_it_does_what_is_missing(synthesis, tmp_path, monkeypatch)
     sampled = []
     sample = Synthesis.sample
     monkeypatch.setattr(
-        Synthesis, "sample", lambda self, group, micro: (sampled.append(group), sample(self, group, micro))[1]
+        Synthesis, "sample", lambda self, group, *rows: (sampled.append(group), sample(self, group, *rows))[1]
     )
     (tmp_path / "shard-00001.tar").unlink()
     result = run(tmp_path, synthesis)

@@ -47,7 +47,8 @@ def test_of_the_gradient(synthesis, stats, micro):
 def test_of_the_images(synthesis):
     whole, records = synthesis.sample(0, GROUP)
     for micro in (CALL_UNIT, 2 * CALL_UNIT):
-        parts, others = synthesis.sample(0, micro)
-        assert torch.equal(whole, parts)
-        assert [record.losses for record in records] == [record.losses for record in others]
+        for gradient_micro in (micro, GROUP):
+            parts, others = synthesis.sample(0, micro, gradient_micro)
+            assert torch.equal(whole, parts)
+            assert [record.losses for record in records] == [record.losses for record in others]
     assert not torch.equal(whole, replace(synthesis, seed=1).sample(0, GROUP)[0])
