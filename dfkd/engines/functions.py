@@ -199,7 +199,7 @@ def _image_gradient(s: Sources) -> _Made:
 
     def image_gradient(image: Tensor, labels: Tensor, slope1: Tensor, slope2: Tensor) -> tuple[Tensor, ...]:
         # the group's value is the caller's: only its slopes have a part in the gradient
-        group = GroupLoss(0.0, one_by_one(guidance.layers, slope1[None], slope2[None]))
+        group = GroupLoss(image.new_zeros(()), one_by_one(guidance.layers, slope1[None], slope2[None]))
         found, losses = guidance.of_batch(image, labels, group)
         return found, *(losses[name] for name in names if name != "bn")
 

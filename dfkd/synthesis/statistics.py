@@ -93,11 +93,11 @@ def add_moments(sums: list[Moments], part: list[Moments], rows: int) -> list[Mom
 class GroupLoss:
     """A group's BN loss and its slope in every layer's moments, all that phase two needs to know of the group.
 
-    value   the loss, scalar
+    value   the loss, a scalar on the device
     slopes  dL/dM1, dL/dM2 [1, C] per layer
     """
 
-    value: float
+    value: Tensor
     slopes: list[Moments]
 
     @staticmethod
@@ -106,7 +106,7 @@ class GroupLoss:
         with torch.enable_grad():
             loss = bn_loss(leaves, layers, kind).sum()
             flat = torch.autograd.grad(loss, [t for leaf in leaves for t in (leaf.m1, leaf.m2)])
-        return GroupLoss(loss.item(), [Moments(a, b) for a, b in zip(flat[::2], flat[1::2], strict=True)])
+        return GroupLoss(loss.detach(), [Moments(a, b) for a, b in zip(flat[::2], flat[1::2], strict=True)])
 
     def surrogate(self, moments: list[Moments]) -> Tensor:
         """A per-image quantity [B] whose gradient is that of (group size x group loss) in the image.
