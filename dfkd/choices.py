@@ -6,6 +6,7 @@ DTYPES = ("fp32", "bf16", "fp16")  # of the networks
 STORED_BACKENDS = ("inductor", "onnxruntime")  # of engines on disk
 BACKEND_NAMES = ("auto", "eager", *STORED_BACKENDS)
 ATTENTION_NAMES = ("auto", "sdpa", "xformers")
+KERNEL_NAMES = ("auto", "triton", "torch")  # of what runs beside the networks
 IMAGE_FORMATS = ("png", "jpg", "npy")  # of stored images
 BN_LOSSES = ("norm", "relative")  # dfkd.synthesis.statistics.bn_loss
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, digest, locate, read_config, weight_files
+from kernels.rows import NetworkInput
 
 # diffusers and transformers take seconds to load: they are imported in the functions that need them, so that whoever
 # imports this module for its types alone, as a command that only shows its --help, need not wait.
@@ -94,12 +95,32 @@ class Prior:
         output: Tensor = self.unet(z.to(self.dtype), t, encoder_hidden_states=context.to(self.dtype)).sample
         return output.to(z.dtype)
 
+    @property
+    def unet_input(self) -> NetworkInput:
+        """What the UNet takes without a conversion of its own."""
+        return NetworkInput(self.dtype, torch.channels_last)
+
+    @property
+    def decoder_input(self) -> NetworkInput:
+        """What the VAE's decoder takes in the place of clean latents."""
+        return NetworkInput(self.dtype, torch.channels_last, self.scaling_factor, self._shift)
+
+    @property
+    def _shift(self) -> float:
+        return float(self.vae.config.get("shift_factor") or 0.0)
+
     def decode(self, z0: Tensor) -> Tensor:
         """Clean latents [B, C, h, w] -> images [B, 3, H, W] in 0..1, differentiable, in the dtype of z0."""
-        shift = self.vae.config.get("shift_factor") or 0.0
-        latents = z0 / self.scaling_factor + shift
-        decoded: Tensor = self.vae.decode(latents.to(self.dtype)).sample
-        return (decoded.to(z0.dtype) / 2 + 0.5).clamp(0, 1)
+        latents = z0 / self.scaling_factor + self._shift
+        return self._image(latents.to(self.dtype), z0.dtype)
+
+    def decode_input(self, x: Tensor) -> Tensor:
+        """The same of latents as `decoder_input` says, in float32 at least."""
+        return self._image(x, torch.promote_types(x.dtype, torch.float32))
+
+    def _image(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        decoded: Tensor = self.vae.decode(x).sample
+        return (decoded.to(dtype) / 2 + 0.5).clamp(0, 1)
 
 
 def load_prior(source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Prior:

@@ -12,7 +12,8 @@ is lane e % 4 of block e // 4, elements counted in row-major order of `shape`.
     normal   sqrt(-2 ln u) (cos, sin)(2 pi v)            Box-Muller on lanes (0, 1) and (2, 3), u = (x + 1/2) 2^-32
 
 The normal is worked out in float64 and rounded to float32 before the cast to `dtype`: float64 functions differ between
-devices in the last bits only, so after rounding the CPU and the GPU draw the same image.
+devices in the last bits only, so after rounding the CPU and the GPU draw the same image. Other kernels draw their noise
+themselves, by `image_words` and `normal_pair`.
 """
 
 import math
@@ -31,6 +32,7 @@ M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 _BITS, _UNIFORM, _NORMAL = 0, 1, 2
+BLOCK = 256  # counters, of four elements each, a program
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -69,6 +71,62 @@ def _reference(kind: int, seed: int, ids: Tensor, stream: int, n: int) -> Tensor
 
 if triton is not None:
 
+    @triton.jit
+    def philox_words(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+        """Ten rounds of Philox-4x32 on uint32 blocks of one shape: the device's `philox_4x32`."""
+        for _ in tl.static_range(10):
+            p0 = c0.to(tl.uint64) * 0xD2511F53
+            p1 = c2.to(tl.uint64) * 0xCD9E8D57
+            c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+            c1 = (p1 & 0xFFFFFFFF).to(tl.uint32)
+            c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+            c3 = (p0 & 0xFFFFFFFF).to(tl.uint32)
+            k0 += 0x9E3779B9
+            k1 += 0xBB67AE85
+        return c0, c1, c2, c3
+
+    @triton.jit
+    def image_words(block, image, k0, k1, stream_id):  # type: ignore[no-untyped-def]
+        """Words of the blocks of four elements `block` (integers of any shape) of one image; the rest are scalars."""
+        # Zeros of the block's shape carry the counter words and keys, which are the same for all.
+        c0 = block.to(tl.uint32)
+        zero = c0 - c0
+        c1 = zero + stream_id.to(tl.uint32)
+        c2 = zero + (image & 0xFFFFFFFF).to(tl.uint32)
+        c3 = zero + ((image >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        return philox_words(c0, c1, c2, c3, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
+
+    @triton.jit
+    def normal_pair(a, b):  # type: ignore[no-untyped-def]
+        """Box-Muller on two uint32 words: two float32 normals, worked out in float64.
+
+        The angle is reduced to within pi/4 of a quarter turn in integers, exactly, so that sine and cosine are two
+        short polynomials (fdlibm's): the library's cover any angle, for which they keep a table on the stack.
+        """
+        radius = tl.sqrt(-2.0 * tl.log((a.to(tl.float64) + 0.5) * 2.3283064365386963e-10))
+        shifted = b + 0x20000000  # wraps: angles just below a whole turn are near quarter 0
+        quarter = shifted >> 30
+        rest = (shifted & 0x3FFFFFFF).to(tl.float64) - 536870911.5  # -2^29, and the half of v = (b + 1/2) 2^-32
+        x = rest * 1.4629180792671596e-09  # 2 pi 2^-32
+        q = x * x
+        s = -2.50507602534068634195e-08 + q * 1.58969099521155010221e-10
+        s = -1.98412698298579493134e-04 + q * (2.75573137070700676789e-06 + q * s)
+        sine = x + x * q * (-1.66666666666666324348e-01 + q * (8.33333333332248946124e-03 + q * s))
+        c = 2.08757232129817482790e-09 + q * -1.13596475577881948265e-11
+        c = 2.48015872894767294178e-05 + q * (-2.75573143513906633035e-07 + q * c)
+        c = 4.16666666666666019037e-02 + q * (-1.38888888888741095749e-03 + q * c)
+        cosine = 1.0 - 0.5 * q + q * q * c
+        odd = (quarter & 1) == 1
+        along = tl.where(odd, -sine, cosine)
+        across = tl.where(odd, cosine, sine)
+        radius = tl.where(quarter >= 2, -radius, radius)
+        return (radius * along).to(tl.float32), (radius * across).to(tl.float32)
+
+    @triton.jit
+    def interleaved(v0, v1, v2, v3):  # type: ignore[no-untyped-def]
+        """Four lanes of shape [..., N] -> [..., N, 2, 2], which read in order is lane 0, 1, 2, 3."""
+        return tl.join(tl.join(v0, v2), tl.join(v1, v3))
+
     @triton.jit(do_not_specialize=["k0", "k1", "stream_id"])  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
         out_ptr,  # [B, n] int64, float16, bfloat16, float32 or float64, contiguous
@@ -82,34 +140,11 @@ if triton is not None:
     ):
         row = tl.program_id(1).to(tl.int64)
         image = tl.load(ids_ptr + row)
-        # One counter per four elements; zeros of the block's shape carry the counter words that are the same for all.
-        c0 = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
-        zero = tl.full([BLOCK], 0, tl.uint32)
-        c1 = zero + stream_id.to(tl.uint32)
-        c2 = zero + (image & 0xFFFFFFFF).to(tl.uint32)
-        c3 = zero + ((image >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        key0 = zero + k0.to(tl.uint32)
-        key1 = zero + k1.to(tl.uint32)
-        for _ in tl.static_range(10):
-            p0 = c0.to(tl.uint64) * 0xD2511F53
-            p1 = c2.to(tl.uint64) * 0xCD9E8D57
-            c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ key0
-            c1 = (p1 & 0xFFFFFFFF).to(tl.uint32)
-            c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ key1
-            c3 = (p0 & 0xFFFFFFFF).to(tl.uint32)
-            key0 += 0x9E3779B9
-            key1 += 0xBB67AE85
+        block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # one counter per four elements
+        c0, c1, c2, c3 = image_words(block, image, k0, k1, stream_id)
         if KIND == 2:
-            u0 = (c0.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-            u1 = (c1.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-            u2 = (c2.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-            u3 = (c3.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-            r0 = tl.sqrt(-2.0 * tl.log(u0))
-            r2 = tl.sqrt(-2.0 * tl.log(u2))
-            a1 = 6.283185307179586 * u1
-            a3 = 6.283185307179586 * u3
-            v0, v1 = (r0 * tl.cos(a1)).to(tl.float32), (r0 * tl.sin(a1)).to(tl.float32)
-            v2, v3 = (r2 * tl.cos(a3)).to(tl.float32), (r2 * tl.sin(a3)).to(tl.float32)
+            v0, v1 = normal_pair(c0, c1)
+            v2, v3 = normal_pair(c2, c3)
         elif KIND == 1:
             v0 = ((c0 >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
             v1 = ((c1 >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
@@ -118,7 +153,7 @@ if triton is not None:
         else:
             v0, v1, v2, v3 = c0.to(tl.int64), c1.to(tl.int64), c2.to(tl.int64), c3.to(tl.int64)
         # Lanes interleaved in registers, so a thread stores its four elements with one wide instruction.
-        value = tl.reshape(tl.join(tl.join(v0, v2), tl.join(v1, v3)), [4 * BLOCK])
+        value = tl.reshape(interleaved(v0, v1, v2, v3), [4 * BLOCK])
         element = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
         tl.store(out_ptr + row * n + element, value.to(out_ptr.dtype.element_ty), mask=element < n)
 
@@ -126,13 +161,31 @@ if triton is not None:
 def _launch(kernel: Any, kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(len(ids), n, dtype=dtype, device=ids.device)
     if out.numel():
-        block = 256
         # Blocks first: CUDA allows 2^31 - 1 programs along x and only 65535 along y.
         for start in range(0, len(ids), 65535):
             rows = ids[start : start + 65535]
-            grid = (-(-n // (4 * block)), len(rows))
-            kernel[grid](out[start:], rows, seed & _MASK, seed >> 32, stream, n, KIND=kind, BLOCK=block, num_warps=4)
+            grid = (-(-n // (4 * BLOCK)), len(rows))
+            kernel[grid](out[start:], rows, seed & _MASK, seed >> 32, stream, n, KIND=kind, BLOCK=BLOCK, num_warps=4)
     return out
+
+
+@torch.library.custom_op("dfkd::philox", mutates_args=())
+def _philox(kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
+    """[B, n] of `dtype`; kind 0 bits, 1 uniform, 2 normal; seed modulo 2^64."""
+    # Worked out on the CPU: other devices may lack float64, and the values are the same everywhere.
+    return _reference(kind, seed % 2**64, ids.cpu(), stream, n).to(ids.device, dtype).contiguous()
+
+
+@_philox.register_kernel("cuda")
+def _(kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
+    if triton is None:
+        raise RuntimeError("Triton is not installed: random numbers on a CUDA device need it. pip install triton")
+    return _launch(_kernel, kind, seed % 2**64, ids.contiguous(), stream, n, dtype)
+
+
+@_philox.register_fake
+def _(kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(ids.shape[0], n, dtype=dtype)
 
 
 def _draw(kind: int, seed: int, ids: Tensor, stream: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -145,13 +198,8 @@ def _draw(kind: int, seed: int, ids: Tensor, stream: int, shape: tuple[int, ...]
     n = math.prod(shape)
     if min(shape, default=0) < 0 or n > 2**33:
         raise ValueError(f"shape: {tuple(shape)}; want sizes >= 0 and at most 2^33 elements an image")
-    if ids.device.type == "cuda":
-        if triton is None:
-            raise RuntimeError("Triton is not installed: random numbers on a CUDA device need it. pip install triton")
-        flat = _launch(_kernel, kind, seed, ids.contiguous(), stream, n, dtype)
-    else:
-        # Worked out on the CPU: other devices may lack float64, and the values are the same everywhere.
-        flat = _reference(kind, seed, ids.cpu(), stream, n).to(ids.device, dtype)
+    # A seed of 64 bits goes through an operator's signed integer.
+    flat: Tensor = _philox(kind, seed - (seed >> 63 << 64), ids, stream, n, dtype)
     return flat.view(len(ids), *shape)
 
 

@@ -15,12 +15,14 @@ from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import command, plain, save_settings
 from dfkd.cli.prepare import TORCH_DTYPES, prepare
 from dfkd.cli.progress import progress
+from dfkd.device import resolve_device
 from dfkd.engines.choose import Choice, apply, choose, in_words
 from dfkd.engines.requests import gradient_rows, rows_per_call
 from dfkd.engines.sources import sources_of
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 from dfkd.imagefolder import export_imagefolder
+from dfkd.kernel_choice import choose_kernels
 from dfkd.shards import ShardFolder, open_folder, read_manifest, require_space
 from dfkd.shards.layout import MANIFEST
 from dfkd.synthesis.memory import device_bytes, images_per_call
@@ -32,10 +34,12 @@ RESULT = "result.json"
 IMAGE_FOLDER = "imagefolder"
 
 
-# What decides where and in which portions a run is computed, and not what comes out.
+# What decides where and in which portions a run is computed, and not what comes out. --kernels is among them as --batch
+# and --device are: the same arithmetic, whose results differ by rounding.
 _NOT_IDENTITY = (
     *("out", "batch", "micro_batch", "device", "format", "count", "image_format", "shard_size"),
     *("teacher", "teacher_checkpoint", "student_checkpoint", "prior", "classes", "backend", "engines", "attention"),
+    "kernels",
 )
 
 
@@ -74,7 +78,7 @@ def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> tuple[int, i
 
 def build_command(options: GenerateOptions) -> str:
     """The command that builds the engines of a run with these options."""
-    own = ("out", "count", "backend", "engines", "seed", "format", "image_format", "shard_size", "only")
+    own = ("out", "count", "backend", "engines", "kernels", "seed", "format", "image_format", "shard_size", "only")
     words = []
     for field in fields(options):
         value = getattr(options, field.name)
@@ -111,7 +115,8 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     make_writable(options.out)
     if not sys.stderr.isatty():
         quieten_libraries()
-    synthesis = prepare(options)
+    kernels = choose_kernels(options.kernels, resolve_device(options.device))  # before the networks are loaded
+    synthesis = replace(prepare(options), kernels=kernels.name)
     micro, gradient_micro = choose_micro(options, synthesis)
     # whether a group is cut, and so which networks it needs, may be decided by short memory
     fitting = replace(options, micro_batch=micro) if gradient_micro < gradient_rows(options) else options
@@ -119,6 +124,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
     for line in in_words(choices):
         print(line, file=sys.stderr)
+    print(f"kernels: {kernels.name} ({kernels.why})", file=sys.stderr)
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     with ShardFolder.create_or_open(
         options.out,
@@ -159,6 +165,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         "micro_batch": micro,
         "gradient_micro_batch": gradient_micro,
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
+        "kernels": {"name": kernels.name, "why": kernels.why},
         "class_names": synthesis.teacher.class_names,
         "class_counts": torch.bincount(
             open_folder(options.out).labels, minlength=len(synthesis.teacher.class_names)

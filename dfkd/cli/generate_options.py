@@ -4,7 +4,16 @@ import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from dfkd.choices import ATTENTION_NAMES, BACKEND_NAMES, BN_LOSSES, DTYPES, IMAGE_FORMATS, NORMALISATIONS, SAMPLERS
+from dfkd.choices import (
+    ATTENTION_NAMES,
+    BACKEND_NAMES,
+    BN_LOSSES,
+    DTYPES,
+    IMAGE_FORMATS,
+    KERNEL_NAMES,
+    NORMALISATIONS,
+    SAMPLERS,
+)
 from dfkd.cli.options import option
 
 EMBEDDED_PRIOR = Path(__file__).parents[1] / "priors" / "demo"
@@ -52,6 +61,12 @@ class GenerateOptions:
     engines: Path = option(Path("build/engines"), "folder of the engines")
     attention: str = option(
         "auto", "attention of networks that run eagerly; auto: xformers where it can run", choices=ATTENTION_NAMES
+    )
+    kernels: str = option(
+        "auto",
+        "what runs a step beside the networks: two launches in Triton, or PyTorch; auto: triton on a GPU; results"
+        " differ by rounding",
+        choices=KERNEL_NAMES,
     )
     size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
     sampler: str = option("ddim", "sampler", choices=tuple(SAMPLERS))

@@ -10,6 +10,7 @@ from dfkd.engines.functions import losses_recorded, one_by_one, side_by_side
 from dfkd.synthesis.guidance import Decode, Guidance, identity
 from dfkd.synthesis.statistics import GroupLoss, Moments
 from engine.networks import Prior
+from kernels.rows import NetworkInput
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -30,6 +31,10 @@ class CompiledPrior(Prior):
             return super().denoise(z, t, context)
         time = torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(1)
         return self.engines["unet"](z, time, context.float())[0]
+
+    @property
+    def unet_input(self) -> NetworkInput:
+        return NetworkInput() if "unet" in self.engines else super().unet_input
 
     def decode(self, z0: Tensor) -> Tensor:
         if "decode" not in self.engines:
@@ -55,6 +60,9 @@ class CompiledGuidance(Guidance):
         own = (guidance.teacher, guidance.weights, guidance.student, guidance.loss_scale, guidance.loss_dtype)
         super().__init__(decode, *own)
         self.engines, self.pixels = engines, pixels
+
+    def at_decoder(self, prior: Prior) -> Guidance:
+        return self  # its gradients are of clean latents: an engine holds the way to the decoder's input
 
     def on_pixels(self) -> Guidance:
         return CompiledGuidance(Guidance.on_pixels(self), self.engines, pixels=True)

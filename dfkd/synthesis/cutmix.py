@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dfkd.errors import UsageError
+from kernels.guided_update import paste
 from kernels.philox import philox_bits, philox_uniform
 
 # Streams of random numbers from here on belong to CutMix, two for each event; the sampler's noise takes those below.
@@ -78,13 +79,9 @@ def apply(z: Tensor, plan: CutMixPlan) -> Tensor:
         ValueError: the plan is for another number of images or for larger latents.
     """
     n, _, height, width = z.shape
-    box = plan.box.to(z.device)
     if len(plan.partner) != n or (n and bool((plan.box.amax(0)[2:] > torch.tensor([height, width])).any())):
         raise ValueError(f"latents {tuple(z.shape)} do not fit a plan for {len(plan.partner)} images")
-    y, x = torch.arange(height, device=z.device)[:, None], torch.arange(width, device=z.device)
-    y0, x0, y1, x1 = box.T[:, :, None, None]
-    inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
-    return torch.where(inside[:, None], z[plan.partner.to(z.device)], z)
+    return paste(z, plan.partner.to(z.device), plan.box.to(z.device))
 
 
 def _boxes(side: Tensor, centre_y: Tensor, centre_x: Tensor, height: int, width: int) -> Tensor:

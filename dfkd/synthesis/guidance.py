@@ -26,6 +26,8 @@ from dfkd.choices import BN_LOSSES
 from dfkd.synthesis.microbatch import cuts
 from dfkd.synthesis.statistics import GroupLoss, Moments, bn_loss, joined, tapped
 from dfkd.teachers.classifier import Classifier
+from engine.networks import Prior
+from kernels.rows import NetworkInput
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -112,6 +114,8 @@ class Guidance:
     ) -> None:
         self.decode, self.teacher, self.student = decode, teacher, student
         self.weights, self.loss_scale, self.loss_dtype = weights, loss_scale, loss_dtype
+        # What `gradient` takes, and what its gradients are still to be divided by: see at_decoder.
+        self.takes, self.unit = NetworkInput(), 1.0
         self.layers = teacher.batch_norms() if weights.bn else ()
         if weights.bn and not self.layers:
             raise ValueError(f"teacher {teacher.architecture} has no BatchNorm layer, so L_bn needs weight 0")
@@ -127,7 +131,7 @@ class Guidance:
         """Phase one: the whole group's statistics, without a gradient."""
         parts = []
         with torch.no_grad():
-            for rows, count in cuts(len(latents), micro):
+            for rows, count in cuts(len(latents), micro, latents.device):
                 z0 = to_latent(latents[rows], rows) if to_latent else latents[rows]
                 parts.append([Moments(m.m1[:count], m.m2[:count]) for m in self._moments(z0)])
         return GroupLoss.of(joined(parts), self.layers, self.weights.bn_loss)
@@ -173,7 +177,17 @@ class Guidance:
         with torch.enable_grad():
             total, record = self._losses(to_latent(leaf), labels, group)
             (gradient,) = torch.autograd.grad(total.sum() * self.loss_scale, leaf)
-        return gradient / self.loss_scale, record
+        return gradient / self.loss_scale if self.unit == 1 else gradient, record
+
+    def at_decoder(self, prior: Prior) -> "Guidance":
+        """The same losses differentiated for the decoder's own input, in its dtype, as `takes` says.
+
+        Whoever uses the gradient divides it by `unit`, in float32: in half precision it would vanish.
+        """
+        own = (self.teacher, self.weights, self.student, self.loss_scale, self.loss_dtype)
+        made = Guidance(prior.decode_input, *own)
+        made.takes, made.unit = prior.decoder_input, self.loss_scale * prior.scaling_factor
+        return made
 
     def on_pixels(self) -> "Guidance":
         """The same losses with images [B, 3, H, W] in 0..1 in the place of latents."""
@@ -201,9 +215,12 @@ class Guidance:
         """
         in_group = bool(self.weights.bn) and self.weights.bn_stats == "group"
         cut = len(latents) > micro
-        group = self._group_loss(latents, to_latent, micro) if in_group and cut else None
+        if not cut:
+            every = torch.arange(len(latents), device=latents.device)
+            return self.of_batch(latents, labels, None, partial(to_latent, rows=every) if to_latent else identity)
+        group = self._group_loss(latents, to_latent, micro) if in_group else None
         gradients, records = [], []
-        for rows, count in cuts(len(latents), micro):
+        for rows, count in cuts(len(latents), micro, latents.device):
             way = partial(to_latent, rows=rows) if to_latent else identity
             gradient, record = self.of_batch(latents[rows], labels[rows], group, way)
             gradients.append(gradient[:count])

@@ -30,6 +30,7 @@ class Synthesis:
     classes      label indices to synthesise, in turn
     group        images that are sampled together; image i belongs to group i // group
     latent_size  (h, w)
+    kernels      of kernels.guided_step.GUIDED_STEPS; results differ by rounding
     """
 
     prior: Prior
@@ -44,6 +45,7 @@ class Synthesis:
     negative_prompt: str
     latent_size: tuple[int, int]
     device: torch.device
+    kernels: str = "torch"
 
     def sample(self, group: int, micro: int, gradient_micro: int | None = None) -> tuple[Tensor, list[Record]]:
         """Sample group number `group` whole: images uint8 [group, H, W, 3] on the CPU and their records.
@@ -66,6 +68,7 @@ class Synthesis:
             self.prior.encode_prompts([self.negative_prompt]),
             self.latent_size,
             micro,
+            self.kernels,
             gradient_micro,
         )
         pixels = (sampled.images.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -80,7 +83,7 @@ class Synthesis:
         def of(rows: Tensor) -> Tensor:
             return self.teacher.logits(pixels[rows].float() / 255).float().softmax(1)
 
-        return in_microbatches(of, len(pixels), micro).gather(1, labels[:, None])[:, 0]
+        return in_microbatches(of, len(pixels), micro, pixels.device).gather(1, labels[:, None])[:, 0]
 
 
 def _records(

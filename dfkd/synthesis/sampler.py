@@ -7,6 +7,9 @@ A step, on the `latent` path (ours) and on the `unet` path (published, arXiv 250
     unet     g = dL/dz through UNet, decoder and teacher;  z <- z - rho g
              m = UNet(z) again, then the sampler's step                                    two UNet calls, one backward
 
+Beside the networks a step is two launches (kernels/guided_step.py), in PyTorch or in Triton. Nothing in the loop waits
+for the device: coefficients, times, boxes and lengths are there before it begins.
+
 A group is sampled whole. Noise, labels and CutMix follow from (run seed, image id), so an image does not depend on
 batch, order or restarts; networks are called on micro-batches of one shape.
 """
@@ -17,11 +20,14 @@ import torch
 from torch import Tensor
 
 from dfkd.synthesis import cutmix
-from dfkd.synthesis.guidance import Guidance
-from dfkd.synthesis.microbatch import in_microbatches
+from dfkd.synthesis.guidance import Guidance, ToLatent
+from dfkd.synthesis.microbatch import cuts, in_microbatches
 from dfkd.synthesis.schedule import Step, StepTable
 from engine.networks import Prior
+from kernels.guided_push import scaled
+from kernels.guided_step import GUIDED_STEPS
 from kernels.philox import philox_normal
+from kernels.rows import NetworkInput, network_rows
 
 INITIAL_NOISE = 0  # Philox stream of z_T; step i draws from stream 1 + i
 
@@ -85,34 +91,36 @@ class SampledGroup:
 
 
 class Denoiser:
-    """The network's output with classifier-free guidance, cut into micro-batches: eps_u + w (eps_c - eps_u)."""
+    """The network with classifier-free guidance, cut into micro-batches: eps_u + w (eps_c - eps_u)."""
 
     def __init__(self, prior: Prior, conditional: Tensor, unconditional: Tensor, cfg: float, micro: int) -> None:
         self.prior, self.conditional, self.unconditional = prior, conditional, unconditional
         self.cfg, self.micro = cfg, micro
+        self._contexts: dict[int, list[Tensor]] = {}
+
+    def outputs(self, rows: Tensor, t: Tensor, copies: int) -> Tensor:
+        """What the network gives for the whole group's rows, laid out as kernels/rows.py says, at time t."""
+        contexts = self._contexts.setdefault(copies, [])
+        if not contexts:
+            for taken, _ in cuts(len(self.conditional), self.micro, self.conditional.device):
+                contexts.append(self._context(self.conditional[taken], copies))
+        parts = zip(rows.chunk(len(contexts)), contexts, strict=True)
+        found = [self.prior.denoise(part, t, context) for part, context in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _context(self, context: Tensor, copies: int) -> Tensor:
+        return context if copies == 1 else torch.cat([self.unconditional.expand_as(context), context])
 
     def rows(self, z: Tensor, rows: Tensor, t: Tensor, with_cfg: bool) -> Tensor:
         """z [B, C, h, w], the latents of group rows `rows` [B], at time t -> the network's output [B, C, h, w]."""
-        context = self.conditional[rows]
+        context = self._context(self.conditional[rows], 1 + with_cfg)
         if not with_cfg:
             return self.prior.denoise(z, t, context)
-        both = torch.cat([self.unconditional.expand_as(context), context])
-        free, prompted = self.prior.denoise(torch.cat([z, z]), t, both).chunk(2)
+        free, prompted = self.prior.denoise(torch.cat([z, z]), t, context).chunk(2)
         return free + self.cfg * (prompted - free)
 
     def __call__(self, z: Tensor, t: Tensor, with_cfg: bool) -> Tensor:
-        return in_microbatches(lambda rows: self.rows(z[rows], rows, t, with_cfg), len(z), self.micro)
-
-
-def scaled(gradient: Tensor, norm: str) -> Tensor:
-    """The gradient as guidance uses it: of unit root mean square per image, or as it is. A zero gradient stays zero."""
-    if norm == "none":
-        return gradient
-    # By the largest value first: squares of a sure teacher's gradients, 1e-25 and below, would underflow.
-    largest = gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-    unit = gradient / largest
-    rms = unit.square().mean((1, 2, 3), keepdim=True).sqrt()
-    return unit / rms.clamp_min(torch.finfo(gradient.dtype).tiny)
+        return in_microbatches(lambda rows: self.rows(z[rows], rows, t, with_cfg), len(z), self.micro, z.device)
 
 
 @torch.no_grad()
@@ -128,6 +136,7 @@ def sample_group(
     unconditional: Tensor,
     latent_size: tuple[int, int],
     micro: int,
+    kernels: str = "torch",
     gradient_micro: int | None = None,
 ) -> SampledGroup:
     """Sample the images `ids` [G] of one whole group with `labels` int64 [G].
@@ -139,55 +148,84 @@ def sample_group(
         conditional: prompt embeddings [G, L, D]; unconditional [1, L, D].
         latent_size: (h, w) of the latents.
         micro: images per network call.
+        kernels: of GUIDED_STEPS, "torch" or "triton"; results differ by rounding.
         gradient_micro: images per call of the guidance gradient; None: micro.
 
     Raises:
         FloatingPointError: latents or images are not finite (names the image ids).
     """
-    shape = (prior.latent_channels, *latent_size)
+    shape, steps, micro = (prior.latent_channels, *latent_size), len(table), min(micro, len(ids))
+    numbers = [table.row(i) for i in range(steps)]
     denoise = Denoiser(prior, conditional, unconditional, settings.cfg, micro)
     gradient_micro = gradient_micro or micro
     z = table.init_scale * philox_normal(seed, ids, INITIAL_NOISE, shape)
     if guidance and settings.noise_edit_steps:
         z = edit_noise(z, guidance, table, settings, denoise, labels, gradient_micro)
+    fused, unet, at_latent = GUIDED_STEPS[kernels], NetworkInput(), guidance
+    if kernels == "triton":
+        unet, at_latent = prior.unet_input, guidance and guidance.at_decoder(prior)
+        z = z.contiguous(memory_format=unet.memory_format)
+    copies = [1 + settings.classifier_free(i, steps) for i in range(steps)]
+    paths = [settings.gradient if guidance and settings.guided(i, steps) else "" for i in range(steps)]
+    coefficients, times = table.coefficients(settings.cfg, z), table.timesteps.to(z.device, torch.float32)
+    length, norm = z.new_full((len(z),), settings.guidance_step), settings.guidance_norm
+    repeats = range(1, settings.guidance_repeats)
+    plans = cutmix_plans(settings, steps, seed, ids, labels, latent_size)
+    mixes = {i: (plan.partner.to(z.device), plan.box.to(z.device)) for i, plan in plans.items()}
     curves: dict[str, list[Tensor]] = {}
-    z0_before, plan = torch.zeros_like(z), None
-    for i in range(len(table)):
-        row = table.row(i)
-        t = torch.as_tensor(row.timestep, device=z.device)
-        with_cfg, guided = settings.classifier_free(i, len(table)), settings.guided(i, len(table))
-        push = torch.zeros_like(z)
+    rows, before = network_rows(unet.of(z), micro, copies[0]), None
+    for i in range(steps):
+        gradient, push, unit = None, None, 1.0
         losses: dict[str, Tensor] = {}
-        if guidance and guided and settings.gradient == "unet":
-
-            def to_latent(z: Tensor, rows: Tensor, t: Tensor = t, row: Step = row, cfg: bool = with_cfg) -> Tensor:
-                return row.z0_z * z + row.z0_model * denoise.rows(z, rows, t, cfg)
-
+        if guidance and paths[i] == "unet":
+            to_latent = clean_estimate(denoise, numbers[i], times[i], copies[i] == 2)
             for _ in range(settings.guidance_repeats):
                 gradient, losses = guidance.gradient(z, labels, gradient_micro, to_latent)
-                z = z - settings.guidance_step * scaled(gradient, settings.guidance_norm)
-        model = denoise(z, t, with_cfg)
-        z0 = row.z0_z * z + row.z0_model * model
-        if guidance and guided and settings.gradient == "latent":
-            for _ in range(settings.guidance_repeats):
-                gradient, losses = guidance.gradient(z0 + push, labels, gradient_micro)
-                push = push - settings.guidance_step * scaled(gradient, settings.guidance_norm)
+                z, rows = fused.push(z, gradient, length, norm, 1.0, None, unet, micro, copies[i])
+            gradient = None  # it has moved z already
+        model = denoise.outputs(rows, times[i], copies[i])
+        if at_latent and paths[i] == "latent":
+            takes, unit = at_latent.takes, at_latent.unit
+            point, clean = fused.clean(z, model, coefficients[i], micro, copies[i], takes, bool(repeats))
+            gradient, losses = at_latent.gradient(point, labels, gradient_micro)
+            for _ in repeats:
+                push, point = fused.push(push, gradient, length, norm, unit, clean, takes, len(z), 1)
+                gradient, losses = at_latent.gradient(point, labels, gradient_micro)
         for name, value in losses.items():
             curves.setdefault(name, []).append(value)
-        z = row.step_z * z + row.step_model * model + row.step_prev * z0_before + row.step_z0 * push
-        if row.step_noise:
-            z = z + row.step_noise * philox_normal(seed, ids, 1 + i, shape)
-        z0_before = z0 + push
-        if settings.cutmix_every and (i + 1) % settings.cutmix_every == 0 and i + 1 < len(table):
-            plan = cutmix.plan(seed, ids, labels, i, settings.cutmix_alpha, *latent_size)
-            z, z0_before = cutmix.apply(z, plan), cutmix.apply(z0_before, plan)
-    images = in_microbatches(lambda rows: prior.decode(z[rows]).float(), len(z), micro)
+        last = i + 1 == steps
+        z, rows, before = fused.update(
+            z, model, coefficients[i], micro, copies[i],
+            gradient=gradient, length=None if gradient is None else length, norm=norm, unit=unit, push=push,
+            before=before,
+            noise=(seed, ids, 1 + i) if numbers[i].step_noise else None,
+            mix=mixes.get(i),
+            network=None if last or paths[i + 1] == "unet" else unet,  # there a push writes the rows
+            next_copies=1 if last else copies[i + 1],
+            keep=not last and numbers[i + 1].step_prev != 0,
+        )  # fmt: skip
+    plan = plans[max(plans)] if plans else None
+    images = in_microbatches(lambda rows: prior.decode(z[rows]).float(), len(z), micro, z.device)
     if guidance and settings.refine_steps:
         images = refine(images, guidance, settings, labels, gradient_micro)
     finite = z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
     if not finite.all():
         raise FloatingPointError(f"the images {ids[~finite].tolist()} are not finite")
     return SampledGroup(z, images, {name: torch.stack(values, 1) for name, values in curves.items()}, plan)
+
+
+def clean_estimate(denoise: Denoiser, row: Step, t: Tensor, with_cfg: bool) -> ToLatent:
+    """z, rows -> z0hat through the UNet, differentiable."""
+    return lambda z, rows: row.z0_z * z + row.z0_model * denoise.rows(z, rows, t, with_cfg)
+
+
+def cutmix_plans(
+    settings: SamplerSettings, steps: int, seed: int, ids: Tensor, labels: Tensor, latent_size: tuple[int, int]
+) -> dict[int, cutmix.CutMixPlan]:
+    """The Latent CutMix after each step that one is due after; none follows the last step."""
+    ids, labels = ids.cpu(), labels.cpu()
+    due = [i for i in range(steps - 1) if settings.cutmix_every and (i + 1) % settings.cutmix_every == 0]
+    return {i: cutmix.plan(seed, ids, labels, i, settings.cutmix_alpha, *latent_size) for i in due}
 
 
 def edit_noise(

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from dfkd.choices import SAMPLERS
 from dfkd.errors import UsageError
+from kernels.guided_clean import COEFFICIENTS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -82,6 +83,11 @@ class StepTable:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def coefficients(self, cfg: float, like: Tensor) -> Tensor:
+        """[S, 8] on the device and in the dtype of latents `like`: a row of guided_clean.COEFFICIENTS a step."""
+        columns = [getattr(self, name) for name in COEFFICIENTS[:-1]]
+        return torch.stack([*columns, torch.full_like(self.alpha, cfg)], 1).to(like.device, like.dtype)
 
     def row(self, step: int) -> "Step":
         """One step's coefficients as plain numbers, so that the loop never waits for a device."""

@@ -103,7 +103,7 @@ def add_moments(sums: list[Moments], part: list[Moments], rows: int) -> list[Mom
 class GroupLoss:
     """A group's BN loss and its slope in every layer's moments, all that phase two needs to know of the group.
 
-    value   the loss, a scalar
+    value   the loss, a scalar on the device
     slopes  dL/dM1, dL/dM2 [1, C] per layer
     """
 

@@ -21,9 +21,10 @@ def test_what_it_writes(call, tmp_path, capfd):
     assert (result["images"], result["images_written"], result["shards_written"]) == (10, 10, 2)
     assert result["class_counts"] == [4, 3, 3] and result["class_names"] == ["zero", "one", "two"]
     assert result["images_per_second"] > 0 and result == json.loads((out / "result.json").read_text())
-    # quiet without a terminal: two lines about the run, no bars and no hints of the libraries that load the networks
+    # quiet without a terminal: three lines about the run, no bars and no hints of the libraries that load the networks
     assert streams.err.splitlines() == [
         "unet, decode, gradient: eager (no engine is built: dfkd-engines build)",
+        "kernels: torch (the device is cpu)",
         "10 images of 16x16, 10 to compute on cpu in fp32; groups of 4, 4 images a network call; "
         "2 more complete the last group and are dropped",
     ]
@@ -64,6 +65,7 @@ def test_what_it_writes(call, tmp_path, capfd):
         (["--teacher", "resnet20"], ["holds a resnet8, not a resnet20"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),
         (["--device", "quantum"], ["quantum"]),
+        (["--kernels", "cuda"], ["--kernels is 'cuda'", "one of auto, triton, torch"]),
         (["--bacth", 4], ["unknown argument --bacth", "did you mean --batch"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and str(value[0]).startswith("--") else "",

@@ -1,6 +1,7 @@
 """Every option of dfkd-generate acts: on the images or their records, or, where a run's identity leaves it out, not."""
 
 import json
+import os
 import shutil
 from dataclasses import fields
 
@@ -49,6 +50,7 @@ ACTS = {
 NAMED = {"teacher_checkpoint": "OTHER_TEACHER", "prior": "OTHER_PRIOR"}
 # how and where a run is computed
 SAME = {"batch": 2, "micro_batch": 3, "device": "auto", "shard_size": 4, "format": "imagefolder"}
+SAME["kernels"] = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 ELSEWHERE = {  # test_generate.py and below
     *("out", "count", "image_format", "teacher", "classes", "student_checkpoint"),
     *("backend", "engines", "attention"),

@@ -105,41 +105,27 @@ def test_uniform_refuses_half_precision():
         philox_uniform(0, IDS, 0, (2,), torch.float16)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="natively in test_cuda_equals_cpu")
 @pytest.mark.parametrize("n", [1, 7, 1024, 2051])  # one lane, an odd tail, exactly one program, three programs
 @pytest.mark.parametrize("kind, dtype", [(0, torch.int64), (1, torch.float32), (2, torch.float32)])
 def test_interpreted_kernel_equals_reference(kind, dtype, n):
-    from triton.runtime.interpreter import InterpretedFunction
-
-    kernel = InterpretedFunction(philox._kernel.fn)  # interpreted whether or not TRITON_INTERPRET is set
-    got = philox._launch(kernel, kind, SEED, IDS, 0xFFFFFFFE, n, dtype)
+    got = philox._launch(philox._kernel, kind, SEED, IDS, 0xFFFFFFFE, n, dtype)
     assert torch.equal(got, philox._reference(kind, SEED, IDS, 0xFFFFFFFE, n))
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernel_compiles_ahead_of_time(capability):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
+@pytest.mark.skipif(torch.cuda.is_available(), reason="natively in test_cuda_equals_cpu")
+def test_normals_are_within_2_ulp():
+    """Of the kernel, of 200 000 draws; both sides are float64 rounded once, so nearly all are equal."""
+    got = philox._launch(philox._kernel, 2, SEED, IDS[:2], 9, 100_000, torch.float32)
+    want = philox._reference(2, SEED, IDS[:2], 9, 100_000)
+    apart = (got.view(torch.int32) - want.view(torch.int32)).abs()
+    assert apart.max() <= 2 and (apart > 0).double().mean() < 1e-4
 
-    source = ASTSource(
-        JITFunction(philox._kernel.fn),
-        signature={
-            "out_ptr": "*fp32",
-            "ids_ptr": "*i64",
-            "k0": "u32",
-            "k1": "u32",
-            "stream_id": "u32",
-            "n": "i64",
-            "KIND": "constexpr",
-            "BLOCK": "constexpr",
-        },
-        constexprs={"KIND": 2, "BLOCK": 256},
-        attrs={(0,): [["tt.divisibility", 16]], (5,): [["tt.divisibility", 16]]},  # aligned out, rows of 16 n
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-    assert built.asm["cubin"]
-    assert "mul.wide.u32" in built.asm["ptx"]  # the 64-bit product is one instruction
-    assert "st.global.v4" in built.asm["ptx"]  # four elements a store
+
+def test_operator():
+    for kind, dtype in ((0, torch.int64), (1, torch.float32), (2, torch.bfloat16)):
+        torch.library.opcheck(philox._philox, (kind, -3, IDS.clone(), 5, 7, dtype))
+    assert torch.equal(philox._philox(0, -3, IDS, 5, 7, torch.int64), philox_bits(2**64 - 3, IDS, 5, (7,)))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,161 @@
+"""Every Triton kernel compiled ahead of time for GPUs that need not be there: registers, spills, width of its accesses.
+
+    python -m benchmarks.kernel_resources            a table, then JSON on the last line
+
+Shapes are those of a run at 512x512 (latents [B, 4, 64, 64]); pointers are aligned to 16 bytes and sizes are multiples
+of 16 elements, which Triton's launcher tells its compiler of such arguments. Must not run with TRITON_INTERPRET=1,
+which leaves nothing to compile.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CAPABILITIES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at one shape.
+
+    arguments  by name: a type ("*fp32", "i64", "fp32", ...), or the value of one that is fixed at compile time
+    unaligned  names of the integers that are no multiple of 16
+    """
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, Any]
+    warps: int
+    unaligned: tuple[str, ...] = field(default=())
+
+
+def philox_cases() -> list[Case]:
+    from kernels import philox
+
+    words = {"k0": "u32", "k1": "u32", "stream_id": "u32"}
+    fixed = {"KIND": 2, "BLOCK": philox.BLOCK}
+    arguments = {"out_ptr": "*fp32", "ids_ptr": "*i64", **words, "n": "i64", **fixed}
+    return [Case("philox normal", philox._kernel, arguments, 4, tuple(words))]
+
+
+def guided_cases() -> list[Case]:
+    """Both memory formats, in each the plainest launch and the one with every term."""
+    from kernels import guided_clean, guided_push, guided_update
+
+    found = []
+    size = {"micro": "i32", "n": "i32", "pixels": "i32"}
+    for nhwc in (True, False):
+        walk = {"CHANNELS": 4, "NHWC": nhwc, "TILE": guided_clean.TILE}
+        where = "channels_last" if nhwc else "contiguous"
+        pointers = {"x_ptr": "*fp16", "clean_ptr": None, "z_ptr": "*fp32", "model_ptr": "*fp16", "row_ptr": "*fp32"}
+        fixed = {**walk, "MODEL_NHWC": nhwc, "X_NHWC": nhwc, "COPIES": 2}
+        arguments = {**pointers, "scale": "fp32", "shift": "fp32", **size, **fixed}
+        found.append(Case(f"guided_clean {where}", guided_clean._kernel, arguments, guided_clean.WARPS, ("micro",)))
+
+        pointers = {"pushed_ptr": "*fp32", "x_ptr": "*fp16", "push_ptr": "*fp32", "gradient_ptr": "*fp16"}
+        pointers |= {"length_ptr": "*fp32", "base_ptr": "*fp32"}
+        numbers = {"unit": "fp32", "scale": "fp32", "shift": "fp32", "images": "i32", **size}
+        fixed = {**walk, "GRADIENT_NHWC": nhwc, "X_NHWC": nhwc, "COPIES": 1, "NORM": True}
+        arguments, loose = {**pointers, **numbers, **fixed}, ("images", "micro")
+        found.append(Case(f"guided_push {where}", guided_push._kernel, arguments, guided_clean.WARPS, loose))
+
+        pointers = {"after_ptr": "*fp32", "rows_ptr": "*fp16", "z_ptr": "*fp32", "model_ptr": "*fp16"}
+        pointers |= {"row_ptr": "*fp32", "gradient_ptr": "*fp16", "length_ptr": "*fp32"}
+        optional = {"clean_ptr": "*fp32", "push_ptr": "*fp32", "before_ptr": "*fp32"}
+        noise, mix = {"ids_ptr": "*i64"}, {"partner_ptr": "*i64", "box_ptr": "*i64"}
+        numbers = {
+            "unit": "fp32",
+            "k0": "u32",
+            "k1": "u32",
+            "stream_id": "u32",
+            "images": "i32",
+            **size,
+            "width": "i32",
+        }
+        fixed = {**walk, "MODEL_NHWC": nhwc, "GRADIENT_NHWC": nhwc, "ROWS_NHWC": nhwc, "COPIES": 2, "NEXT_COPIES": 2}
+        fixed |= {"NOISE_ORDER": guided_update.noise_order(4, 4096, nhwc), "NORM": True}
+        for name, terms in (("", {}), (" noise", noise), (" every term", {**optional, **noise, **mix})):
+            absent = dict.fromkeys((*optional, *noise, *mix))
+            arguments = {**pointers, **absent, **terms, **numbers, **fixed}
+            loose = ("images", "micro", "k0", "k1", "stream_id")
+            case = Case(f"guided_update {where}{name}", guided_update._kernel, arguments, guided_clean.WARPS, loose)
+            found.append(case)
+    return found
+
+
+def cases() -> list[Case]:
+    return [*philox_cases(), *guided_cases()]
+
+
+def measure(case: Case, capability: int) -> dict[str, Any]:
+    """Registers a thread, bytes of spilled registers and of stack, bytes of shared memory, widest load and store."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    typed = re.compile(r"\*?(fp|bf|i|u)\d+")
+    signature, fixed = {}, {}
+    for name, value in case.arguments.items():
+        if isinstance(value, str) and typed.fullmatch(value):
+            signature[name] = value
+        else:
+            signature[name], fixed[name] = "constexpr", value
+    order = list(case.kernel.arg_names)
+    aligned = [n for n, t in signature.items() if t[0] == "*" or (t[0] in "iu" and n not in case.unaligned)]
+    built = triton.compile(
+        ASTSource(
+            case.kernel,
+            signature={name: signature[name] for name in order},
+            constexprs=fixed,
+            attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case.warps},
+    )
+    found = {"kernel": case.name, "sm": capability, **usage(built.asm["cubin"])}
+    for kind, what in (("ld", "load"), ("st", "store")):
+        found[f"widest_{what}_bits"] = max(map(_bits, re.findall(rf"{kind}\.global\S*", built.asm["ptx"])), default=0)
+    return found
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump, which Triton ships, says of a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    values = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    names = {"REG": "registers", "LOCAL": "spilled_bytes", "STACK": "stack_bytes", "SHARED": "shared_bytes"}
+    return {name: int(values[key]) for key, name in names.items()}
+
+
+def _bits(access: str) -> int:
+    """Of a PTX access such as ld.global.v4.b32."""
+    vector = re.search(r"\.v(\d)", access)
+    width = re.search(r"\.[bfsu](\d+)", access)
+    return (int(vector[1]) if vector else 1) * (int(width[1]) if width else 0)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads).replace("_", " ") + " |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + ["| " + " | ".join(str(row[head]) for head in heads) + " |" for row in rows])
+
+
+def main() -> None:
+    rows = [measure(case, capability) for case in cases() for capability in CAPABILITIES]
+    print(markdown(rows), file=sys.stderr)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

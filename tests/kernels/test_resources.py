@@ -1,0 +1,37 @@
+"""Kernels compiled ahead of time for three generations of GPUs: nothing spills, and accesses are wide."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Compiled in a process of its own: in this one the kernels are interpreted."""
+    if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():
+        pytest.skip("this Triton ships no cuobjdump to read a cubin with")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "benchmarks.kernel_resources"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_nothing_spills(table):
+    assert {row["sm"] for row in table} == {80, 90, 100}
+    assert not [row for row in table if row["spilled_bytes"] or row["stack_bytes"]]
+
+
+def test_accesses_are_128_bits_wide(table):
+    assert not [row for row in table if row["widest_store_bits"] < 128]
+    assert not [row for row in table if row["widest_load_bits"] < 128 and not row["kernel"].startswith("philox")]
