@@ -109,7 +109,9 @@ def test_rows_that_depend_on_the_call_are_found(place, odd, exact):
         return (image,)
 
     spec = EngineStore(place.store).get(key_of(place.store, "decode")).spec
-    assert build._rows_exact(request, Engine(replace(spec, batch=(1, 64, 64)), run), sources) is exact
+    engine = Engine(replace(spec, batch=(1, 64, 64)), run)
+    assert build._rows_exact(request, engine, sources) is exact
+    assert not build._rows_exact(replace(request, timed=8), engine, sources)  # two sizes were not compared
 
 
 def test_a_changed_weight_is_built_anew(own, copied):
