@@ -75,15 +75,15 @@ def with_gradient(function, student, *others):
 
 
 def judge(i):
-    """Within what eager errs by, and one rounding of the result.
+    """Within what eager errs by, one rounding of the result, and three of float32: on few values eager may be lucky.
 
-    Four of the loss: its terms p d and q - p are as large as four times their sum, and on few rows eager may be lucky.
+    The loss's terms p d and q - p are as large as four times their sum; p and q are products of rounded factors.
     """
     student, teacher, labels = i.tensors()
     truth = with_gradient(eager, student.double(), teacher.double(), labels, *i.options)
     expected = with_gradient(eager, student, teacher, labels, *i.options)
     found = with_gradient(kernel, student, teacher, labels, *i.options)
-    for mine, plain, exact, roundings in zip(found, expected, truth, (4, 1), strict=True):
+    for mine, plain, exact in zip(found, expected, truth, strict=True):
         assert mine.shape == plain.shape and mine.dtype == plain.dtype
         if not mine.numel():
             continue
@@ -92,7 +92,8 @@ def judge(i):
             torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
             continue
         scale = exact.abs().max()
-        assert error <= allowed + roundings * torch.finfo(mine.dtype).eps * scale, (error, allowed, scale)
+        roundings = torch.finfo(mine.dtype).eps + 3 * torch.finfo(F32).eps
+        assert error <= allowed + roundings * scale, (error, allowed, scale)
 
 
 # minimal, odd, prime, and the class counts of CIFAR, ImageNet and ImageNet-21k
