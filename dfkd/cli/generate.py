@@ -116,7 +116,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     if not sys.stderr.isatty():
         quieten_libraries()
     kernels = choose_kernels(options.kernels, resolve_device(options.device))  # before the networks are loaded
-    synthesis = replace(prepare(options), kernels=kernels.name)
+    synthesis = prepare(options, kernels.name)
     micro, gradient_micro = choose_micro(options, synthesis)
     # whether a group is cut, and so which networks it needs, may be decided by short memory
     fitting = replace(options, micro_batch=micro) if gradient_micro < gradient_rows(options) else options

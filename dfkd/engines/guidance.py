@@ -58,8 +58,8 @@ class CompiledGuidance(Guidance):
 
     def __init__(self, guidance: Guidance, engines: Mapping[str, Call], pixels: bool = False) -> None:
         decode = identity if pixels else guidance.decode
-        own = (guidance.teacher, guidance.weights, guidance.student, guidance.loss_scale, guidance.loss_dtype)
-        super().__init__(decode, *own)
+        losses = (guidance.teacher, guidance.weights, guidance.student)
+        super().__init__(decode, *losses, guidance.loss_scale, guidance.loss_dtype, guidance.kernels)
         self.engines, self.pixels = engines, pixels
 
     def at_decoder(self, prior: Prior) -> Guidance:
