@@ -1,12 +1,13 @@
 """The plan of a synthesis: how the rows of a group are cut into calls, for each network, and what bounds them.
 
 A plan follows from the options, the networks' shapes and the device, and from nothing that changes between two starts:
-a run that was stopped goes on with the same calls. Only an out-of-memory error makes them smaller, and it is remembered.
+a run that was stopped goes on with the same calls. Only an out-of-memory error makes them smaller, and is remembered.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 from torch import nn
 
@@ -88,18 +89,28 @@ def plan_of(
 
 def footprints_of(synthesis: Synthesis) -> dict[str, Footprint]:
     """By network, of an image; every form of the guidance gradient is in the one of `gradient`."""
-    prior, size = synthesis.prior, synthesis.latent_size
-    unet = copies_of(synthesis) * unet_elements(prior.unet.config, size)
-    decode = decoder_elements(prior.vae.config, size)
+    prior, settings = synthesis.prior, synthesis.settings
+    through_unet = settings.gradient == "unet" or settings.noise_edit_steps > 0
+    counted = elements_of(
+        prior.unet.config, prior.vae.config, synthesis.latent_size, copies_of(synthesis), through_unet
+    )
     calls = network_calls(synthesis)
-    measured = {name: footprint(call, max(unet, decode) > _SMALL) for name, call in calls.items()}
-    found = {"unet": _at_least(measured["unet"], unet), "decode": _at_least(measured["decode"], decode)}
-    gradients = [measured[name] for name in GRADIENTS if name in measured]
+    measured = {name: footprint(call, max(counted.values()) > _SMALL) for name, call in calls.items()}
+    gradients = [measured.pop(name) for name in GRADIENTS if name in measured]
     if gradients:
-        joined = reduce(Footprint.with_, gradients)
-        through_unet = synthesis.settings.gradient == "unet" or "noise_edit" in measured
-        found["gradient"] = _at_least(joined, max(decode, unet) if through_unet else decode)
-    return found
+        measured["gradient"] = reduce(Footprint.with_, gradients)
+    return {name: replace(found, elements=max(found.elements, counted[name])) for name, found in measured.items()}
+
+
+def elements_of(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], latent_size: tuple[int, int], copies: int, through_unet: bool
+) -> dict[str, int]:
+    """Elements of an image's largest feature map, by network, from the configs: no count takes fewer.
+
+    through_unet: whether a gradient calls the UNet.
+    """
+    rows, image = copies * unet_elements(unet, latent_size), decoder_elements(vae, latent_size)
+    return {"unet": rows, "decode": image, "gradient": max(rows, image) if through_unet else image}
 
 
 def held_bytes(synthesis: Synthesis, networks: list[nn.Module]) -> int:
@@ -107,7 +118,3 @@ def held_bytes(synthesis: Synthesis, networks: list[nn.Module]) -> int:
     side = synthesis.prior.vae_scale_factor
     pixels = side**2 * synthesis.latent_size[0] * synthesis.latent_size[1]
     return weight_bytes(*networks) + _HELD * synthesis.group * 3 * pixels * 4
-
-
-def _at_least(measured: Footprint, elements: int) -> Footprint:
-    return Footprint(measured.fixed, measured.row, max(measured.elements, elements))

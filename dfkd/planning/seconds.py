@@ -14,6 +14,7 @@ from dfkd.engines.choose import Choice
 from dfkd.engines.requests import CALL_UNIT
 from dfkd.planning.calls import GRADIENTS, Call, network_calls
 from dfkd.planning.plan import Plan
+from dfkd.synthesis.memory import ShortMemory, calling, release
 from dfkd.synthesis.run import Synthesis
 from engine.store import EngineStore
 
@@ -47,7 +48,8 @@ def predict(synthesis: Synthesis, plan: Plan, choices: Sequence[Choice], store: 
             seconds = float(times["engine"]) / 1000 * network_rows / int(times["rows"])
             found[name] = Timing(seconds, number, "engine, when it was built")
         else:
-            seconds, tried = _tried(calls[name], rows[name], 1 if parts == 1 or name not in GRADIENTS else 2, synthesis)
+            share = 2 if parts > 1 and name in GRADIENTS else 1
+            seconds, tried = _tried(calls[name], rows[name], share, synthesis)
             found[name] = Timing(seconds, number, f"tried with {tried}")
     return found
 
@@ -76,15 +78,21 @@ def total(timings: Mapping[str, Timing], groups: int) -> float:
 
 def _tried(call: Call, rows: int, share: int, synthesis: Synthesis) -> tuple[float, int]:
     """Seconds of a call of `rows` images, and with how many it was tried; a trial makes `share` calls of them."""
-    if synthesis.device.type == "cuda":
-        _timed(call, rows, synthesis.device)
-        return _timed(call, rows, synthesis.device) / share, rows
-    tried = 1
-    spent = _timed(call, tried, synthesis.device)  # the first call of a network is slower: libraries set up
-    more = min(rows, CALL_UNIT)
-    if spent * more < _PATIENCE:
-        tried = more
-    spent = _timed(call, tried, synthesis.device)
+    tried = rows if synthesis.device.type == "cuda" else 1
+    try:
+        spent = _timed(call, tried, synthesis.device)  # the first call of a network is slower: libraries set up
+        if tried < rows and spent * min(rows, CALL_UNIT) < _PATIENCE:
+            tried = min(rows, CALL_UNIT)
+        if spent < _PATIENCE or synthesis.device.type == "cuda":
+            spent = _timed(call, tried, synthesis.device)
+    except ShortMemory:
+        tried = 0  # here the failed call's tensors are gone
+    if not tried:  # sampling will find its rows: a prediction ends no run
+        release(synthesis.device)
+        if rows == 1:
+            return 0.0, 0
+        half, tried = _tried(call, rows // 2, share, synthesis)
+        return half * rows / (rows // 2), tried
     return spent * rows / tried / share, tried
 
 
@@ -92,7 +100,8 @@ def _timed(call: Call, rows: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    call(rows)
+    with calling("trial"):
+        call(rows)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
