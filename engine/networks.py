@@ -57,11 +57,6 @@ class Prior:
         dtype: torch.dtype = self.unet.dtype
         return dtype
 
-    @property
-    def decoder_width(self) -> int:
-        """Channels of the decoder's last block, which works at the image's full size."""
-        return int(self.vae.config.block_out_channels[0])
-
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [B, L, D] of B prompts, padded or cut to the tokenizer's length L.
 

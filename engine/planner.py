@@ -1,10 +1,11 @@
-"""How many rows a network call may hold, from the networks' configs alone: no torch is needed.
+"""How many rows a network call holds, by arithmetic alone: no torch is needed.
 
 Convolutions, and the indices of most kernels, refuse tensors of more than 2^31 - 1 elements. The largest feature map of
-one row follows from a network's widths and from the size of the latents.
+one row follows from a network's config and from the size of the latents; bytes are measured (engine/footprint.py).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 ELEMENT_LIMIT = 2**31 - 1  # elements of one tensor
@@ -16,6 +17,75 @@ _GEGLU = 8  # a transformer's feed-forward makes 4 times the width, twice: value
 _UNET_WIDTHS, _VAE_WIDTHS, _TINY_WIDTHS = (320, 640, 1280, 1280), (64,), (64, 64, 64, 64)
 _DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a call takes beside weights: `fixed` bytes and `row` bytes for every row, and the elements of one row's
+    largest tensor.
+    """
+
+    fixed: int
+    row: int
+    elements: int
+
+    def bytes(self, rows: int) -> int:
+        return self.fixed + rows * self.row
+
+    def most_rows(self, memory: int) -> int:
+        """The most rows that fit in `memory` bytes; may be 0."""
+        return max(memory - self.fixed, 0) // max(self.row, 1)
+
+    def with_(self, other: "Footprint") -> "Footprint":
+        """Of calls that have one number of rows: enough for either."""
+        return Footprint(max(self.fixed, other.fixed), max(self.row, other.row), max(self.elements, other.elements))
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """How a network's rows of one group are cut into calls.
+
+    rows   of a call; the last of a group's calls is filled up to them
+    calls  that hold a group's rows once
+    bytes  at the peak of a call, without weights
+    bound  which limit decided: "group" where one call holds it all
+    """
+
+    rows: int
+    calls: int
+    bytes: int
+    bound: str
+
+
+def plan_calls(total: int, footprint: Footprint, limits: Mapping[str, int], unit: int, exact: str = "") -> CallPlan:
+    """Cut `total` rows: as few calls as the limits allow, no larger than those need, in multiples of `unit` above it.
+
+    limits: name -> most rows. A limit below 1 counts as 1: with one row the device has the last word. Of equal ones the
+        first decides. The limit named `exact` is taken as it is, in no multiples.
+    """
+    bound, most = min(limits.items(), key=lambda limit: limit[1], default=("group", total))
+    if most >= total:
+        return CallPlan(total, 1, footprint.bytes(total), "group")
+    rows = max(most, 1) if bound == exact else shared(total, max(most, 1), unit)
+    return CallPlan(rows, -(-total // rows), footprint.bytes(rows), bound)
+
+
+def shared(total: int, most: int, unit: int) -> int:
+    """Rows of a call, `most` at most, for as few calls as that allows with as little filling as they need.
+
+    Multiples of `unit`, but for all of `total` rows or where `most` is below it.
+    """
+    if most >= total:
+        return total
+    step = unit if most >= unit else 1
+    calls = -(-total // (most - most % step))
+    return -(-total // (calls * step)) * step
+
+
+def halved(rows: int, unit: int) -> int:
+    """The next number of rows to try where a call of `rows` > 1 ran out of memory: half, in multiples of `unit`."""
+    half = rows // 2
+    return half - half % unit if half > unit else half
 
 
 def most_rows(elements: int) -> int:
@@ -64,7 +134,8 @@ def decoder_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) ->
         widths, factor = tuple(reversed(config.get("block_out_channels", _VAE_WIDTHS))), 2
     areas = [h * w * factor ** (2 * i) for i in range(len(widths))]
     enlarged = [max(width, below) * area for width, below, area in zip(widths[1:], widths, areas[1:], strict=False)]
-    return max(latents, widths[0] * areas[0], *enlarged, int(config.get("out_channels", 3)) * areas[-1])
+    image = int(config.get("out_channels", 3)) * areas[-1]
+    return int(max([latents, widths[0] * areas[0], *enlarged, image]))
 
 
 def _in_block(width: int, area: int, kind: str) -> int:

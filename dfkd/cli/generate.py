@@ -1,7 +1,6 @@
 """dfkd-generate: a frozen teacher and a frozen diffusion prior -> labelled synthetic images in shards."""
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,19 +12,24 @@ import torch
 
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import command, plain, save_settings
-from dfkd.cli.prepare import TORCH_DTYPES, prepare
+from dfkd.cli.prepare import prepare
 from dfkd.cli.progress import progress
 from dfkd.device import resolve_device
 from dfkd.engines.choose import Choice, apply, choose, in_words
-from dfkd.engines.requests import gradient_rows, rows_per_call
+from dfkd.engines.requests import gradient_rows
 from dfkd.engines.sources import sources_of
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 from dfkd.imagefolder import export_imagefolder
 from dfkd.kernel_choice import choose_kernels
+from dfkd.planning.plan import make_plan
+from dfkd.planning.remembered import Remembered
+from dfkd.planning.seconds import predict
+from dfkd.planning.smaller import Smaller
+from dfkd.planning.words import as_json
+from dfkd.planning.words import in_words as plan_in_words
 from dfkd.shards import ShardFolder, open_folder, read_manifest, require_space
 from dfkd.shards.layout import MANIFEST
-from dfkd.synthesis.memory import device_bytes, images_per_call
 from dfkd.synthesis.run import Synthesis, synthesise
 from engine.store import EngineStore
 
@@ -39,7 +43,7 @@ IMAGE_FOLDER = "imagefolder"
 _NOT_IDENTITY = (
     *("out", "batch", "micro_batch", "device", "format", "count", "image_format", "shard_size"),
     *("teacher", "teacher_checkpoint", "student_checkpoint", "prior", "classes", "backend", "engines", "attention"),
-    "kernels",
+    *("kernels", "plan_only"),
 )
 
 
@@ -64,25 +68,13 @@ def identity(options: GenerateOptions, synthesis: Synthesis, choices: Sequence[C
     return result
 
 
-def choose_micro(options: GenerateOptions, synthesis: Synthesis) -> tuple[int, int]:
-    """Images per network call, and per call of the guidance gradient."""
-    if options.micro_batch:
-        return rows_per_call(options), gradient_rows(options)
-    pixels = math.prod(synthesis.latent_size) * synthesis.prior.vae_scale_factor**2
-    width = int(synthesis.prior.decoder_width)
-    value = TORCH_DTYPES[options.dtype].itemsize
-    fit = images_per_call(pixels, width, value, device_bytes(synthesis.device))
-    micro = min(rows_per_call(options), fit)
-    return micro, gradient_rows(options) if gradient_rows(options) <= fit else micro
-
-
 def build_command(options: GenerateOptions) -> str:
     """The command that builds the engines of a run with these options."""
     own = ("out", "count", "backend", "engines", "kernels", "seed", "format", "image_format", "shard_size", "only")
     words = []
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name in own or value == field.default:
+        if field.name in (*own, "plan_only") or value == field.default:
             continue
         text = ",".join(value) if isinstance(value, tuple) else str(value)
         words += ["--" + field.name.replace("_", "-"), text]
@@ -95,6 +87,11 @@ def engines_before(out: Path) -> dict[str, str] | None:
     if not (out / MANIFEST).exists():
         return None
     return dict(read_manifest(out)[0].settings.get("engines", {}))
+
+
+def shards_before(out: Path) -> list[dict[str, Any]]:
+    """The shards that a folder has on record; none of a new folder. Raises UsageError."""
+    return read_manifest(out)[1] if (out / MANIFEST).exists() else []
 
 
 def quieten_libraries() -> None:
@@ -111,21 +108,32 @@ def quieten_libraries() -> None:
 
 
 def run(options: GenerateOptions) -> dict[str, Any]:
-    """Check, synthesise what is missing, write OUT/result.json."""
-    make_writable(options.out)
+    """Check, plan, synthesise what is missing, write OUT/result.json; with --plan-only the plan alone."""
+    if not options.plan_only:
+        make_writable(options.out)
     if not sys.stderr.isatty():
         quieten_libraries()
     kernels = choose_kernels(options.kernels, resolve_device(options.device))  # before the networks are loaded
     synthesis = prepare(options, kernels.name)
-    micro, gradient_micro = choose_micro(options, synthesis)
+    remembered = Remembered.of(options, synthesis)
+    if remembered.problem:
+        print(remembered.problem, file=sys.stderr)
+    plan = make_plan(options, synthesis, remembered.images())
     # whether a group is cut, and so which networks it needs, may be decided by short memory
-    fitting = replace(options, micro_batch=micro) if gradient_micro < gradient_rows(options) else options
+    cut = plan.rows.gradient < gradient_rows(options)
+    fitting = replace(options, micro_batch=plan.rows.gradient) if cut else options
     choices = choose(fitting, EngineStore(options.engines), build_command(fitting), engines_before(options.out))
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
     for line in in_words(choices):
         print(line, file=sys.stderr)
     print(f"kernels: {kernels.name} ({kernels.why})", file=sys.stderr)
+    timings = predict(synthesis, plan, choices, EngineStore(options.engines))
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
+    if options.plan_only:
+        images = options.count - sum(int(shard["count"]) for shard in shards_before(options.out))
+        amount = -(-images // options.group), images
+        print(plan_in_words(plan, timings, *amount), file=sys.stderr)
+        return {"out": options.out, "images": options.count, "plan": as_json(plan, timings, *amount)}
     with ShardFolder.create_or_open(
         options.out,
         identity(options, synthesis, choices),
@@ -142,14 +150,16 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         dropped = -options.count % options.group if folder.missing() else 0
         print(
             f"{options.count} images of {size}x{size}, {remaining} to compute on {synthesis.device} in {options.dtype};"
-            f" groups of {options.group}, {micro} images a network call"
-            + (f", {gradient_micro} a gradient" if gradient_micro != micro else "")
+            f" groups of {options.group}"
             + (f"; {dropped} more complete the last group and are dropped" if dropped else ""),
             file=sys.stderr,
         )
+        amount = -(-remaining // options.group), remaining
+        print(plan_in_words(plan, timings, *amount), file=sys.stderr)
+        smaller = Smaller(options, choices, remembered, build_command)
         with progress(remaining, "synthesis", "img") as bar:
             try:
-                done = synthesise(folder, synthesis, micro, bar.update, gradient_micro)
+                done = synthesise(folder, synthesis, plan.rows, bar.update, smaller)
             except FloatingPointError as error:
                 raise UsageError(str(error), todo="lower --guidance-step, or use --dtype fp32") from None
     if options.format == "imagefolder":
@@ -162,8 +172,8 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         "shards_before": done.shards_before,
         "seconds": round(done.seconds, 3),
         "images_per_second": round(done.images / done.seconds, 3) if done.images else None,
-        "micro_batch": micro,
-        "gradient_micro_batch": gradient_micro,
+        "plan": as_json(plan, timings, *amount),
+        "rows": asdict(done.rows),  # of the last group: fewer than planned after an out-of-memory error
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
         "kernels": {"name": kernels.name, "why": kernels.why},
         "class_names": synthesis.teacher.class_names,

@@ -46,7 +46,8 @@ class GenerateOptions:
     )
     micro_batch: int = option(
         0,
-        "images per network call, at most --batch; 0: as memory allows, and a group's gradient in one call",
+        "most images per network call; fewer where memory is short; 0: as memory allows, and a group's gradient in one"
+        " call",
         low=0,
     )
     group: int = option(64, "images that share BN statistics and CutMix partners", unit="images", low=1)
@@ -110,6 +111,7 @@ class GenerateOptions:
         "webdataset", "imagefolder: also class folders, under OUT/imagefolder", choices=("webdataset", "imagefolder")
     )
     image_format: str = option("png", "file format of the images", choices=IMAGE_FORMATS)
+    plan_only: bool = option(False, "print rows per call, memory and predicted seconds, write nothing and stop")
 
     def __post_init__(self) -> None:
         for name, low, high in (

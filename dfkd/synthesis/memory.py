@@ -1,15 +1,44 @@
-"""How many images a network call may hold."""
+"""The memory of a device that a synthesis may count on, and how to tell that it was short."""
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-# Stable Diffusion 1.5's decoder keeps 2.85 GiB of activations for the gradient of one 512x512 image in half precision
-# (counted); they grow with pixels, with the width of the decoder's last block (128 there) and with the bytes a value.
-_BYTES_PER_IMAGE = 2.85 * 2**30
-_PIXELS, _WIDTH, _VALUE = 512 * 512, 128, 2
-_SHARE = 0.6  # of the memory: the rest is for weights, the denoiser's rows and fragmentation
-_MAX_ELEMENTS = 2**31 - 1  # of one feature map: convolutions refuse larger ones
+# The rest is for the scratch memory of kernels, fragmentation and the driver; on a CPU for everything else that runs.
+_SHARES = {"cuda": 0.85, "cpu": 0.6}
+# Errors of libraries that have no type of their own.
+_WORDS = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+class ShortMemory(Exception):
+    """A call of `network` (unet, decode or gradient) found too little memory."""
+
+    def __init__(self, network: str, why: str) -> None:
+        super().__init__(network, why)
+        self.network, self.why = network, why
+
+
+@contextmanager
+def calling(network: str) -> Iterator[None]:
+    """Raises ShortMemory where memory is short inside; within one another, the innermost gives the name."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ShortMemory(network, _first_line(error)) from None
+    except RuntimeError as error:
+        if any(words in str(error) for words in _WORDS):
+            raise ShortMemory(network, _first_line(error)) from None
+        raise
+
+
+def release(device: torch.device) -> None:
+    """Give back what a failed call left; to be called once its exception, which holds its tensors, is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def device_bytes(device: torch.device) -> int:
@@ -25,16 +54,10 @@ def device_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def images_per_call(pixels: int, width: int, value_bytes: int, memory: int) -> int:
-    """The most images whose decoder gradient fits in `memory` bytes and in one convolution, 1 at least.
+def usable_bytes(memory: int, device: torch.device) -> int:
+    """Of `memory` bytes, those that weights and calls may take."""
+    return int(_SHARES[device.type] * memory)
 
-    Args:
-        pixels: height x width of an image.
-        width: channels of the decoder's last block.
-        value_bytes: bytes of an activation.
-        memory: bytes of the device; 0 where unknown leaves the element limit alone.
-    """
-    by_elements = _MAX_ELEMENTS // (2 * width * pixels)  # the widest map at full size has twice the last block's width
-    image = _BYTES_PER_IMAGE * (pixels / _PIXELS) * (width / _WIDTH) * (value_bytes / _VALUE)
-    by_memory = int(_SHARE * memory / image) if memory else by_elements
-    return max(1, min(by_elements, by_memory))
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

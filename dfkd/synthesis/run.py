@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dfkd.shards import Record, ShardFolder
 from dfkd.synthesis.guidance import Guidance
+from dfkd.synthesis.memory import ShortMemory, calling, release
 from dfkd.synthesis.microbatch import in_microbatches
 from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.sampler import SampledGroup, SamplerSettings, sample_group
@@ -21,6 +22,15 @@ from dfkd.teachers.classifier import Classifier
 from engine.networks import Prior
 
 LOSS_DIGITS = 5  # digits of a recorded loss: the record is for reading, not for computing on
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images per call of the UNet, of the decoder at the end, and of the guidance gradient."""
+
+    unet: int
+    decode: int
+    gradient: int
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,12 @@ class Synthesis:
     device: torch.device
     kernels: str = "torch"
 
-    def sample(self, group: int, micro: int, gradient_micro: int | None = None) -> tuple[Tensor, list[Record]]:
+    def sample(
+        self, group: int, micro: int, gradient_micro: int | None = None, decode_micro: int | None = None
+    ) -> tuple[Tensor, list[Record]]:
         """Sample group number `group` whole: images uint8 [group, H, W, 3] on the CPU and their records.
 
-        micro, gradient_micro: as of `sample_group`.
+        micro, gradient_micro, decode_micro: as of `sample_group`, and what it raises.
         """
         ids = torch.arange(group * self.group, (group + 1) * self.group)
         labels = labels_of(ids, self.classes)
@@ -70,9 +82,12 @@ class Synthesis:
             micro,
             self.kernels,
             gradient_micro,
+            decode_micro,
         )
         pixels = (sampled.images.clamp(0, 1) * 255).round().to(torch.uint8)
-        sure = self._teacher_probability(pixels, labels.to(self.device), micro).cpu()
+        with calling("gradient" if self.guidance else "decode"):  # the teacher has as many rows as where it guides
+            few = min(micro, gradient_micro or micro, decode_micro or micro)
+            sure = self._teacher_probability(pixels, labels.to(self.device), few).cpu()
         records = _records(sampled, ids, labels, names, prompts, self.seed, sure)
         return pixels.permute(0, 2, 3, 1).contiguous().cpu(), records
 
@@ -121,24 +136,30 @@ def _records(
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did: images and shards written now, seconds of sampling, and shards that were there already."""
+    """What a run did: images and shards written now, seconds of sampling, shards that were there already, and the rows
+    that the last group was sampled with.
+    """
 
     images: int
     shards: int
     shards_before: int
     seconds: float
+    rows: Rows
 
 
 def synthesise(
     folder: ShardFolder,
     synthesis: Synthesis,
-    micro: int,
+    rows: Rows,
     advance: Callable[[int], object],
-    gradient_micro: int | None = None,
+    smaller: Callable[[str, Rows, str], Rows] | None = None,
 ) -> RunResult:
     """Write the shards that `folder` lacks; `advance(n)` is called after every n images.
 
     Images beyond the folder's count, sampled because their group needs them, are dropped.
+
+    smaller: (network, rows, the device's words) -> the rows to go on with where a call of `network` found too little
+        memory. The group is sampled again with them, and those that follow. None: ShortMemory ends the run.
     """
     missing = folder.missing()
     started, written = time.perf_counter(), 0
@@ -148,7 +169,7 @@ def synthesise(
         images: list[Tensor] = []
         records: list[Record] = []
         for group in range(ids.start // synthesis.group, -(-ids.stop // synthesis.group)):
-            pixels, described = synthesis.sample(group, micro, gradient_micro)
+            (pixels, described), rows = _sampled(synthesis, group, rows, smaller)
             keep = sum(record.id < ids.stop for record in described)
             images.append(pixels[:keep])
             records += described[:keep]
@@ -156,4 +177,20 @@ def synthesise(
         folder.write(index, torch.cat(images).numpy(), records, time.perf_counter() - shard_started)
         written += len(records)
     seconds = time.perf_counter() - started
-    return RunResult(written, len(missing), folder.layout.shard_count() - len(missing), seconds)
+    return RunResult(written, len(missing), folder.layout.shard_count() - len(missing), seconds, rows)
+
+
+def _sampled(
+    synthesis: Synthesis, group: int, rows: Rows, smaller: Callable[[str, Rows, str], Rows] | None
+) -> tuple[tuple[Tensor, list[Record]], Rows]:
+    """A group, and the rows that it was sampled with in the end."""
+    while True:
+        try:
+            return synthesis.sample(group, rows.unet, rows.gradient, rows.decode), rows
+        except ShortMemory as error:
+            if smaller is None:
+                raise
+            short = error.network, error.why
+        # here the error is gone, and with it the frames that hold the failed call's tensors
+        release(synthesis.device)
+        rows = smaller(short[0], rows, short[1])

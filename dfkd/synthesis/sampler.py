@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dfkd.synthesis import cutmix
 from dfkd.synthesis.guidance import Guidance, ToLatent
+from dfkd.synthesis.memory import calling
 from dfkd.synthesis.microbatch import cuts, in_microbatches
 from dfkd.synthesis.schedule import Step, StepTable
 from engine.networks import Prior
@@ -105,7 +106,8 @@ class Denoiser:
             for taken, _ in cuts(len(self.conditional), self.micro, self.conditional.device):
                 contexts.append(self._context(self.conditional[taken], copies))
         parts = zip(rows.chunk(len(contexts)), contexts, strict=True)
-        found = [self.prior.denoise(part, t, context) for part, context in parts]
+        with calling("unet"):
+            found = [self.prior.denoise(part, t, context) for part, context in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _context(self, context: Tensor, copies: int) -> Tensor:
@@ -138,6 +140,7 @@ def sample_group(
     micro: int,
     kernels: str = "torch",
     gradient_micro: int | None = None,
+    decode_micro: int | None = None,
 ) -> SampledGroup:
     """Sample the images `ids` [G] of one whole group with `labels` int64 [G].
 
@@ -147,11 +150,13 @@ def sample_group(
         table: coefficients of the steps.
         conditional: prompt embeddings [G, L, D]; unconditional [1, L, D].
         latent_size: (h, w) of the latents.
-        micro: images per network call.
+        micro: images per call of the UNet.
         kernels: of GUIDED_STEPS, "torch" or "triton"; results differ by rounding.
-        gradient_micro: images per call of the guidance gradient; None: micro.
+        gradient_micro, decode_micro: images per call of the guidance gradient, and of the decoder at the end; None:
+            micro.
 
     Raises:
+        ShortMemory: a network call found too little memory.
         FloatingPointError: latents or images are not finite (names the image ids).
     """
     shape, steps, micro = (prior.latent_channels, *latent_size), len(table), min(micro, len(ids))
@@ -160,7 +165,8 @@ def sample_group(
     gradient_micro = gradient_micro or micro
     z = table.init_scale * philox_normal(seed, ids, INITIAL_NOISE, shape)
     if guidance and settings.noise_edit_steps:
-        z = edit_noise(z, guidance, table, settings, denoise, labels, gradient_micro)
+        with calling("gradient"):
+            z = edit_noise(z, guidance, table, settings, denoise, labels, gradient_micro)
     fused, unet, at_latent = GUIDED_STEPS[kernels], NetworkInput(), guidance
     if kernels == "triton":
         unet, at_latent = prior.unet_input, guidance and guidance.at_decoder(prior)
@@ -180,17 +186,20 @@ def sample_group(
         if guidance and paths[i] == "unet":
             to_latent = clean_estimate(denoise, numbers[i], times[i], copies[i] == 2)
             for _ in range(settings.guidance_repeats):
-                gradient, losses = guidance.gradient(z, labels, gradient_micro, to_latent)
+                with calling("gradient"):
+                    gradient, losses = guidance.gradient(z, labels, gradient_micro, to_latent)
                 z, rows = fused.push(z, gradient, length, norm, 1.0, None, unet, micro, copies[i])
             gradient = None  # it has moved z already
         model = denoise.outputs(rows, times[i], copies[i])
         if at_latent and paths[i] == "latent":
             takes, unit = at_latent.takes, at_latent.unit
             point, clean = fused.clean(z, model, coefficients[i], micro, copies[i], takes, bool(repeats))
-            gradient, losses = at_latent.gradient(point, labels, gradient_micro)
+            with calling("gradient"):
+                gradient, losses = at_latent.gradient(point, labels, gradient_micro)
             for _ in repeats:
                 push, point = fused.push(push, gradient, length, norm, unit, clean, takes, len(z), 1)
-                gradient, losses = at_latent.gradient(point, labels, gradient_micro)
+                with calling("gradient"):
+                    gradient, losses = at_latent.gradient(point, labels, gradient_micro)
         for name, value in losses.items():
             curves.setdefault(name, []).append(value)
         last = i + 1 == steps
@@ -205,9 +214,11 @@ def sample_group(
             keep=not last and numbers[i + 1].step_prev != 0,
         )  # fmt: skip
     plan = plans[max(plans)] if plans else None
-    images = in_microbatches(lambda rows: prior.decode(z[rows]).float(), len(z), micro, z.device)
+    with calling("decode"):
+        images = in_microbatches(lambda rows: prior.decode(z[rows]).float(), len(z), decode_micro or micro, z.device)
     if guidance and settings.refine_steps:
-        images = refine(images, guidance, settings, labels, gradient_micro)
+        with calling("gradient"):
+            images = refine(images, guidance, settings, labels, gradient_micro)
     finite = z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
     if not finite.all():
         raise FloatingPointError(f"the images {ids[~finite].tolist()} are not finite")

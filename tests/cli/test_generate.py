@@ -21,13 +21,20 @@ def test_what_it_writes(call, tmp_path, capfd):
     assert (result["images"], result["images_written"], result["shards_written"]) == (10, 10, 2)
     assert result["class_counts"] == [4, 3, 3] and result["class_names"] == ["zero", "one", "two"]
     assert result["images_per_second"] > 0 and result == json.loads((out / "result.json").read_text())
-    # quiet without a terminal: three lines about the run, no bars and no hints of the libraries that load the networks
-    assert streams.err.splitlines() == [
+    # quiet without a terminal: lines about the run, no bars and no hints of the libraries that load the networks
+    *lines, last = streams.err.splitlines()
+    assert lines[:3] == [
         "unet, decode, gradient: eager (no engine is built: dfkd-engines build)",
         "kernels: torch (the device is cpu)",
-        "10 images of 16x16, 10 to compute on cpu in fp32; groups of 4, 4 images a network call; "
-        "2 more complete the last group and are dropped",
+        "10 images of 16x16, 10 to compute on cpu in fp32; groups of 4; 2 more complete the last group and are dropped",
     ]
+    assert lines[3].startswith("plan: groups of 4 images; weights and a group's images take ")
+    table = [line.split() for line in lines[4:]]
+    assert [row[0] for row in table] == ["network", "unet", "decode", "gradient"]
+    assert all(row[1:3] == ["4", "1"] and row[5] == "group" for row in table[1:])
+    assert last.startswith("predicted: ") and " for 10 images, " in last and last.count("\n") == 0
+    assert result["rows"] == {"unet": 4, "decode": 4, "gradient": 4}
+    assert result["plan"]["groups"] == 3 and result["plan"]["predicted_seconds"] > 0
     settings = json.loads((out / "settings.json").read_text())
     assert settings["command"] == "dfkd-generate" and settings["options"]["seed"] == 7
     assert {"torch", "diffusers", "dfkd"} <= settings["versions"].keys()

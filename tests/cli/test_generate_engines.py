@@ -1,11 +1,14 @@
 """dfkd-generate on compiled engines: the images of eager networks, begun, killed, continued and refused."""
 
 import json
+import shlex
 
 import pytest
 import torch
 
 from dfkd.cli import engines, generate
+from dfkd.engines.guidance import CompiledGuidance
+from dfkd.synthesis.run import Synthesis
 from engine.store import EngineStore
 from tests.cli.small_generate import images_of, last_line, shards_of, status_of
 from tests.cli.test_generate_killed import check_killed
@@ -173,3 +176,78 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(place, tmp_path):
     argv = ["--engines", place.store, "--backend", BACKEND, "--count", 22, "--shard-size", 6, *place.words()]
     check_killed(tmp_path, argv, LOADED)
     assert json.loads((tmp_path / "killed/result.json").read_text())["backends"]["unet"]["backend"] == BACKEND
+
+
+class TestOutOfMemory:
+    """A group is six images: a whole group's gradient is one engine, a part's another."""
+
+    @staticmethod
+    def tight(monkeypatch, most):
+        real = CompiledGuidance.of_batch
+
+        def of_batch(self, latents, *rest):
+            if SAMPLING and len(latents) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(self, latents, *rest)
+
+        sample = Synthesis.sample
+        SAMPLING = []
+
+        def sampled(self, *arguments):
+            SAMPLING.append(True)
+            try:
+                return sample(self, *arguments)
+            finally:
+                SAMPLING.clear()
+
+        monkeypatch.setattr(CompiledGuidance, "of_batch", of_batch)
+        monkeypatch.setattr(Synthesis, "sample", sampled)
+
+    @pytest.mark.parametrize("backend", ["auto", BACKEND])
+    def test_an_engine_of_the_whole_group_names_those_of_its_parts(self, own, tmp_path, capsys, monkeypatch, backend):
+        for name in NETWORKS:
+            set_facts(own.store, name, milliseconds=measured(1.0, 2.0))
+        with monkeypatch.context() as patch:
+            self.tight(patch, 5)
+            assert generated(own, tmp_path / "out", "--backend", backend) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"the {BACKEND} engine of the gradient takes a whole group" in error and "another --out" in error
+        assert "the next run takes 3 images a call" in error and not list((tmp_path / "out").glob("shard-*"))
+        command = shlex.split(error.partition("(dfkd-engines ")[2].partition(") and run again")[0])
+        assert command[0] == "build" and command[command.index("--micro-batch") + 1] == "3"
+        # the folder keeps what it was begun with
+        assert generated(own, tmp_path / "out", "--backend", backend) == 2
+        assert "engines.gradient is" in (again := capsys.readouterr().err) or "there is no" in again
+        if backend != "auto":
+            assert generated(own, tmp_path / "other", "--backend", backend) == 2
+            assert "for image_moments, image_gradient, decode_vjp" in capsys.readouterr().err
+            assert status_of(engines.main, *command) == 0
+        assert generated(own, tmp_path / "other", "--backend", backend) == 0
+        result = json.loads((tmp_path / "other/result.json").read_text())
+        assert result["rows"]["gradient"] == 3 and result["plan"]["calls"]["gradient"]["bound"] == "remembered"
+        parts = {"image_moments", "image_gradient", "decode_vjp"} if backend != "auto" else set()
+        assert engines_used(tmp_path / "other") == {"unet", "decode"} | parts
+
+    def test_an_eager_gradient_goes_on_beside_engines(self, own, tmp_path, capsys, monkeypatch):
+        for name in NETWORKS:
+            set_facts(own.store, name, milliseconds=measured(2.0, 1.0) if name == "gradient" else measured(1.0, 2.0))
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            self.tight(patch, 5)
+            assert generated(own, out) == 0
+        assert "gradient: out of memory with 6 images a call" in capsys.readouterr().err
+        assert engines_used(out) == {"unet", "decode"}
+        recorded = json.loads((out / "manifest.json").read_text())["settings"]["engines"]
+        assert recorded.keys() == {"unet", "decode"}
+        before = shards_of(out)
+        next(out.glob("shard-*")).unlink()
+        assert generated(own, out) == 0 and shards_of(out) == before  # and is finished with the same calls
+
+    def test_seconds_of_an_engine_are_those_of_its_build(self, own, tmp_path, capsys):
+        for name in NETWORKS:
+            set_facts(own.store, name, milliseconds=measured(600.0, 900.0))  # of 6 rows
+        assert generated(own, tmp_path / "out", "--plan-only", "--cfg", 3) == 0
+        timings = last_line(capsys.readouterr().out)["plan"]["timings"]
+        # six images are twelve rows of the UNet, two steps of it
+        assert timings["unet"] == {"seconds": 1.2, "calls_per_group": 2, "source": "engine, when it was built"}
+        assert timings["decode"]["seconds"] == timings["gradient"]["seconds"] == 0.6

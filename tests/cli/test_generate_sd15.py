@@ -25,9 +25,11 @@ def test_end_to_end(prior, tmp_path, capfd, path, count, steps):
     streams = capfd.readouterr()
     assert last_line(streams.out)["images_written"] == count
     lines = streams.err.splitlines()  # quiet but for what runs the networks and what is done
-    assert [": eager (no engine is built" in line for line in lines[:-2]] == [True] * (path == "latent")
-    assert lines[-2] == "kernels: torch (the device is cpu)"
-    assert lines[-1].startswith(f"{count} images of 512x512")
+    start = int(path == "latent")
+    assert [": eager (no engine is built" in line for line in lines[:start]] == [True] * start
+    assert lines[start] == "kernels: torch (the device is cpu)"
+    assert lines[start + 1].startswith(f"{count} images of 512x512")
+    assert lines[start + 2].startswith("plan: ") and lines[-1].startswith("predicted: ")
     pool = images_of(tmp_path / "out")
     assert pool.images.shape == (count, 3, 512, 512) and pool.labels.tolist() == list(range(count))
     assert pool.images.float().std() > 1 and (count == 1 or not torch.equal(pool.images[0], pool.images[1]))

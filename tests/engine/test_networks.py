@@ -47,7 +47,7 @@ def edit(path, **changes):
 
 def test_description(prior, folder):
     assert prior.latent_channels == 4 and prior.latent_size == (64, 64)
-    assert prior.vae_scale_factor == 8 and prior.scaling_factor == 0.18215 and prior.decoder_width == 8
+    assert prior.vae_scale_factor == 8 and prior.scaling_factor == 0.18215
     assert prior.prediction_type == "epsilon" and prior.source == str(folder)
     assert prior.scheduler_config["_class_name"] == "PNDMScheduler" and prior.scheduler_config["steps_offset"] == 1
     assert prior.dtype == torch.float32 and prior.device.type == "cpu"

@@ -1,9 +1,9 @@
-"""Micro-batches of one shape, and how many images a call may hold."""
+"""Micro-batches of one shape, the memory that they may take, and how it is told that it was short."""
 
 import pytest
 import torch
 
-from dfkd.synthesis.memory import device_bytes, images_per_call
+from dfkd.synthesis.memory import ShortMemory, calling, device_bytes, usable_bytes
 from dfkd.synthesis.microbatch import cuts, in_microbatches
 
 
@@ -22,15 +22,23 @@ def test_in_microbatches_drops_the_filling():
     assert out.tolist() == [0, 10, 20, 30, 40] and rows_seen == [2, 2, 2]
 
 
-def test_a_published_image_fits_as_often_as_its_memory_says():
-    gib = 2**30
-    assert images_per_call(512 * 512, 128, 2, 0) == 31  # 2^31 elements of 256 channels at 512 x 512
-    assert images_per_call(512 * 512, 128, 2, 10 * gib) == 2  # 0.6 x 10 GiB at 2.85 GiB an image
-    assert images_per_call(512 * 512, 128, 4, 10 * gib) == 1
-    assert images_per_call(512 * 512, 128, 4, 1) == 1  # one at least; the device has the last word
-    assert images_per_call(32 * 32, 32, 4, 10 * gib) > 1000
-
-
 def test_memory_of_the_device_does_not_change():
     cpu = torch.device("cpu")
     assert device_bytes(cpu) == device_bytes(cpu) >= 0
+    assert 0 < usable_bytes(1000, cpu) < usable_bytes(1000, torch.device("cuda")) < 1000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: tried 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_short_memory_is_told_from_other_errors(error):
+    with pytest.raises(ShortMemory) as caught, calling("gradient"), calling("unet"):
+        raise error
+    assert caught.value.network == "unet" and caught.value.why == str(error).splitlines()[0]
+    with pytest.raises(RuntimeError, match="another"), calling("unet"):
+        raise RuntimeError("another")

@@ -8,7 +8,7 @@ import torch
 from dfkd.errors import UsageError
 from dfkd.shards import ShardFolder, read_folder
 from dfkd.synthesis.guidance import Guidance, LossWeights
-from dfkd.synthesis.run import Synthesis, synthesise
+from dfkd.synthesis.run import Rows, Synthesis, synthesise
 from dfkd.synthesis.sampler import SamplerSettings
 from dfkd.synthesis.schedule import build_table
 from tests.synthesis.small_networks import CLASS_NAMES, SCHEDULER, SmallPrior, classifier
@@ -41,7 +41,7 @@ def open_shards(path, **settings):
 
 def run(path, synthesis, micro=3, done=None):
     with open_shards(path) as folder:
-        return synthesise(folder, synthesis, micro, (done if done is not None else []).append)
+        return synthesise(folder, synthesis, Rows(micro, micro, micro), (done if done is not None else []).append)
 
 
 def shards(path):
@@ -107,7 +107,7 @@ def test_interrupted_between_shards(synthesis, tmp_path):
 
     calls = []
     with pytest.raises(KeyboardInterrupt), open_shards(stopped) as folder:
-        synthesise(folder, synthesis, 3, stop)
+        synthesise(folder, synthesis, Rows(3, 3, 3), stop)
     assert list(shards(stopped)) == ["shard-00000.tar"]
     run(stopped, synthesis)
     assert shards(stopped) == shards(whole)
