@@ -120,7 +120,8 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
         recipe |= {f"teacher.{name}": value for name, value in _teacher(options, memory).items()}
         recipe |= {f"losses.{name}": value for name, value in _losses(options, network).items()}
         packages |= _library(recipe["teacher.architecture"])
-    sources = [*_GRAPH, f"engine/backends/{backend}.py", *(_LOSSES if network in _TEACHER else ())]
+    its_module = type(own).__module__.replace(".", "/") + ".py"
+    sources = [*_GRAPH, its_module, *(_LOSSES if network in _TEACHER else ())]
     recipe["sources"] = digests.of_sources(*sources)
     found = {name: _version(name) for name in sorted(packages)} | own.versions()
     recipe |= {f"versions.{name}": value for name, value in found.items()}

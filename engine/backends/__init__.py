@@ -1,10 +1,11 @@
 """What runs a graph: one contract, one object a backend.
 
-    eager         torch's kernels, one op after another; nothing is stored
-    inductor      torch's compiler; stored as an AOTInductor package: code and weights in one shared library
-    onnxruntime   stored as an ONNX file, which holds no code
+    eager            torch's kernels, one op after another; nothing is stored
+    inductor         torch's compiler; stored as an AOTInductor package: code and weights in one shared library
+    onnxruntime      stored as an ONNX file, which holds no code
+    torch-tensorrt   TensorRT on ATen operations as they are; stored as a TensorRT plan, which is code
 
-Nothing here imports torch or onnxruntime before a backend compiles or loads: which engines are current is answered
+Nothing here imports torch or a compiler before a backend compiles or loads: which engines are current is answered
 without them.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from engine.backends.eager import Eager
 from engine.backends.inductor import Inductor
 from engine.backends.onnxruntime import OnnxRuntime
+from engine.backends.torch_tensorrt import TorchTensorRT
 from engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -59,7 +61,9 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime(), TorchTensorRT())
+}
 
 
 def get(name: str) -> Backend:
