@@ -172,8 +172,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Random weights in float16 (the teacher's in float32), plans for {', '.join(TARGETS)}; memory: peak of the "
-        f"process, first of tracing and exporting, last of building. {machine['device']}, {machine['threads']} threads, "
-        f"torch {used['torch']}, TensorRT-RTX {used['tensorrt-rtx']}, {machine['date']}: "
+        f"process, first of tracing and exporting, last of building. {machine['device']}, {machine['threads']} "
+        f"threads, torch {used['torch']}, TensorRT-RTX {used['tensorrt-rtx']}, {machine['date']}: "
         "`python -m benchmarks.sd15_engines --record`.",
     ]
     return "\n".join([*lines, *(["", "Failed:", "", *failures] if failures else [])])
