@@ -1,8 +1,9 @@
 """From a request to an engine in the store: trace, compile, judge, time, save. What is current is left alone."""
 
 import hashlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd.engines.functions import OF_DECODER, OF_TEACHER, Function, Sources, function, samples
 from dfkd.engines.requests import Request
-from engine.backends import get
+from engine.backends import Tunable, get
 from engine.compiled import Engine
 from engine.errors import EngineError
 from engine.graph import Graph, trace
@@ -20,6 +21,7 @@ from engine.parity import TOLERANCE, measure
 from engine.spec import EngineSpec, pairs
 from engine.storage.manifest import Manifest
 from engine.store import EngineStore
+from engine.targets import covers, targets_of
 
 JUDGED_ROWS = (4, 3)  # batches of samples that parity is measured on
 CUT_ROWS = (16, 32, 64)  # rows of calls, to see whether they keep the bits of a larger one
@@ -55,9 +57,13 @@ class Workshop:
         found = self.store.find(request.recipe)
         if found is not None and self.store.problem(found.key) is None:
             return Built("current", found)
-        backend, sources = get(request.backend), self.sources()
-        if (why := backend.unusable(sources.prior.device, request.recipe["dtype"])) is not None:
+        backend, device = get(request.backend), request.recipe["device"]
+        why = backend.unusable(device, request.recipe["dtype"])
+        if targets_of(device) and not backend.targets:
+            why = f"{backend.name} compiles for the machine that it is on, not for {', '.join(targets_of(device))}"
+        if why is not None:
             raise EngineError(f"{request} cannot be built", why, "or choose another backend with --backend")
+        sources = self.sources()
         traced, graph = self._traced(request.network)
         spec = EngineSpec(
             network=request.network,
@@ -69,7 +75,7 @@ class Workshop:
             dtype=request.recipe["dtype"],
             backend=request.backend,
             versions=_part(request, "versions."),
-            device=request.recipe["device"],
+            device=device,
             flags=_part(request, "flags."),
         )
         if self.store.problem(spec.key()) is None:
@@ -80,13 +86,22 @@ class Workshop:
         def make(folder: Path) -> dict[str, Any]:
             made.append(folder)
             started = time.perf_counter()
-            backend.compile(graph, spec, folder)
-            seconds = time.perf_counter() - started
-            engine = Engine(spec, backend.load(folder, spec, sources.prior.device), sources.prior.device)
+            facts: dict[str, Any] = {"nodes": len(graph.module.graph.nodes), **identity(request.network, sources)}
+            if (ahead := self._compiled_ahead(request, facts)) is not None:
+                shutil.copytree(self.store.payload(ahead), folder, dirs_exist_ok=True)
+                facts["compiled_ahead"] = ahead.key
+            else:
+                backend.compile(graph, spec, folder)
+            facts["compile_seconds"] = round(time.perf_counter() - started, 2)
+            if targets_of(device):  # nothing here runs it: it is judged on the GPU that takes it over
+                return facts
+            place = sources.prior.device
+            if isinstance(backend, Tunable):
+                rows = samples(request.network, sources, spec.batch[1], SEED)
+                facts["ways"] = backend.tune(folder, spec, place, rows)
+            engine = Engine(spec, backend.load(folder, spec, place), place)
             return {
-                "compile_seconds": round(seconds, 2),
-                "nodes": len(graph.module.graph.nodes),
-                **identity(request.network, sources),
+                **facts,
                 **_judged(request, traced, engine, sources),
                 "rows_exact": _rows_exact(request, engine, sources),
                 "milliseconds": _timed(request, traced, engine, sources),
@@ -94,6 +109,14 @@ class Workshop:
 
         manifest = self.store.build(spec, request.recipe, make)
         return Built("built" if made else "adopted", manifest)
+
+    def _compiled_ahead(self, request: Request, facts: Mapping[str, Any]) -> Manifest | None:
+        """An engine of the same recipe for a family that this device belongs to, and of the networks in memory."""
+        for manifest in self.store.alike(request.recipe, "device"):
+            same = all(manifest.facts.get(name) == digest for name, digest in facts.items())
+            if same and covers(manifest.spec.device, request.recipe["device"]):
+                return manifest
+        return None
 
     def sources(self) -> Sources:
         """The networks, loaded at the first call."""
@@ -170,8 +193,8 @@ def _without_grad(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
 def _rows_exact(request: Request, engine: Engine, sources: Sources) -> bool:
     """Whether a row's result has the same bits in calls of all sizes that dfkd-generate makes.
 
-    Never so for a whole group's gradient, where rows depend on one another, nor claimed where the calls that were planned
-    are too small to compare two sizes.
+    Never so for a whole group's gradient, where rows depend on one another, nor claimed where the calls that were
+    planned are too small to compare two sizes.
     """
     rows = min(request.timed, 2 * CUT_ROWS[-1])
     if rows < min(request.batch[2], CUT_ROWS[1]):

@@ -17,10 +17,11 @@ from dfkd.engines.build import identity as held_by
 from dfkd.engines.digests import FileDigests
 from dfkd.engines.functions import Sources
 from dfkd.engines.guidance import CompiledGuidance, CompiledPrior
-from dfkd.engines.requests import DIGESTS, Request, architecture_of, in_group, needed, requests
+from dfkd.engines.requests import DIGESTS, TORCH_NAMES, Request, architecture_of, in_group, needed, requests
 from dfkd.engines.text import causes
 from dfkd.errors import UsageError
 from dfkd.synthesis.run import Synthesis
+from engine.backends import get
 from engine.compiled import load
 from engine.errors import EngineError
 from engine.storage.manifest import Manifest
@@ -64,6 +65,8 @@ def choose(
     memory = FileDigests(store.root / DIGESTS)
     device = architecture_of(options.device)
     wanted = STORED_BACKENDS if options.backend == "auto" else (options.backend,)
+    if options.backend != "auto" and (why := get(options.backend).unusable(device, TORCH_NAMES[options.dtype])):
+        raise UsageError(f"--backend {options.backend} cannot be used", why, "or choose another --backend")
     asked = {name: requests(options, name, device, memory) for name in wanted}
     memory.save()
     found = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dfkd.choices import STORED_BACKENDS
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.engines import digests
 from dfkd.engines.digests import FileDigests
@@ -32,6 +33,10 @@ _GRAPH = (
     *("engine/graph.py", "engine/tracing", "engine/decompositions", "engine/rewrites", "engine/networks.py"),
     *("engine/export.py", "dfkd/engines/functions.py"),
 )
+_MODULES = {name: f"engine/backends/{name}.py" for name in STORED_BACKENDS} | {
+    "tensorrt-rtx": "engine/backends/tensorrt.py",
+    "torch-tensorrt": "engine/backends/torch_tensorrt.py",
+}
 _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
 
 
@@ -39,7 +44,8 @@ _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/t
 class Request:
     """One engine that a run can use.
 
-    batch   smallest, planned and largest rows of a call: of a whole group, so that one engine serves any --batch
+    batch   smallest, planned and largest rows of a call: of a whole group, so that one engine serves any --batch; of
+            the calls as planned where the backend compiles for fixed rows
     timed   rows of a call as the options plan it
     recipe  flat mapping of strings: `engine.store` finds an engine by it
     """
@@ -93,7 +99,7 @@ def gradient_rows(options: GenerateOptions) -> int:
 def requests(options: GenerateOptions, backend: str, device: str, memory: FileDigests) -> tuple[Request, ...]:
     """A request for every network that is needed, in the order of the data's way.
 
-    device: an architecture, as engine.spec writes it (`cpu_architecture()` for a CPU).
+    device: an architecture, as engine.spec writes it (`cpu_architecture()` for a CPU), or a family of targets.
 
     Raises UsageError: the prior or the teacher cannot be found, or an unknown backend.
     """
@@ -103,9 +109,9 @@ def requests(options: GenerateOptions, backend: str, device: str, memory: FileDi
 def request(options: GenerateOptions, network: str, backend: str, device: str, memory: FileDigests) -> Request:
     """The request for one network; raises as `requests`."""
     doubled = 2 if network == "unet" and options.cfg != 1 else 1
-    rows = doubled * options.group
-    kind = device.partition(" ")[0]
     own = get(backend)
+    timed = gradient_rows(options) if network in _GRADIENT else doubled * rows_per_call(options)
+    rows = timed if own.fixed_rows else doubled * options.group
     recipe = {
         "network": network,
         "backend": backend,
@@ -120,13 +126,11 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
         recipe |= {f"teacher.{name}": value for name, value in _teacher(options, memory).items()}
         recipe |= {f"losses.{name}": value for name, value in _losses(options, network).items()}
         packages |= _library(recipe["teacher.architecture"])
-    its_module = type(own).__module__.replace(".", "/") + ".py"
-    sources = [*_GRAPH, its_module, *(_LOSSES if network in _TEACHER else ())]
+    sources = [*_GRAPH, _MODULES[backend], *(_LOSSES if network in _TEACHER else ())]
     recipe["sources"] = digests.of_sources(*sources)
     found = {name: _version(name) for name in sorted(packages)} | own.versions()
     recipe |= {f"versions.{name}": value for name, value in found.items()}
-    recipe |= {f"flags.{name}": value for name, value in own.flags(kind).items()}
-    timed = gradient_rows(options) if network in _GRADIENT else doubled * rows_per_call(options)
+    recipe |= {f"flags.{name}": value for name, value in own.flags(device).items()}
     return Request(network, backend, (1, rows, rows), timed, recipe)
 
 

@@ -13,17 +13,19 @@ from dfkd.engines.requests import needed
 from dfkd.errors import UsageError
 from dfkd.presets import PRESETS
 
-_KEYS = ("backends", "networks", "generate")
+_KEYS = ("backends", "networks", "targets", "generate")
 
 
 @dataclass(frozen=True)
 class EngineSet:
-    """A run's options, the networks of it that are compiled, and what compiles each."""
+    """A run's options, the networks of it that are compiled, what compiles each, and for which GPU architectures where
+    that is done ahead of time."""
 
     name: str
     options: GenerateOptions
     networks: tuple[str, ...]
     backends: tuple[str, ...]
+    targets: tuple[str, ...] = ()
 
 
 def read_set(file: Path, name: str, more: Sequence[str] = ()) -> EngineSet:
@@ -44,7 +46,8 @@ def read_set(file: Path, name: str, more: Sequence[str] = ()) -> EngineSet:
     if unknown := sorted(table.keys() - set(_KEYS)):
         raise UsageError(f"{file}: [{name}] has an unknown key {unknown[0]!r}", f"known are {', '.join(_KEYS)}")
     words = [word for key, value in table.get("generate", {}).items() for word in ("--" + key, _text(value))]
-    return _set(name, [*words, *more], table.get("networks"), table.get("backends"))
+    chosen = _set(name, [*words, *more], table.get("networks"), table.get("backends"))
+    return replace(chosen, targets=tuple(table.get("targets", ())))
 
 
 def set_of(more: Sequence[str]) -> EngineSet:
@@ -52,12 +55,18 @@ def set_of(more: Sequence[str]) -> EngineSet:
     return _set("", more, None, None)
 
 
-def narrowed(chosen: EngineSet, networks: Sequence[str], backend: str) -> EngineSet:
-    """With some of its networks (() for all) and one backend ("" for its own). Raises UsageError."""
+def narrowed(chosen: EngineSet, networks: Sequence[str], backend: str, targets: Sequence[str] = ()) -> EngineSet:
+    """With some of its networks (() for all), one backend ("" for its own) and other targets (() for its own).
+
+    Raises UsageError.
+    """
     if unknown := [name for name in networks if name not in chosen.networks]:
         raise UsageError(f"--only names {unknown[0]!r}", f"this set has {', '.join(chosen.networks)}")
     return replace(
-        chosen, networks=tuple(networks) or chosen.networks, backends=(backend,) if backend else chosen.backends
+        chosen,
+        networks=tuple(networks) or chosen.networks,
+        backends=(backend,) if backend else chosen.backends,
+        targets=tuple(targets) or chosen.targets,
     )
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backends.packages import missing, versions
 from engine.errors import EngineError
+from engine.spec import kind_of
+from engine.targets import targets_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -43,11 +45,14 @@ _TYPED = {"use_explicit_typing": True}
 class TorchTensorRT:
     name = "torch-tensorrt"
     stored = True
+    fixed_rows = True  # kernels are chosen for the planned rows; fewer are allowed
+    targets: tuple[str, ...] = ()
 
     def unusable(self, device: "Device", dtype: str = "float32") -> str | None:
-        kind = str(device).partition(":")[0]
-        if kind != "cuda":
-            return f"it runs on cuda, not on {kind}"
+        if kind_of(device) != "cuda":
+            return f"it runs on cuda, not on {kind_of(device)}"
+        if targets_of(str(device)):
+            return "it times kernels on the GPU that a plan is for, and compiles for no other"
         if absent := missing("torch_tensorrt", "tensorrt"):
             verb = "is" if len(absent) == 1 else "are"
             return f"{', '.join(absent)} {verb} not installed (pip install 'dfkd[tensorrt]')"
@@ -72,7 +77,7 @@ class TorchTensorRT:
         from engine.export import to_program
 
         what = f"{spec.network} cannot be compiled by torch-tensorrt"
-        if (why := self.unusable(spec.device.split()[0], spec.dtype)) is not None:
+        if (why := self.unusable(spec.device, spec.dtype)) is not None:
             raise EngineError(what, why, "or choose another backend")
         torch_tensorrt = _imported(what)
         convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine

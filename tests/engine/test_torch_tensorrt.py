@@ -36,6 +36,7 @@ SHARED = [
 TYPING = ["enabled_precisions", "use_explicit_typing"]
 OF_THE_CALL = ["exported_program", "inputs"]
 LINGERING = ["use_python_runtime"]  # 2.13 takes it and does nothing
+GPU = "cuda sm_90 H100"
 CONVERT = "convert_exported_program_to_serialized_trt_engine"
 
 
@@ -98,7 +99,7 @@ def machine(monkeypatch):
 
 
 def compiled(stand_in, folder, network="unet"):
-    get("torch-tensorrt").compile(graph(network), spec(network, "torch-tensorrt", "cuda sm_90 H100"), folder)
+    get("torch-tensorrt").compile(graph(network), spec(network, "torch-tensorrt", GPU), folder)
     return stand_in.call
 
 
@@ -109,6 +110,11 @@ class TestUnusable:
         machine(StandIn())
         assert self.backend.unusable("cpu") == "it runs on cuda, not on cpu"
         assert self.backend.unusable("cuda:1") is None
+
+    def test_not_for_a_gpu_that_is_not_here(self, machine):
+        machine(StandIn())
+        assert "compiles for no other" in self.backend.unusable("cuda sm_89")
+        assert self.backend.unusable("cuda sm_90 NVIDIA H100") is None
 
     def test_what_is_not_installed(self, machine):
         machine(absent={"torch_tensorrt"})
@@ -133,8 +139,8 @@ class TestUnusable:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert self.backend.unusable("cuda") == "torch finds no CUDA device"
         for call in (
-            lambda: self.backend.compile(graph("decode"), spec("decode", "torch-tensorrt", "cuda sm_90"), tmp_path),
-            lambda: self.backend.load(tmp_path, spec("decode", "torch-tensorrt", "cuda sm_90"), "cuda"),
+            lambda: self.backend.compile(graph("decode"), spec("decode", "torch-tensorrt", GPU), tmp_path),
+            lambda: self.backend.load(tmp_path, spec("decode", "torch-tensorrt", GPU), "cuda"),
         ):
             with pytest.raises(EngineError, match=r"decode .*cannot be .*: torch finds no CUDA device"):
                 call()
@@ -169,7 +175,7 @@ class TestOptions:
 
     def test_one_row_is_two(self, machine, tmp_path):
         machine(stand_in := StandIn())
-        one = replace(spec("decode", "torch-tensorrt", "cuda sm_90"), batch=(1, 1, 1))
+        one = replace(spec("decode", "torch-tensorrt", GPU), batch=(1, 1, 1))
         get("torch-tensorrt").compile(graph("decode"), one, tmp_path)
         (z,) = stand_in.call.inputs
         assert z.min_shape == z.opt_shape == z.max_shape == [2, 4, 4, 4]
@@ -236,7 +242,7 @@ def test_what_is_stored_and_how_it_is_loaded(machine, tmp_path, network):
     own = machine(StandIn(runs=graph(network)))
     compiled(own, tmp_path, network)
     assert sorted(file.name for file in tmp_path.iterdir()) == [BINDINGS, PLAN]  # and nothing that is unpickled
-    run = get("torch-tensorrt").load(tmp_path, spec(network, "torch-tensorrt", "cuda sm_90"), "cuda:1")
+    run = get("torch-tensorrt").load(tmp_path, spec(network, "torch-tensorrt", GPU), "cuda:1")
     given, outputs = arguments(network, 3), {"decode": 1, "gradient": 2}[network]
     assert own.loaded.inputs == [f"tensors_{index}" for index in range(len(given))]
     assert own.loaded.outputs == [f"output{index}" for index in range(outputs)]
@@ -248,7 +254,7 @@ def test_what_is_stored_and_how_it_is_loaded(machine, tmp_path, network):
 
 @pytest.mark.parametrize("file", [PLAN, BINDINGS])
 def test_a_broken_payload_is_refused_by_name(machine, tmp_path, file):
-    own = spec("decode", "torch-tensorrt", "cuda sm_90")
+    own = spec("decode", "torch-tensorrt", GPU)
     compiled(machine(StandIn()), tmp_path, "decode")
     (tmp_path / file).write_bytes(b"nothing that can be run")
     with pytest.raises(EngineError, match=rf"decode {own.key()} cannot be loaded: .* plan \(.*dfkd-engines build"):
