@@ -93,7 +93,6 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def child(stage: Stage, memory: str) -> None:
     """Print a line of JSON for every part of a stage, with this process's peak of memory so far under `memory`."""
-    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this is the process to end
     try:
         for found in stage:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -112,7 +111,7 @@ def run_child(words: list[str], limit: float) -> Iterator[dict[str, Any]]:
             if line.startswith("{"):
                 yield json.loads(line)
     if process.returncode in (124, 137):  # 124 is timeout's own; 137 a process that something else killed
-        yield {"failure": f"stopped after {limit:.0f} s" if process.returncode == 124 else "killed: memory ran out"}
+        yield {"failure": f"stopped after {limit:g} s" if process.returncode == 124 else "killed: memory ran out"}
     elif process.returncode:
         yield {"failure": f"ended with status {process.returncode}"}
 
@@ -200,6 +199,8 @@ def main() -> None:
     a = arguments_parser().parse_args()
     rows = [int(word) for word in a.rows.split(",")]
     if a.child:
+        if (score := Path("/proc/self/oom_score_adj")).exists():  # where memory runs out, this is the process to end
+            score.write_text("1000")
         stage = export(a.networks, a.size, a.folder, a.thin) if a.child == "export" else build(rows[0], a.folder)
         child(stage, f"{a.child}_memory_bytes")
         return
