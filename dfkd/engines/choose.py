@@ -65,8 +65,10 @@ def choose(
     memory = FileDigests(store.root / DIGESTS)
     device = architecture_of(options.device)
     wanted = STORED_BACKENDS if options.backend == "auto" else (options.backend,)
-    if options.backend != "auto" and (why := get(options.backend).unusable(device, TORCH_NAMES[options.dtype])):
-        raise UsageError(f"--backend {options.backend} cannot be used", why, "or choose another --backend")
+    if options.backend != "auto":
+        reason = get(options.backend).unusable(device, TORCH_NAMES[options.dtype])
+        if reason is not None:
+            raise UsageError(f"--backend {options.backend} cannot be used", reason, "or choose another --backend")
     asked = {name: requests(options, name, device, memory) for name in wanted}
     memory.save()
     found = {
