@@ -110,8 +110,10 @@ def run_child(words: list[str], limit: float) -> Iterator[dict[str, Any]]:
         for line in process.stdout:
             if line.startswith("{"):
                 yield json.loads(line)
-    if process.returncode in (124, 137):  # 124 is timeout's own; 137 a process that something else killed
-        yield {"failure": f"stopped after {limit:g} s" if process.returncode == 124 else "killed: memory ran out"}
+    if process.returncode in (124, 137):  # 124 is timeout's own; 137 is SIGKILL
+        yield {
+            "failure": f"stopped after {limit:g} s" if process.returncode == 124 else "killed, as where memory runs out"
+        }
     elif process.returncode:
         yield {"failure": f"ended with status {process.returncode}"}
 
