@@ -11,6 +11,7 @@ each figure of memory is its own, and a failure is a row that says so. The resul
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import torch
 from benchmarks.machine import describe
 from dfkd.files import replace_text
 from engine.backends.tensorrt import TENSORRT_RTX
+from engine.errors import EngineError
 from engine.graph import Graph
 from engine.spec import EngineSpec, pairs
 from engine.targets import family
@@ -34,6 +36,7 @@ from engine.targets import family
 RESULT = Path(__file__).parent / "results" / "sd15-engines-cpu.json"
 NETWORKS = ("unet", "gradient", "decode", "decode_vjp")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
+WORKSPACES = (4, 8, 12, 16, 24, 32, 48, 64)  # GiB; the first is what the backend takes by itself
 MODEL, SPEC, PLAN = "model.onnx", "spec.json", "engine.plan"
 Stage = Iterator[dict[str, Any]]
 
@@ -72,11 +75,23 @@ def export(network: str, size: int, folder: Path, thin: bool) -> Stage:
 
 
 def build(rows: int, folder: Path) -> Stage:
-    """Yields what MODEL's plan for calls of `rows` rows costs, parsing and compiling; leaves PLAN in the folder."""
-    spec = EngineSpec.from_json(json.loads((folder / SPEC).read_text()))
-    seconds, plan = timed(lambda: TENSORRT_RTX.build(folder / MODEL, replace(spec, batch=(1, rows, rows))))
-    (folder / PLAN).write_bytes(plan)
-    yield {"build_seconds": seconds, "plan_bytes": plan.nbytes}
+    """Yields what MODEL's plan for calls of `rows` rows costs, parsing and compiling; leaves PLAN in the folder.
+
+    With the first of WORKSPACES that is enough: a library that fuses a whole network needs room for all its tensors.
+    """
+    spec = replace(EngineSpec.from_json(json.loads((folder / SPEC).read_text())), batch=(1, rows, rows))
+    for gib in WORKSPACES:
+        os.environ["DFKD_TENSORRT_WORKSPACE_GIB"] = str(gib)
+        try:
+            seconds, plan = timed(lambda: TENSORRT_RTX.build(folder / MODEL, spec))
+        except EngineError as error:
+            if "OutOfMemory" not in str(error) or gib == WORKSPACES[-1]:
+                raise
+            yield {"too_small_workspace_gib": gib}
+        else:
+            (folder / PLAN).write_bytes(plan)
+            yield {"build_seconds": seconds, "plan_bytes": plan.nbytes, "workspace_gib": gib}
+            return
 
 
 def backward_operations(graph: Graph) -> list[str]:
@@ -155,7 +170,7 @@ def versions() -> dict[str, str]:
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result, with what failed below it."""
     heads = ["network", "image", "rows", "trace s", "nodes", "backward ops", "ONNX s", "ONNX GB", "memory GB"]
-    heads += ["plan s", "plan GB", "memory GB"]
+    heads += ["plan s", "plan GB", "memory GB", "workspace GiB"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     failures = []
     for row in sorted(result["rows"], key=lambda row: (-row["size"], NETWORKS.index(row["network"]), row["rows"])):
@@ -165,6 +180,7 @@ def markdown(result: dict[str, Any]) -> str:
             row.get("nodes", "-"), "-" if left is None else len(left), number(row, "onnx_seconds"),
             number(row, "onnx_bytes", 1e9, 2), number(row, "export_memory_bytes", 1e9, 1),
             number(row, "build_seconds"), number(row, "plan_bytes", 1e9, 2), number(row, "build_memory_bytes", 1e9, 1),
+            workspace(row),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
         if "failure" in row:
@@ -172,12 +188,18 @@ def markdown(result: dict[str, Any]) -> str:
     machine, used = result["machine"], result["versions"]
     lines += [
         "",
-        f"Random weights in float16 (the teacher's in float32), plans for {', '.join(TARGETS)}; memory: peak of the "
-        f"process, first of tracing and exporting, last of building. {machine['device']}, {machine['threads']} "
-        f"threads, torch {used['torch']}, TensorRT-RTX {used['tensorrt-rtx']}, {machine['date']}: "
+        f"Random weights in float16 (the teacher's in float32), plans for {', '.join(TARGETS)}. Memory: peak of the "
+        "process, first of tracing and exporting, last of building. Workspace: a limit that is enough, and the largest "
+        f"tried that is not. {machine['device']}, {machine['threads']} threads, torch {used['torch']}, "
+        f"TensorRT-RTX {used['tensorrt-rtx']}, {machine['date']}: "
         "`python -m benchmarks.sd15_engines --record`.",
     ]
     return "\n".join([*lines, *(["", "Failed:", "", *failures] if failures else [])])
+
+
+def workspace(row: dict[str, Any]) -> str:
+    enough, too_small = row.get("workspace_gib"), row.get("too_small_workspace_gib")
+    return "-" if enough is None else f"{enough}" if too_small is None else f"{enough} (not {too_small})"
 
 
 def number(row: dict[str, Any], name: str, unit: float = 1.0, digits: int = 0) -> str:

@@ -1,5 +1,8 @@
 """Stable Diffusion 1.5's sizes, and a rehearsal of what its engines cost with few channels."""
 
+import json
+import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,9 @@ from torch import fx
 
 from benchmarks import sd15, sd15_engines
 from engine.backends import get
+from engine.errors import EngineError
 from engine.targets import family
+from tests.engine import small_graphs
 
 
 def parameters(network):
@@ -79,6 +84,33 @@ def test_an_exception_is_a_row_and_keeps_what_came_before(capsys):
     )
 
 
+def test_the_workspace_grows_until_it_is_enough(monkeypatch, tmp_path):
+    """What is refused for another reason is not tried again."""
+    spec = small_graphs.spec("decode", "tensorrt-rtx", family(sd15_engines.TARGETS))
+    (tmp_path / sd15_engines.SPEC).write_text(json.dumps(spec.to_json()))
+    asked = []
+
+    def refuse(model, spec, needed=12, why="Error Code 2: OutOfMemory"):
+        asked.append((int(os.environ["DFKD_TENSORRT_WORKSPACE_GIB"]), spec.batch))
+        if asked[-1][0] < needed:
+            raise EngineError("decode cannot be compiled", why, "use another")
+        return memoryview(b"plan")
+
+    monkeypatch.setenv("DFKD_TENSORRT_WORKSPACE_GIB", "")
+    monkeypatch.setattr(sd15_engines.TENSORRT_RTX, "build", refuse)
+    *before, last = sd15_engines.build(16, tmp_path)
+    assert asked == [(gib, (1, 16, 16)) for gib in (4, 8, 12)]
+    assert [row["too_small_workspace_gib"] for row in before] == [4, 8]
+    assert (last["workspace_gib"], last["plan_bytes"]) == (12, 4)
+    assert sd15_engines.workspace(before[-1] | last) == "12 (not 8)"
+    for other in (partial(refuse, why="no such operation"), partial(refuse, needed=1000)):
+        asked.clear()
+        monkeypatch.setattr(sd15_engines.TENSORRT_RTX, "build", other)
+        with pytest.raises(EngineError, match="cannot be compiled"):
+            list(sd15_engines.build(2, tmp_path))
+        assert len(asked) == (1 if other.keywords.get("why") else len(sd15_engines.WORKSPACES))
+
+
 def test_backward_operations_are_found():
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -90,11 +122,13 @@ def test_backward_operations_are_found():
 def test_rows_replace_their_earlier_ones_and_the_table_says_what_failed():
     one = {"network": "unet", "size": 512, "rows": 2, "trace_seconds": 60.0, "nodes": 3000, "backward_operations": []}
     rows = sd15_engines.merged([one], {"network": "decode", "size": 256, "rows": 2, "trace_seconds": 5.0})
-    rows = sd15_engines.merged(rows, one | {"plan_bytes": 2_000_000_000, "failure": "killed, as where memory runs out"})
+    rows = sd15_engines.merged(
+        rows, one | {"plan_bytes": 2_000_000_000, "workspace_gib": 8, "failure": "killed, as where memory runs out"}
+    )
     assert len(rows) == 2
     machine = {"device": "a CPU", "threads": 2, "date": "2026-11-24"}
     used = {"torch": "2.13.0", "tensorrt-rtx": "1.7"}
     lines = sd15_engines.markdown({"rows": rows, "machine": machine, "versions": used}).splitlines()
-    assert lines[2] == "| unet | 512x512 | 2 | 60 | 3000 | 0 | - | - | - | - | 2.00 | - |"
-    assert lines[3] == "| decode | 256x256 | 2 | 5 | - | - | - | - | - | - | - | - |"
+    assert lines[2] == "| unet | 512x512 | 2 | 60 | 3000 | 0 | - | - | - | - | 2.00 | - | 8 |"
+    assert lines[3] == "| decode | 256x256 | 2 | 5 | - | - | - | - | - | - | - | - | - |"
     assert lines[-1] == "- unet at 512x512, 2 rows: killed, as where memory runs out"
