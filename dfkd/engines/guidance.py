@@ -30,11 +30,12 @@ class CompiledPrior(Prior):
         if "unet" not in self.engines:
             return super().denoise(z, t, context)
         time = torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(1)
-        return self.engines["unet"](z, time, context.float())[0]
+        return self.engines["unet"](z.to(self.dtype), time, context.to(self.dtype))[0].to(z.dtype)
 
     @property
     def unet_input(self) -> NetworkInput:
-        return NetworkInput() if "unet" in self.engines else super().unet_input
+        """An engine takes plain tensors in the networks' dtype: a step's launch writes its rows as they are bound."""
+        return NetworkInput(self.dtype) if "unet" in self.engines else super().unet_input
 
     def decode(self, z0: Tensor) -> Tensor:
         if "decode" not in self.engines:
