@@ -3,7 +3,7 @@
 Channels = tuple[float, float, float]
 
 DTYPES = ("fp32", "bf16", "fp16")  # of the networks
-STORED_BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx")  # of engines on disk
+STORED_BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch-tensorrt")  # of engines on disk
 BACKEND_NAMES = ("auto", "eager", *STORED_BACKENDS)
 ATTENTION_NAMES = ("auto", "sdpa", "xformers")
 KERNEL_NAMES = ("auto", "triton", "torch")  # of what runs beside the networks

@@ -34,7 +34,8 @@ _GRAPH = (
     *("engine/export.py", "dfkd/engines/functions.py"),
 )
 _MODULES = {name: f"engine/backends/{name}.py" for name in STORED_BACKENDS} | {
-    "tensorrt-rtx": "engine/backends/tensorrt.py"
+    "tensorrt-rtx": "engine/backends/tensorrt.py",
+    "torch-tensorrt": "engine/backends/torch_tensorrt.py",
 }
 _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
 

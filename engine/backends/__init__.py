@@ -1,9 +1,10 @@
 """What runs a graph: one contract, one object a backend.
 
-    eager         torch's kernels, one op after another; nothing is stored
-    inductor      torch's compiler; stored as an AOTInductor package: code and weights in one shared library
-    onnxruntime   stored as an ONNX file, which holds no code
-    tensorrt      stored as a plan for one GPU; tensorrt-rtx: for several architectures, also without a GPU
+    eager            torch's kernels, one op after another; nothing is stored
+    inductor         torch's compiler; stored as an AOTInductor package: code and weights in one shared library
+    onnxruntime      stored as an ONNX file, which holds no code
+    tensorrt         stored as a plan for one GPU; tensorrt-rtx: for several architectures, also without a GPU
+    torch-tensorrt   a plan too, converted from the operations themselves, without ONNX
 
 Nothing here imports torch, onnxruntime or TensorRT before a backend compiles or loads: which engines are current is
 answered without them.
@@ -17,6 +18,7 @@ from engine.backends.eager import Eager
 from engine.backends.inductor import Inductor
 from engine.backends.onnxruntime import OnnxRuntime
 from engine.backends.tensorrt import TENSORRT, TENSORRT_RTX
+from engine.backends.torch_tensorrt import TorchTensorRT
 from engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ class Tunable(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime(), TENSORRT, TENSORRT_RTX)
+    backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime(), TENSORRT, TENSORRT_RTX, TorchTensorRT())
 }
 
 
