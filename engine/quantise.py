@@ -38,7 +38,7 @@ class Amax:
 
 @torch.library.custom_op("dfkd::quantise", mutates_args=())
 def quantise(x: Tensor, scale: Tensor, narrow: str) -> Tensor:
-    """x in units of `scale`, which broadcasts to it, clamped to the range of NARROW[narrow] and rounded to nearest even."""
+    """x in units of `scale`, which broadcasts to it: clamped to NARROW[narrow]'s range, rounded to nearest even."""
     units = x / scale
     return (units.round() if narrow == "int8" else units).clamp(*_RANGE[narrow]).to(NARROW[narrow])
 
@@ -92,9 +92,7 @@ def quantised(graph: Graph, layers: Mapping[str, Amax], narrow: str) -> Graph:
         node.args = tuple(arguments)
     if absent := sorted(layers.keys() - found):
         why = f"the graph has no product of that name ({len(absent)} of {len(layers)} are missing)"
-        raise GraphError(
-            f"{absent[0]} cannot be quantised", why, "Calibrate the network that the graph was traced from"
-        )
+        raise GraphError(f"{absent[0]} cannot be quantised", why, _RECALIBRATE)
     module.graph.eliminate_dead_code()
     drop_unused(module)
     module.graph.lint()
@@ -109,8 +107,9 @@ def is_quantised(graph: Graph) -> bool:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """QuantizeLinear and DequantizeLinear of opset 19 for torch.onnx.export(custom_translation_table=...)."""
     import onnx
-    from onnxscript import opset19 as op
+    from onnxscript import opset19
 
+    op: Any = opset19  # its stubs know the values of a running program only
     # A zero point says of what type the result is.
     zeros = {
         "int8": onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, [], [0]),
@@ -125,6 +124,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     return {QUANTISE: to_onnx, DEQUANTISE: from_onnx}
 
+
+_RECALIBRATE = "Calibrate the network that the graph was traced from"
 
 # Where the input of a product stands among its arguments; the weights follow it.
 _FACTORS = {aten.convolution.default: 0, aten.mm.default: 0, aten.addmm.default: 1}
@@ -174,7 +175,7 @@ def _pair(module: fx.GraphModule, node: fx.Node, source: Any, scale: Tensor, nar
 def _stored(module: fx.GraphModule, node: fx.Node, weight: Tensor, amax: Tensor, axis: int, narrow: str) -> fx.Node:
     if amax.shape != (weight.shape[axis],):
         why = f"it has {weight.shape[axis]} output channels, and magnitudes of shape {list(amax.shape)} are given"
-        raise GraphError(_what(node), why, "Calibrate the network that the graph was traced from")
+        raise GraphError(_what(node), why, _RECALIBRATE)
     scales = _scale(amax, narrow, weight.dtype).to(weight.device)
     shape = [-1 if dim == axis else 1 for dim in range(weight.dim())]
     values = quantise(weight.contiguous(), scales.reshape(shape), narrow)
