@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.bench_engines import markdown as engines_table
 from benchmarks.guidance_paths import markdown as guidance_table
+from benchmarks.quantised_unet import markdown as quantised_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -57,6 +58,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo-table": ("quality-demo-cpu.json", quality_table),
     "guidance-table": ("guidance_paths-cpu.json", guidance_table),
     "engines-table": ("engines-cpu.json", largest_engines_table),
+    "quantised-table": ("quantised-unet-cpu.json", quantised_table),
 }
 
 
