@@ -31,10 +31,10 @@ _DECODER = ("decode", "gradient", "decode_vjp")
 # The modules that write a graph; a backend's own are added to them.
 _GRAPH = (
     *("engine/graph.py", "engine/tracing", "engine/decompositions", "engine/rewrites", "engine/networks.py"),
-    *("engine/export.py", "dfkd/engines/functions.py"),
+    *("engine/export.py", "engine/quantise.py", "dfkd/engines/functions.py"),
 )
 # What a quantised UNet's scales follow from, beside its graph.
-_QUANTISING = ("engine/quantise.py", "dfkd/engines/calibration.py", "dfkd/synthesis/schedule.py")
+_QUANTISING = ("dfkd/engines/calibration.py", "dfkd/synthesis/schedule.py")
 _CALIBRATION = ("sampler", "steps", "cfg", "cfg_from", "cfg_to", "prompt", "negative_prompt", "only", "classes")
 _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
 
