@@ -16,8 +16,10 @@ from torch.export import Dim, ExportedProgram
 
 from engine.errors import EngineError
 from engine.graph import Graph
+from engine.quantise import is_quantised, translations
 
 OPSET = 18
+QUANTISED_OPSET = 19  # of a graph with 8-bit constants: the first that has float8, and scales in half precision
 # protobuf holds 2 GiB at most; weights go to a file of their own before that
 _LARGEST_FILE = 1_500_000_000
 
@@ -54,14 +56,15 @@ def to_onnx(graph: Graph, path: Path) -> None:
 
     Raises EngineError: the export failed, or onnx and onnxscript are not installed.
     """
-    program = to_program(graph, by_layer=True)
+    program, narrow = to_program(graph, by_layer=True), is_quantised(graph)
     try:
         with _quiet():
             model = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=QUANTISED_OPSET if narrow else OPSET,
                 verbose=False,
+                custom_translation_table=translations() if narrow else None,
             )
     except ImportError as error:
         raise EngineError("no ONNX file can be written", _first_line(error), 'pip install "dfkd[onnx]"') from error

@@ -10,7 +10,7 @@ from typing import Any
 from dfkd.choices import STORED_BACKENDS
 from dfkd.cli.options import command, option
 from dfkd.engines.digests import FileDigests
-from dfkd.engines.requests import DIGESTS, Request, architecture_of, request
+from dfkd.engines.requests import DIGESTS, Request, architecture_of, request, takes
 from dfkd.engines.sets import EngineSet, narrowed, read_set, set_of
 from dfkd.engines.text import causes, size, table
 from engine.backends.packages import versions
@@ -98,10 +98,15 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
         # Only now: these load torch and the networks, and seconds pass.
         from dfkd.cli.generate import quieten_libraries
         from dfkd.engines.build import Workshop
+        from dfkd.engines.calibration import calibrate
         from dfkd.engines.sources import load_sources
 
         quieten_libraries()
-        workshop = Workshop(store, lambda: load_sources(chosen.options, [r.network for r in missing]))
+        workshop = Workshop(
+            store,
+            lambda: load_sources(chosen.options, [r.network for r in missing]),
+            lambda prior, narrow: calibrate(chosen.options, prior, narrow),
+        )
         for number, one in enumerate(missing, 1):
             print(
                 f"[{number}/{len(missing)}] {one}: {'; '.join(causes(store.explain(one.recipe)))}",
@@ -136,7 +141,8 @@ def listing(options: ListOptions, more: Sequence[str]) -> dict[str, Any]:
         judged = not targets_of(spec.device)  # else it was compiled ahead of time, and nothing here can run it
         times = facts["milliseconds"] if judged else {"engine": "-", "eager": "-"}
         rows.append((
-            spec.network, spec.backend, " ".join(targets_of(spec.device)) or "here", str(spec.batch[2]), spec.dtype,
+            spec.network, spec.backend, " ".join(targets_of(spec.device)) or "here", str(spec.batch[2]),
+            dict(spec.flags).get("quantise", spec.dtype),
             str(times["engine"]), str(times["eager"]), f"{facts['parity']['relative']:.1e}" if judged else "-",
             f"{facts['compile_seconds']:.0f} s", size(manifest.bytes), manifest.key,
         ))  # fmt: skip
@@ -210,7 +216,8 @@ def _chosen(options: SetOptions, more: Sequence[str]) -> EngineSet:
 def _requests(chosen: EngineSet, root: Path) -> list[Request]:
     memory = FileDigests(root / DIGESTS)
     device = family(chosen.targets) if chosen.targets else architecture_of(chosen.options.device)
-    found = [request(chosen.options, name, b, device, memory) for b in chosen.backends for name in chosen.networks]
+    pairs = [(name, b) for b in chosen.backends for name in chosen.networks if takes(chosen.options, name, b)]
+    found = [request(chosen.options, name, b, device, memory) for name, b in pairs]
     memory.save()
     return found
 

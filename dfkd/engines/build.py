@@ -17,12 +17,16 @@ from engine.backends import Tunable, get
 from engine.compiled import Engine
 from engine.errors import EngineError
 from engine.graph import Graph, trace
+from engine.networks import Prior
 from engine.parity import TOLERANCE, measure
+from engine.quantise import Amax, quantised
 from engine.spec import EngineSpec, pairs
 from engine.storage.manifest import Manifest
 from engine.store import EngineStore
 from engine.targets import covers, targets_of
+from engine.tracing.module_paths import networks_of
 
+Calibrate = Callable[[Prior, str], Mapping[str, Amax]]
 JUDGED_ROWS = (4, 3)  # batches of samples that parity is measured on
 CUT_ROWS = (16, 32, 64)  # rows of calls, to see whether they keep the bits of a larger one
 TIMED_TURNS = 3  # engine and eager in turns, after one warm-up each
@@ -40,13 +44,15 @@ class Workshop:
     """Builds engines of one set of networks; a graph is traced once however many backends take it.
 
     sources: loads the networks; it is called once, and not at all where every recipe is known.
+    calibrate: magnitudes in the prior's UNet, for "int8" or "fp8"; called where a request is for such an engine.
     """
 
-    def __init__(self, store: EngineStore, sources: Callable[[], Sources]) -> None:
+    def __init__(self, store: EngineStore, sources: Callable[[], Sources], calibrate: Calibrate | None = None) -> None:
         self.store = store
-        self._load = sources
+        self._load, self._calibrate = sources, calibrate
         self._loaded: Sources | None = None
         self._graphs: dict[str, tuple[Function, Graph]] = {}
+        self._quantised: dict[str, Graph] = {}
 
     def build(self, request: Request) -> Built:
         """The engine of a request, built where it is missing or damaged.
@@ -65,6 +71,8 @@ class Workshop:
             raise EngineError(f"{request} cannot be built", why, "or choose another backend with --backend")
         sources = self.sources()
         traced, graph = self._traced(request.network)
+        if request.quantised != "none":
+            graph = self._in_eight_bits(traced, graph, request.quantised)
         spec = EngineSpec(
             network=request.network,
             graph=graph.structure(),
@@ -102,7 +110,7 @@ class Workshop:
             engine = Engine(spec, backend.load(folder, spec, place), place)
             return {
                 **facts,
-                **_judged(request, traced, engine, sources),
+                **_judged(request, traced, graph, engine, sources),
                 "rows_exact": _rows_exact(request, engine, sources),
                 "milliseconds": _timed(request, traced, engine, sources),
             }
@@ -131,6 +139,16 @@ class Workshop:
             graph = trace(made.call, made.inputs, output_names=made.outputs, device=sources.prior.device)
             self._graphs[network] = made, graph
         return self._graphs[network]
+
+    def _in_eight_bits(self, unet: Function, graph: Graph, narrow: str) -> Graph:
+        if narrow not in self._quantised:
+            assert self._calibrate is not None
+            prior = self.sources().prior
+            found = self._calibrate(prior, narrow)
+            root = next(path for path, network in networks_of(unet.call).items() if network is prior.unet)
+            layers = {f"{root}.{name}": amax for name, amax in found.items()}
+            self._quantised[narrow] = quantised(graph, layers, narrow)
+        return self._quantised[narrow]
 
 
 def identity(network: str, sources: Sources) -> dict[str, str]:
@@ -163,23 +181,35 @@ def _part(request: Request, prefix: str) -> tuple[tuple[str, str], ...]:
     return pairs({k.removeprefix(prefix): v for k, v in request.recipe.items() if k.startswith(prefix)})
 
 
-def _judged(request: Request, made: Function, engine: Engine, sources: Sources) -> dict[str, Any]:
-    """Errors against float64. Raises EngineError where they miss the tolerance: the engine is not saved."""
-    tolerance = TOLERANCE[made.kind, request.recipe["dtype"]]
+def _judged(request: Request, made: Function, graph: Graph, engine: Engine, sources: Sources) -> dict[str, Any]:
+    """Errors against float64; of a quantised engine also eager's, and how far it is from its graph run eagerly.
+
+    Raises EngineError where they miss the tolerance: the engine is not saved.
+    """
+    narrow = request.quantised != "none"
+    precision = request.quantised if narrow else request.recipe["dtype"]
+    tolerance = TOLERANCE[made.kind, precision]
     doubled = sources.doubled()
     exact = function(request.network, doubled)
     sizes = [min(rows, request.batch[2]) for rows in JUDGED_ROWS]
     batches = [samples(request.network, sources, rows, SEED + i) for i, rows in enumerate(sizes)]
     # the loss scale is a power of two and no part of the result
-    parity = measure(engine, _without_grad(exact.call), _without_grad(made.call), batches, made.kind, _dtype(request))
+    want, eager = _without_grad(exact.call), _without_grad(made.call)
+    parity = measure(engine, want, eager, batches, made.kind, precision)
     if (problem := parity.problem(tolerance)) is not None:
         why = f"against float64 {problem}"
         raise EngineError(f"{request} is not saved", why, "report it, and use another backend for this network")
-    return {"parity": parity.to_json()}
+    found = {"parity": parity.to_json()}
+    if narrow:
+        found["parity_unquantised"] = measure(eager, want, eager, batches, made.kind, precision).to_json()
+        of_graph = measure(engine, lambda *x: graph(*_narrowed(x, graph)), eager, batches, made.kind, precision)
+        found["parity_with_simulation"] = of_graph.to_json()
+    return found
 
 
-def _dtype(request: Request) -> str:
-    return request.recipe["dtype"]
+def _narrowed(doubles: tuple[Tensor, ...], graph: Graph) -> list[Tensor]:
+    """Arguments in float64 as the graph takes them; they were so before."""
+    return [x.to(getattr(torch, spec.dtype)) for x, spec in zip(doubles, graph.inputs, strict=True)]
 
 
 def _without_grad(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dfkd.choices import STORED_BACKENDS
+from dfkd.choices import QUANTISING_BACKENDS, STORED_BACKENDS
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.engines import digests
 from dfkd.engines.digests import FileDigests
@@ -31,12 +31,15 @@ _DECODER = ("decode", "gradient", "decode_vjp")
 # The modules that write a graph; a backend's own are added to them.
 _GRAPH = (
     *("engine/graph.py", "engine/tracing", "engine/decompositions", "engine/rewrites", "engine/networks.py"),
-    *("engine/export.py", "dfkd/engines/functions.py"),
+    *("engine/export.py", "engine/quantise.py", "dfkd/engines/functions.py"),
 )
 _MODULES = {name: f"engine/backends/{name}.py" for name in STORED_BACKENDS} | {
     "tensorrt-rtx": "engine/backends/tensorrt.py",
     "torch-tensorrt": "engine/backends/torch_tensorrt.py",
 }
+# What a quantised UNet's scales follow from, beside its graph.
+_QUANTISING = ("dfkd/engines/calibration.py", "dfkd/synthesis/schedule.py")
+_CALIBRATION = ("sampler", "steps", "cfg", "cfg_from", "cfg_to", "prompt", "negative_prompt", "only", "classes")
 _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
 
 
@@ -56,8 +59,14 @@ class Request:
     timed: int
     recipe: Mapping[str, str]
 
+    @property
+    def quantised(self) -> str:
+        """What its graph is quantised to, "int8" or "fp8"; "none"."""
+        return self.recipe.get("flags.quantise", "none")
+
     def __str__(self) -> str:
-        return f"{self.network} in {self.backend}, up to {self.batch[2]} rows"
+        narrow = "" if self.quantised == "none" else f" {self.quantised}"
+        return f"{self.network}{narrow} in {self.backend}, up to {self.batch[2]} rows"
 
 
 def needed(options: GenerateOptions) -> tuple[str, ...]:
@@ -96,14 +105,20 @@ def gradient_rows(options: GenerateOptions) -> int:
     return options.group if whole else rows_per_call(options)
 
 
+def takes(options: GenerateOptions, network: str, backend: str) -> bool:
+    """Whether the backend can have an engine of the network with these options: not every one has 8 bits."""
+    return network != "unet" or options.quantise == "none" or backend in QUANTISING_BACKENDS
+
+
 def requests(options: GenerateOptions, backend: str, device: str, memory: FileDigests) -> tuple[Request, ...]:
-    """A request for every network that is needed, in the order of the data's way.
+    """A request for every network that is needed and that the backend takes, in the order of the data's way.
 
     device: an architecture, as engine.spec writes it (`cpu_architecture()` for a CPU), or a family of targets.
 
     Raises UsageError: the prior or the teacher cannot be found, or an unknown backend.
     """
-    return tuple(request(options, network, backend, device, memory) for network in needed(options))
+    networks = (network for network in needed(options) if takes(options, network, backend))
+    return tuple(request(options, network, backend, device, memory) for network in networks)
 
 
 def request(options: GenerateOptions, network: str, backend: str, device: str, memory: FileDigests) -> Request:
@@ -126,7 +141,11 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
         recipe |= {f"teacher.{name}": value for name, value in _teacher(options, memory).items()}
         recipe |= {f"losses.{name}": value for name, value in _losses(options, network).items()}
         packages |= _library(recipe["teacher.architecture"])
+    quantised = network == "unet" and options.quantise != "none"
+    if quantised:
+        recipe |= {"flags.quantise": options.quantise} | _calibration(options, memory)
     sources = [*_GRAPH, _MODULES[backend], *(_LOSSES if network in _TEACHER else ())]
+    sources += _QUANTISING if quantised else ()
     recipe["sources"] = digests.of_sources(*sources)
     found = {name: _version(name) for name in sorted(packages)} | own.versions()
     recipe |= {f"versions.{name}": value for name, value in found.items()}
@@ -170,6 +189,28 @@ def _prior(options: GenerateOptions, network: str, memory: FileDigests) -> dict[
     except OSError as error:
         raise UsageError(f"cannot read the prior {folder}", str(error)) from None
     return found
+
+
+def _calibration(options: GenerateOptions, memory: FileDigests) -> dict[str, str]:
+    """What the magnitudes in a quantised UNet were measured on: prompts and trajectories."""
+    found = {name: str(getattr(options, name)) for name in _CALIBRATION}
+    folder = prior_folder(options)
+    try:
+        files = [*weight_files(folder, "text_encoder", WEIGHTS["text_encoder"]), *(folder / "tokenizer").glob("*.*")]
+        found["text"] = digests.of_files(folder, files, memory)
+        found["scheduler"] = digests.of_files(folder, [folder / "scheduler" / CONFIGS["scheduler"]], memory)
+    except PriorError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"cannot read the prior {folder}", str(error)) from None
+    if "{" in options.prompt and not options.classes:  # the names in the prompts are the teacher's
+        if options.teacher is None and options.teacher_checkpoint is None:
+            why = "it is calibrated on the run's prompts, and they name classes"
+            todo = "give --teacher-checkpoint, or the names with --classes"
+            raise UsageError(f"--quantise {options.quantise} knows no classes", why, todo)
+        found |= {f"teacher.{name}": value for name, value in _teacher(options, memory).items()}
+    found["modelopt"] = _version("nvidia-modelopt")
+    return {f"calibration.{name}": value for name, value in found.items()}
 
 
 def _teacher(options: GenerateOptions, memory: FileDigests) -> dict[str, str]:

@@ -101,6 +101,9 @@ def _session(path: Path, spec: "EngineSpec", device: "torch.device") -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it says of its own rewriting helps nobody here
+    # Eight bits are computed wide, on the quantised values. Its integer kernels take a layer here and there, which was
+    # slower as a whole, overflow on x86 CPUs without VNNI, and are put in for fp8 too, which they then refuse to load.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     provider = PROVIDERS[device.type]
     settings: dict[str, Any] = {}
     if device.type == "cuda":
