@@ -19,14 +19,14 @@ from engine.parity import TOLERANCE, measure
 from engine.spec import TensorSpec
 from engine.targets import covers, family, targets_of
 from tests.engine import stand_in_tensorrt as stand_in
+from tests.engine.small_functions import PixelGradient, images, teacher
 from tests.engine.small_graphs import BATCH, INPUTS, KINDS, OUTPUTS, arguments, graph, networks, spec
-from tests.engine.stand_in_cuda import Graph, StandIn, Stream, fake_cuda
+from tests.engine.stand_in_cuda import TARGETS, Graph, StandIn, Stream, fake_cuda
 
 pytest.importorskip("onnx", reason="TensorRT reads ONNX files")
 pytest.importorskip("onnxruntime", reason="the stand-in's plans run in it")
 
 HERE = "cuda sm_90 NVIDIA H100 80GB HBM3"
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx (pip install 'dfkd[rtx]')"
@@ -431,6 +431,20 @@ def test_every_network_builds_for_all_targets(network, models, tmp_path):
     own = spec(network, "tensorrt-rtx", family(TARGETS))
     plan = TENSORRT_RTX.build(models(network), own)
     assert plan.nbytes > sum(value.nbytes for value in graph(network).module.buffers())  # the weights are in it
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.parametrize("name", ["resnet_bottleneck", "convnext", "vit"])
+def test_gradients_of_teachers_of_every_kind_build(name, tmp_path):
+    """Max pools and windows that stop short, layer norms, attention, GELU: what parsers stumble over."""
+    size, network = teacher(name)
+    bn = name.startswith("resnet")
+    function, names = PixelGradient(network, size, bn=bn), ("gradient", "cls", "bn")[: 2 + bn]
+    traced = trace(function, images(size), output_names=names)
+    to_onnx(traced, tmp_path / "model.onnx")
+    own = replace(spec("gradient", "tensorrt-rtx", family(TARGETS)), inputs=traced.inputs, outputs=traced.outputs)
+    assert TENSORRT_RTX.build(tmp_path / "model.onnx", own).nbytes
 
 
 @needs_rtx
