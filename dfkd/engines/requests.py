@@ -16,7 +16,8 @@ from dfkd.engines.digests import FileDigests
 from dfkd.engines.teacher_files import described
 from dfkd.errors import UsageError
 from engine.backends import get
-from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, locate, weight_files
+from engine.planner import decoder_elements, most_rows, unet_elements
+from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, locate, read_config, weight_files
 from engine.spec import cpu_architecture
 
 DIGESTS = "file-digests.json"  # in the store's folder
@@ -126,7 +127,9 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
     doubled = 2 if network == "unet" and options.cfg != 1 else 1
     own = get(backend)
     timed = gradient_rows(options) if network in _GRADIENT else doubled * rows_per_call(options)
-    rows = timed if own.fixed_rows else doubled * options.group
+    rows = doubled * options.group
+    if own.fixed_rows:
+        rows = timed = _within_a_tensor(options, network, timed, doubled)
     recipe = {
         "network": network,
         "backend": backend,
@@ -151,6 +154,24 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
     recipe |= {f"versions.{name}": value for name, value in found.items()}
     recipe |= {f"flags.{name}": value for name, value in own.flags(device).items()}
     return Request(network, backend, (1, rows, rows), timed, recipe)
+
+
+def _within_a_tensor(options: GenerateOptions, network: str, rows: int, doubled: int) -> int:
+    """Planned rows, or as many as a compiler for fixed rows can take: no feature map has more than 2^31 - 1 elements.
+
+    Raises UsageError: a group whose images share statistics would have to be in one call, and is too large for that.
+    """
+    unet, vae = (read_config(prior_folder(options), part, CONFIGS[part]) for part in ("unet", "vae"))
+    sides = unet.get("sample_size") or 1
+    scale = 2 ** (len(vae.get("block_out_channels", (0,))) - 1)
+    size = (options.size // scale,) * 2 if options.size else (sides, sides) if isinstance(sides, int) else tuple(sides)
+    elements = unet_elements(unet, size) if network == "unet" else decoder_elements(vae, size)
+    most = most_rows(elements) // doubled * doubled
+    if rows > most and network == "gradient" and in_group(options):
+        what = f"a group of {rows} images of {options.size or size[0] * scale} pixels a side is too large for one call"
+        todo = f"cut it with --micro-batch, at most {most // CALL_UNIT * CALL_UNIT or most}"
+        raise UsageError(what, f"its largest feature map holds {most} images at the most", todo)
+    return min(rows, most)
 
 
 def architecture_of(device: str) -> str:

@@ -1,5 +1,6 @@
 """Plans compiled for GPUs that are not here, and a machine with one of them that takes them over."""
 
+import json
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -11,6 +12,7 @@ from dfkd.engines.digests import FileDigests
 from dfkd.engines.requests import DIGESTS, request
 from dfkd.engines.sets import read_set
 from dfkd.engines.sources import load_sources
+from dfkd.errors import UsageError
 from engine import backends
 from engine.compiled import load
 from engine.errors import EngineError
@@ -134,6 +136,35 @@ def test_a_changed_weight_is_not_taken_over(prior, teacher, tmp_path, monkeypatc
     Shop(tmp_path / "store", other, teacher, monkeypatch).build("decode", family(("sm_89",)))
     shop = Shop(tmp_path / "store", prior, teacher, monkeypatch)
     assert "compiled_ahead" not in shop.build("decode", HERE).manifest.facts and shop.compiled == 1
+
+
+SD15_UNET = {
+    "sample_size": 64, "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}  # fmt: skip
+
+
+def test_no_plan_asks_for_more_than_a_tensor_holds(prior, teacher, tmp_path, copied):
+    """Stable Diffusion 1.5 at 512x512: 204 rows of the UNet, 31 images of the decoder."""
+    folder = copied(prior)
+    for part, changes in (("unet", SD15_UNET), ("vae", {"_class_name": "AutoencoderKL"})):
+        file = folder / part / "config.json"
+        config = json.loads(file.read_text()) | changes
+        if part == "vae":
+            config = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
+        file.write_text(json.dumps(config))
+    memory = FileDigests(tmp_path / DIGESTS)
+
+    def rows(network, *more):
+        options = options_of(folder, teacher, "--group", 512, "--batch", 512, *more)
+        return request(options, network, "tensorrt-rtx", HERE, memory).batch[2]
+
+    assert rows("unet", "--bn-stats", "image") == 204 and rows("unet", "--cfg", 1, "--bn-stats", "image") == 204
+    assert rows("decode", "--bn-stats", "image") == rows("gradient", "--bn-stats", "image") == 31
+    assert rows("decode", "--size", 256) == 127 and rows("decode", "--micro-batch", 16) == 16
+    with pytest.raises(UsageError, match=r"a group of 512 images of 512 pixels a side .* at most 16"):
+        rows("gradient")
 
 
 def test_plans_have_the_rows_of_the_calls(prior, teacher, tmp_path, monkeypatch):
