@@ -36,7 +36,7 @@ from engine.targets import family
 RESULT = Path(__file__).parent / "results" / "sd15-engines-cpu.json"
 NETWORKS = ("unet", "gradient", "decode", "decode_vjp")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
-WORKSPACES = (4, 8, 12, 16, 24, 32, 48, 64)  # GiB; the first is what the backend takes by itself
+WORKSPACES = (4, 8, 12, 16, 24, 32, 48, 64)  # GiB; the last is what the backend allows by itself
 MODEL, SPEC, PLAN = "model.onnx", "spec.json", "engine.plan"
 Stage = Iterator[dict[str, Any]]
 

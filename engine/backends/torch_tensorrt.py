@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PLAN, BINDINGS = "engine.plan", "bindings.json"
 
 OPTIONS: dict[str, Any] = {
-    "workspace_size": 8 << 30,  # bytes; without a limit a tactic may take all memory, and the build fails beside others
+    "workspace_size": 64 << 30,  # bytes; a network that is fused whole keeps all its tensors in it
     "disable_tf32": True,  # float32 is what the graph says; ten bits of it miss the tolerance of float32
     "use_fp32_acc": False,  # it would put casts around the graph's own precision
     "truncate_double": False,
