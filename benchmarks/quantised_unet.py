@@ -178,8 +178,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The `demo` preset, the UNet on ONNX Runtime; images: mean absolute difference to eager's, of 255. On a CPU "
-        f"ONNX Runtime computes 8 bits wide: img/s are no evidence for a GPU, where nothing was measured; - where other "
-        f"work on the machine made turns differ by more than {UNSTEADY} times. Seed "
+        f"ONNX Runtime computes 8 bits wide: img/s are no evidence for a GPU, where nothing was measured; - where "
+        f"other work on the machine made turns differ by more than {UNSTEADY} times. Seed "
         f"{result['seed']}, {machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
         f"{machine['date']}: `python -m benchmarks.quantised_unet --students`.",
     ]
