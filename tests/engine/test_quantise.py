@@ -37,6 +37,13 @@ def by_hand(x, amax, narrow, axis=None):
     return nearest.float() * scale
 
 
+def seeded(make):
+    """A layer, its weights always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().requires_grad_(False)
+
+
 def layers_of(network):
     return {name: m for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
@@ -125,10 +132,10 @@ class TestGraph:
 
     @pytest.mark.parametrize("narrow", NARROW)
     def test_one_layer_exactly(self, narrow):
-        layer = nn.Conv2d(3, 5, 3, padding=1).requires_grad_(False)
+        layer = seeded(lambda: nn.Conv2d(3, 5, 3, padding=1))
         traced = trace(lambda x: layer(x), [TensorSpec("x", (None, 3, 4, 4), "float32")])
         amax = Amax(2.0, layer.weight.flatten(1).abs().amax(1))
-        x = torch.randn(2, 3, 4, 4)
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
         (got,) = quantised(traced, {"layer": amax}, narrow)(x)
         weight = by_hand(layer.weight, amax.weight, narrow, axis=0)
         want = torch.conv2d(by_hand(x, 2.0, narrow), weight, layer.bias, padding=1)
@@ -235,7 +242,7 @@ class TestOnnx:
     def test_one_layer_to_the_last_digits(self, narrow, dtype, tmp_path):
         import onnxruntime
 
-        layer = nn.Linear(8, 6).requires_grad_(False).to(dtype)
+        layer = seeded(lambda: nn.Linear(8, 6)).to(dtype)
         traced = trace(lambda x: layer(x.to(dtype)).float(), [TensorSpec("x", (None, 8), "float32")])
         amax = Amax(2.5, layer.weight.float().abs().amax(1))
         own = quantised(traced, {"layer": amax}, narrow)
@@ -245,9 +252,10 @@ class TestOnnx:
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
         x = 1.5 * torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
         (got,) = session.run(None, {"x": x.numpy()})
-        precise = 1e-6 if dtype == torch.float32 else 2e-3
-        assert relative(torch.from_numpy(got), own(x)[0]) < precise
-        assert relative(own(x)[0], traced(x)[0]) > 4 * precise
+        # Half precision rounds the quotients before they are rounded to a step, each program in its own way: 3e-3 was
+        # the most of six seeds.
+        assert relative(torch.from_numpy(got), own(x)[0]) < (1e-6 if dtype == torch.float32 else 6e-3)
+        assert relative(own(x)[0], traced(x)[0]) > 2e-2  # rounded, and clamped beyond 2.5
 
 
 @pytest.mark.trt
