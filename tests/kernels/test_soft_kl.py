@@ -77,13 +77,16 @@ def with_gradient(function, student, *others):
 def judge(i):
     """Within what eager errs by, one rounding of the result, and three of float32: on few values eager may be lucky.
 
-    The loss's terms p d and q - p are as large as four times their sum; p and q are products of rounded factors.
+    Those are roundings of what is added up: terms p d and q - p, as large as four times their sum; and p, q and r, of
+    which a gradient is the difference.
     """
     student, teacher, labels = i.tensors()
     truth = with_gradient(eager, student.double(), teacher.double(), labels, *i.options)
     expected = with_gradient(eager, student, teacher, labels, *i.options)
     found = with_gradient(kernel, student, teacher, labels, *i.options)
-    for mine, plain, exact in zip(found, expected, truth, strict=True):
+    p, q, r = (x.double().softmax(1) for x in (teacher / i.temperature, student / i.temperature, student))
+    shares = torch.cat([i.temperature * p, i.temperature * q, i.weight * r]) / max(1, i.batch)
+    for mine, plain, exact, added in zip(found, expected, truth, (truth[0], shares), strict=True):
         assert mine.shape == plain.shape and mine.dtype == plain.dtype
         if not mine.numel():
             continue
@@ -91,9 +94,8 @@ def judge(i):
         if i.dtype == F64:  # eager is all there is to judge by: T^2 times the rounding of log p
             torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
             continue
-        scale = exact.abs().max()
-        roundings = torch.finfo(mine.dtype).eps + 3 * torch.finfo(F32).eps
-        assert error <= allowed + roundings * scale, (error, allowed, scale)
+        rounding = torch.finfo(mine.dtype).eps * exact.abs().max() + 3 * torch.finfo(F32).eps * added.abs().max()
+        assert error <= allowed + rounding, (error, allowed, rounding)
 
 
 # minimal, odd, prime, and the class counts of CIFAR, ImageNet and ImageNet-21k
@@ -111,6 +113,22 @@ def test_no_worse_than_eager(batch, classes, dtype):
 def test_around_the_widest_row_that_is_read_once(classes):
     assert module.tile_of(classes)[1] == (module.WIDEST if classes == module.WIDEST else module.BLOCK)
     judge(Inputs(1, classes, weight=0.5))
+
+
+@pytest.mark.parametrize("block", [4, 16])
+def test_only_rows_that_agree_count(block, monkeypatch):
+    """On the class itself, be it in another block of a wide row; of several largest logits the first counts."""
+    monkeypatch.setattr(module, "WIDEST", block)
+    monkeypatch.setattr(module, "BLOCK", block)
+    student, teacher = torch.zeros(2, 5, 11, device=DEVICE)
+    for row, (s, t) in enumerate([(1, 5), (5, 5), (9, 1), (9, 9)]):
+        student[row, s], teacher[row, t] = 2.0, 3.0
+    student[4, 6] = student[4, 10] = 2.0
+    teacher[4, 6] = 3.0
+    losses, gradient = with_gradient(kernel, student, teacher, None, 1.0, 0.0, True)
+    assert (losses > 0).tolist() == gradient.any(1).tolist() == [False, True, False, True, True]
+    every, _ = with_gradient(kernel, student, teacher, None, 1.0, 0.0, False)
+    assert torch.equal(losses, torch.where(losses > 0, every, 0)) and (every > 0).all()
 
 
 def test_teacher_and_student_of_different_precisions():
