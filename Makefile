@@ -37,8 +37,11 @@ fix: $(SETUP) ## put lint and formatting right where that can be done safely
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks and its guidance gradient (build/engines)
+engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks and its guidance gradient, for this machine and for GPUs (build/engines)
 	@$(PY) -c "from dfkd.cli.engines import main; main()" build --set demo $(ARGS)
+	@$(PY) -c "import sys, importlib.util as u; sys.exit(u.find_spec('tensorrt_rtx') is None)" \
+	  && $(PY) -c "from dfkd.cli.engines import main; main()" build --set demo-rtx \
+	  || echo "demo-rtx, plans for GPUs compiled ahead of time: left out, tensorrt_rtx is not installed" >&2
 
 bench: $(SETUP) guidance-paths ## time the parts, then compare the guidance paths
 	@$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
@@ -51,8 +54,10 @@ gpu-test: $(SETUP) ## the tests that need a CUDA device
 	  || { echo "error: torch finds no CUDA device: gpu-test needs one (driver, and a CUDA build of torch)." >&2; exit 2; }
 	@$(PY) -m pytest -m gpu $(ARGS)
 
-gpu-report: $(SETUP) ## time the guidance paths on a CUDA device and record them in benchmarks/results
+gpu-report: $(SETUP) ## time guidance paths and fused launches on a CUDA device, record them in benchmarks/results
 	@$(PY) -m benchmarks.guidance_paths --device cuda --record
+	@$(PY) -m benchmarks.bench_guided_step --record
+	@$(PY) -m benchmarks.bench_soft_kl --record
 
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) runs dist build/engines .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -89,8 +89,35 @@ def guided_cases() -> list[Case]:
     return found
 
 
+def soft_kl_cases() -> list[Case]:
+    """Class counts of CIFAR, ImageNet, the widest row in registers, and ImageNet-21k, whose odd rows have no alignment.
+
+    21840 is a wide row that has some.
+    """
+    from kernels import soft_kl
+
+    found = []
+    for classes, dtype, labels in (
+        (10, "fp32", False), (1000, "fp32", False), (1000, "fp16", True),
+        (soft_kl.WIDEST, "fp32", True), (21840, "fp16", True), (21841, "fp32", False),
+    ):  # fmt: skip
+        rows, block, warps = soft_kl.tile_of(classes)
+        logits = dict.fromkeys(("gradient_ptr", "student_ptr", "teacher_ptr"), f"*{dtype}")
+        arguments = {"losses_ptr": "*fp32", **logits, "labels_ptr": "*i64" if labels else None, "rows": "i32"}
+        arguments |= {"CLASSES": classes, "STUDENT_STRIDE": classes, "TEACHER_STRIDE": classes, "TEMPERATURE": 4.0}
+        arguments |= {"CE_WEIGHT": float(labels), "AGREEING": False, "UNIT": 1.0, "ROWS": rows, "BLOCK": block}
+        name = f"soft_kl {classes} {dtype}" + " labels" * labels
+        found.append(Case(name, soft_kl._kernel, arguments, warps))
+    logits = dict.fromkeys(("losses_ptr", "gradient_ptr", "student_ptr", "teacher_ptr"), "*fp64")
+    rows, block, warps = soft_kl.tile_of(1000)
+    arguments = {**arguments, **logits, "labels_ptr": None, "TEMPERATURE": 1.0, "CE_WEIGHT": 0.0, "AGREEING": True}
+    arguments |= {"CLASSES": 1000, "STUDENT_STRIDE": 1000, "TEACHER_STRIDE": 1000, "ROWS": rows, "BLOCK": block}
+    found.append(Case("soft_kl 1000 fp64 agreeing", soft_kl._kernel, arguments, warps))
+    return found
+
+
 def cases() -> list[Case]:
-    return [*philox_cases(), *guided_cases()]
+    return [*philox_cases(), *guided_cases(), *soft_kl_cases()]
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:

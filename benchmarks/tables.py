@@ -1,4 +1,4 @@
-"""README's tables from the recorded results: `python -m benchmarks.tables` writes them, --check only compares.
+"""The documents' tables from the recorded results: `python -m benchmarks.tables` writes them, --check only compares.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; no number in it is typed by hand.
 """
@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks.bench_engines import markdown as engines_table
 from benchmarks.guidance_paths import markdown as guidance_table
+from benchmarks.quantised_unet import markdown as quantised_table
+from benchmarks.sd15_engines import markdown as sd15_engines_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -57,24 +59,31 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo-table": ("quality-demo-cpu.json", quality_table),
     "guidance-table": ("guidance_paths-cpu.json", guidance_table),
     "engines-table": ("engines-cpu.json", largest_engines_table),
+    "sd15-engines-table": ("sd15-engines-cpu.json", sd15_engines_table),
+    "quantised-table": ("quantised-unet-cpu.json", quantised_table),
 }
+README = "README.md"
+ELSEWHERE = {"sd15-engines-table": "docs/tensorrt.md"}
+DOCUMENTS = (README, *sorted({*ELSEWHERE.values()}))
 
 
-def filled(text: str) -> str:
-    """`text` with every table replaced by what the results say; one whose result is not recorded is left out.
+def filled(text: str, document: str = README) -> str:
+    """A document's text with every table replaced by what the results say; one that is not recorded is left out.
 
     Raises ValueError: a marker is missing, or a table stands there without a result.
     """
     for name, (file, render) in TABLES.items():
+        if ELSEWHERE.get(name, README) != document:
+            continue
         pattern = re.compile(f"<!-- {name} -->(.*?)<!-- /{name} -->", re.DOTALL)
         there = pattern.search(text)
         if not (RESULTS / file).exists():
             if there and there[1].strip():
-                raise ValueError(f"README.md has a table {name}, and {RESULTS / file} is not recorded")
+                raise ValueError(f"{document} has a table {name}, and {RESULTS / file} is not recorded")
             continue
         table = render(json.loads((RESULTS / file).read_text()))
         if not there:
-            raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+            raise ValueError(f"{document} has no <!-- {name} --> ... <!-- /{name} -->")
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = pattern.sub(lambda _, block=block: block, text)
     return text
@@ -82,13 +91,14 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is not current")
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = filled(before)
-    if parser.parse_args().check:
-        sys.exit(0 if after == before else "README.md is not current: run python -m benchmarks.tables")
-    readme.write_text(after)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where one is not current")
+    check = parser.parse_args().check
+    for document in DOCUMENTS:
+        before = (ROOT / document).read_text()
+        after = filled(before, document)
+        if check and after != before:
+            sys.exit(f"{document} is not current: run python -m benchmarks.tables")
+        (ROOT / document).write_text(after)
 
 
 if __name__ == "__main__":

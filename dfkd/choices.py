@@ -3,8 +3,10 @@
 Channels = tuple[float, float, float]
 
 DTYPES = ("fp32", "bf16", "fp16")  # of the networks
-STORED_BACKENDS = ("inductor", "onnxruntime")  # of engines on disk
+STORED_BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch-tensorrt")  # of engines on disk
 BACKEND_NAMES = ("auto", "eager", *STORED_BACKENDS)
+QUANTISE_NAMES = ("none", "int8", "fp8")  # of the UNet, beside --dtype
+QUANTISING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")  # those of the stored that take 8-bit graphs
 ATTENTION_NAMES = ("auto", "sdpa", "xformers")
 KERNEL_NAMES = ("auto", "triton", "torch")  # of what runs beside the networks
 IMAGE_FORMATS = ("png", "jpg", "npy")  # of stored images

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from engine.spec import cpu_architecture
+from engine.spec import cpu_architecture, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def architecture(device: "torch.device | str") -> str:
     """Such as "cpu x86_64 avx2" or "cuda sm_90 NVIDIA H100 80GB HBM3"; only a GPU's imports torch."""
-    if str(device).partition(":")[0] != "cuda":
+    if kind_of(device) != "cuda":
         return cpu_architecture()
     import torch
 

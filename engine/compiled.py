@@ -32,6 +32,7 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, run: Run, device: torch.device | str = "cpu") -> None:
         self.spec, self.device, self._run = spec, torch.device(device), run
+        self._binds_out: bool = getattr(run, "binds_out", False)
         whole = [result.name for result in spec.outputs if not _batched(result)]
         if whole and spec.batch[0] < 2:
             why = f"one row is computed as two equal ones, and {', '.join(whole)} has no batch to cut"
@@ -39,6 +40,8 @@ class Engine:
 
     def __call__(self, *tensors: Tensor, out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
         """The results in the spec's order, new tensors in any memory format, or ``out`` itself once it is filled.
+
+        ``out`` is written to directly where the backend can and its tensors are contiguous.
 
         Arguments may have any strides.
 
@@ -54,7 +57,11 @@ class Engine:
             if batch == 1:  # compiled code takes a batch for at least 2: 1 broadcasts, and is compiled apart
                 pairs = zip(tensors, self.spec.inputs, strict=True)
                 arguments = tuple(x.expand(2, *x.shape[1:]) if _batched(wanted) else x for x, wanted in pairs)
-            results = self._run(*(_plain(tensor) for tensor in arguments))
+            arguments = tuple(_plain(tensor) for tensor in arguments)
+            if out is not None and batch != 1 and self._binds_out and all(_is_plain(tensor) for tensor in out):
+                self._run(*arguments, out=out)
+                return out
+            results = self._run(*arguments)
             self._check_results(results)
             if batch == 1:
                 results = tuple(result[:1] for result in results)
@@ -159,7 +166,11 @@ def _dtype(tensor: Tensor) -> str:
 def _plain(tensor: Tensor) -> Tensor:
     """The same values as compiled code assumes them: contiguous and aligned, whatever it was compiled with."""
     plain = tensor.detach().contiguous()
-    return plain.clone() if plain.data_ptr() % _ALIGNMENT else plain
+    return plain if _is_plain(plain) else plain.clone()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
 
 
 def _own(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:

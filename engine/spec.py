@@ -167,6 +167,11 @@ def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str
     ]
 
 
+def kind_of(device: object) -> str:
+    """The kind of a device as torch writes it ("cuda:1") or as a spec does ("cuda sm_89 NVIDIA L4"): "cuda"."""
+    return str(device).replace(":", " ").partition(" ")[0]
+
+
 def cpu_architecture() -> str:
     """This CPU as far as compiled code depends on it, such as "cpu x86_64 avx2"; reads Linux's /proc/cpuinfo."""
     try:

@@ -121,6 +121,15 @@ class EngineStore:
         verdicts = [Verdict(key, networks.get(key, "?"), self.problem(key)) for key in self._folder.engines()]
         return sorted(verdicts, key=lambda verdict: (verdict.network, verdict.key))
 
+    def alike(self, recipe: Mapping[str, str], field: str) -> tuple[Manifest, ...]:
+        """Whole engines whose recipe differs from this one in ``field`` alone, the newest first."""
+        recipe_links.check_recipe(recipe)
+        with explained(f"cannot read the engines in {self.root}", self.root):
+            links = tuple(recipe_links.links(self._folder.recipes))
+        keys = {key for _, other, key in links if [name for name, *_ in differing(other, recipe)] == [field]}
+        found = [m for m in self.list() if m.key in keys and self.problem(m.key) is None]
+        return tuple(sorted(found, key=lambda manifest: manifest.created, reverse=True))
+
     def nearest(self, recipe: Mapping[str, str]) -> tuple[Mapping[str, str], Manifest] | None:
         """Of the recipes for the same network that lead to an engine, the one with the fewest differing fields.
 

@@ -21,6 +21,7 @@ from dfkd.distillation.settings import DistillSettings
 from dfkd.distillation.train import DistillResult, distill
 from dfkd.errors import UsageError
 from dfkd.files import make_writable
+from dfkd.kernel_choice import choose_kernels
 from dfkd.resume import RESULT, read_checkpoint, read_result, write_result
 from dfkd.shards import open_folder
 from dfkd.teachers.classifier import Classifier
@@ -57,6 +58,7 @@ def run(options: Options) -> dict[str, Any]:
     """Check, train what is not trained yet, test, write OUT/result.json."""
     teachers.check(options.student)
     _check_test(options.test)
+    kernels = choose_kernels(options.kernels, resolve_device(options.device))
     data = open_folder(options.data)
     teacher = load_teacher(options.teacher, options.teacher_checkpoint, options.normalisation, data.class_names)
     make_writable(options.out)
@@ -85,6 +87,7 @@ def run(options: Options) -> dict[str, Any]:
         "images": trained.images,
         "seconds": trained.seconds,
         "device": str(resolve_device(options.device)),
+        "kernels": {"name": kernels.name, "why": kernels.why},
         "class_names": data.class_names,
         "out": options.out,
     }

@@ -10,11 +10,12 @@ from typing import Any
 from dfkd.choices import STORED_BACKENDS
 from dfkd.cli.options import command, option
 from dfkd.engines.digests import FileDigests
-from dfkd.engines.requests import DIGESTS, Request, architecture_of, request
+from dfkd.engines.requests import DIGESTS, Request, architecture_of, request, takes
 from dfkd.engines.sets import EngineSet, narrowed, read_set, set_of
 from dfkd.engines.text import causes, size, table
 from engine.backends.packages import versions
 from engine.store import EngineStore
+from engine.targets import family, targets_of
 
 COMMAND = "dfkd-engines"
 SETS = Path("build/engines.toml")
@@ -39,6 +40,9 @@ class SetOptions:
     sets: Path = option(SETS, "file of sets")
     only: tuple[str, ...] = option((), "these networks alone")
     backend: str = option("", "compile with this backend alone", choices=("", *STORED_BACKENDS))
+    target: tuple[str, ...] = option(
+        (), "GPU architectures to compile for ahead of time, such as sm_89,sm_120: no GPU is needed (tensorrt-rtx)"
+    )
     engines: Path = option(STORE, "folder of the engines")
 
 
@@ -51,6 +55,9 @@ class BuildOptions(SetOptions):
 
         dfkd-engines build --set demo
         dfkd-engines build --backend inductor -- --preset demo --teacher-checkpoint runs/mine/teacher
+
+    With --target it compiles for GPUs that are not here. On a machine with such a GPU, and this --engines folder, the
+    same command without --target takes over what was compiled, judges and times it.
     """
 
 
@@ -91,10 +98,15 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
         # Only now: these load torch and the networks, and seconds pass.
         from dfkd.cli.generate import quieten_libraries
         from dfkd.engines.build import Workshop
+        from dfkd.engines.calibration import calibrate
         from dfkd.engines.sources import load_sources
 
         quieten_libraries()
-        workshop = Workshop(store, lambda: load_sources(chosen.options, [r.network for r in missing]))
+        workshop = Workshop(
+            store,
+            lambda: load_sources(chosen.options, [r.network for r in missing]),
+            lambda prior, narrow: calibrate(chosen.options, prior, narrow),
+        )
         for number, one in enumerate(missing, 1):
             print(
                 f"[{number}/{len(missing)}] {one}: {'; '.join(causes(store.explain(one.recipe)))}",
@@ -123,14 +135,16 @@ def explain(options: ExplainOptions, more: Sequence[str]) -> dict[str, Any]:
 
 def listing(options: ListOptions, more: Sequence[str]) -> dict[str, Any]:
     found = EngineStore(options.engines).list()
-    rows = [("network", "backend", "rows", "dtype", "ms", "eager ms", "error", "compiled in", "size", "key")]
+    rows = [("network", "backend", "for", "rows", "dtype", "ms", "eager ms", "error", "compiled in", "size", "key")]
     for manifest in found:
         facts, spec = manifest.facts, manifest.spec
-        times = facts["milliseconds"]
+        judged = not targets_of(spec.device)  # else it was compiled ahead of time, and nothing here can run it
+        times = facts["milliseconds"] if judged else {"engine": "-", "eager": "-"}
         rows.append((
-            spec.network, spec.backend, str(spec.batch[2]), spec.dtype, str(times["engine"]), str(times["eager"]),
-            f"{facts['parity']['relative']:.1e}", f"{facts['compile_seconds']:.0f} s", size(manifest.bytes),
-            manifest.key,
+            spec.network, spec.backend, " ".join(targets_of(spec.device)) or "here", str(spec.batch[2]),
+            dict(spec.flags).get("quantise", spec.dtype),
+            str(times["engine"]), str(times["eager"]), f"{facts['parity']['relative']:.1e}" if judged else "-",
+            f"{facts['compile_seconds']:.0f} s", size(manifest.bytes), manifest.key,
         ))  # fmt: skip
     print(table(rows) if found else f"no engines in {options.engines}", file=sys.stderr)
     return {"engines": options.engines, "keys": [manifest.key for manifest in found]}
@@ -196,13 +210,14 @@ _COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], dict[str, A
 
 def _chosen(options: SetOptions, more: Sequence[str]) -> EngineSet:
     chosen = read_set(options.sets, options.set, more) if options.set else set_of(more)
-    return narrowed(chosen, options.only, options.backend)
+    return narrowed(chosen, options.only, options.backend, options.target)
 
 
 def _requests(chosen: EngineSet, root: Path) -> list[Request]:
     memory = FileDigests(root / DIGESTS)
-    device = architecture_of(chosen.options.device)
-    found = [request(chosen.options, name, b, device, memory) for b in chosen.backends for name in chosen.networks]
+    device = family(chosen.targets) if chosen.targets else architecture_of(chosen.options.device)
+    pairs = [(name, b) for b in chosen.backends for name in chosen.networks if takes(chosen.options, name, b)]
+    found = [request(chosen.options, name, b, device, memory) for name, b in pairs]
     memory.save()
     return found
 
@@ -212,6 +227,8 @@ def _name(chosen: EngineSet) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
+    if "milliseconds" not in facts:
+        return f"in {facts['compile_seconds']:.0f} s ahead of time; it is judged on the GPU that takes it over"
     times = facts["milliseconds"]
     return (
         f"in {facts['compile_seconds']:.0f} s; error {facts['parity']['relative']:.1e}; "

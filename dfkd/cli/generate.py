@@ -44,6 +44,7 @@ _NOT_IDENTITY = (
     *("out", "batch", "micro_batch", "device", "format", "count", "image_format", "shard_size"),
     *("teacher", "teacher_checkpoint", "student_checkpoint", "prior", "classes", "backend", "engines", "attention"),
     *("kernels", "plan_only"),
+    "quantise",  # a quantised UNet is told by its engine's key
 )
 
 
@@ -79,6 +80,8 @@ def build_command(options: GenerateOptions) -> str:
         text = ",".join(value) if isinstance(value, tuple) else str(value)
         words += ["--" + field.name.replace("_", "-"), text]
     backend = [] if options.backend == "auto" else ["--backend", options.backend]
+    if options.quantise != "none" and not backend:
+        backend = ["--only", "unet"]  # the others may be of any backend, or eager
     return shlex.join(["dfkd-engines", "build", *backend, "--engines", str(options.engines), "--", *words])
 
 
@@ -114,7 +117,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     if not sys.stderr.isatty():
         quieten_libraries()
     kernels = choose_kernels(options.kernels, resolve_device(options.device))  # before the networks are loaded
-    synthesis = replace(prepare(options), kernels=kernels.name)
+    synthesis = prepare(options, kernels.name)
     remembered = Remembered.of(options, synthesis)
     if remembered.problem:
         print(remembered.problem, file=sys.stderr)

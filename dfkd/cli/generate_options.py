@@ -12,7 +12,10 @@ from dfkd.choices import (
     IMAGE_FORMATS,
     KERNEL_NAMES,
     NORMALISATIONS,
+    QUANTISE_NAMES,
+    QUANTISING_BACKENDS,
     SAMPLERS,
+    STORED_BACKENDS,
 )
 from dfkd.cli.options import option
 
@@ -60,13 +63,19 @@ class GenerateOptions:
         choices=BACKEND_NAMES,
     )
     engines: Path = option(Path("build/engines"), "folder of the engines")
+    quantise: str = option(
+        "none",
+        "8-bit UNet, an engine that dfkd-engines built with the same option; decoder, teacher and gradient stay in"
+        " --dtype",
+        choices=QUANTISE_NAMES,
+    )
     attention: str = option(
         "auto", "attention of networks that run eagerly; auto: xformers where it can run", choices=ATTENTION_NAMES
     )
     kernels: str = option(
         "auto",
-        "what runs a step beside the networks: two launches in Triton, or PyTorch; auto: triton on a GPU; results"
-        " differ by rounding",
+        "what runs a step beside the networks, two launches, and the adversarial loss: Triton, or PyTorch; auto: triton"
+        " on a GPU; results differ by rounding",
         choices=KERNEL_NAMES,
     )
     size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
@@ -126,6 +135,17 @@ class GenerateOptions:
             raise ValueError("--adv-weight above 0 needs --student-checkpoint, the student that should disagree")
         if self.student_checkpoint is not None and not self.adv_weight:
             raise ValueError("--student-checkpoint acts only with --adv-weight above 0")
+        if self.quantise != "none":
+            able = [name for name in STORED_BACKENDS if name in QUANTISING_BACKENDS]
+            if self.backend not in ("auto", *able):
+                raise ValueError(
+                    f"--quantise {self.quantise} cannot run on --backend {self.backend}: 8-bit networks run as engines"
+                    f" of {', '.join(able)}; name one of them, or auto"
+                )
+            if self.guides and self.gradient == "unet":
+                raise ValueError(
+                    f"--quantise {self.quantise} needs --gradient latent: rounding to 8 bits has no gradient"
+                )
         if self.noise_edit_steps and not self.guides:
             raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0 and a loss of weight above 0")
         if self.refine_steps and self.guidance_step > 0 and not self.guides:

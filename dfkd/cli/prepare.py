@@ -97,8 +97,8 @@ def loss_scale(options: GenerateOptions) -> float:
     return FP16_LOSS_SCALE if options.dtype == "fp16" else 1.0
 
 
-def prepare(options: GenerateOptions) -> Synthesis:
-    """Load and check all that a run needs. Raises UsageError."""
+def prepare(options: GenerateOptions, kernels: str = "torch") -> Synthesis:
+    """Load and check all that a run needs; kernels, "torch" or "triton", is what runs it. Raises UsageError."""
     device = resolve_device(options.device)
     if options.teacher_checkpoint is None and options.teacher is None:
         raise UsageError(
@@ -123,7 +123,7 @@ def prepare(options: GenerateOptions) -> Synthesis:
             options.bn_weight, options.cls_weight, options.adv_weight, options.bn_stats, options.bn_loss
         )
         try:
-            guidance = Guidance(prior.decode, teacher, weights, student, loss_scale(options))
+            guidance = Guidance(prior.decode, teacher, weights, student, loss_scale(options), kernels=kernels)
         except ValueError as error:
             raise UsageError(str(error), todo="use --bn-weight 0 for this teacher") from None
     size = latent_size(options, prior)
@@ -142,4 +142,5 @@ def prepare(options: GenerateOptions) -> Synthesis:
         negative_prompt=options.negative_prompt,
         latent_size=size,
         device=device,
+        kernels=kernels,
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dfkd.choices import KERNEL_NAMES
 from dfkd.cli.options import option
 from dfkd.distillation.augment import KINDS, MIXES
 from dfkd.errors import UsageError
@@ -43,6 +44,12 @@ class DistillSettings:
     seed: int = option(0, "of initial weights, order and augmentation", low=0)
 
     device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
+    kernels: str = option(
+        "auto",
+        "what computes the loss and its gradient: one launch in Triton, or PyTorch; auto: triton on a GPU; results"
+        " differ by rounding",
+        choices=KERNEL_NAMES,
+    )
     loader: str = option(
         "auto",
         "resident: every image on the device; torch: decoded from the shards by workers; auto: resident where it fits",
@@ -72,7 +79,7 @@ class DistillSettings:
 
 
 # How a run is computed, not what: these may differ between the beginning of a run and its resumption.
-COMPUTATION = ("device", "loader", "workers", "resume")
+COMPUTATION = ("device", "kernels", "loader", "workers", "resume")
 
 
 def _part(text: str) -> float:

@@ -23,12 +23,13 @@ from dfkd.distillation.held_out import logits_of, score, split
 from dfkd.distillation.identity import identity
 from dfkd.distillation.loader import Images, Loader, Order, Resident, Streamed, choose, read_all
 from dfkd.distillation.log import Losses
-from dfkd.distillation.losses import cross_entropy, kl_at_temperature
+from dfkd.distillation.losses import distillation_loss
 from dfkd.distillation.randomness import derived_seed, generator, seed_global
 from dfkd.distillation.schedule import learning_rate
 from dfkd.distillation.settings import EPOCHS, DistillSettings
 from dfkd.distillation.state import State
 from dfkd.files import folder_lock, make_writable, remove_partials
+from dfkd.kernel_choice import choose_kernels
 from dfkd.log import Log
 from dfkd.resume import CHECKPOINT, read_checkpoint
 from dfkd.teachers import checkpoint
@@ -73,16 +74,19 @@ def distill(
     dfkd.teachers.build knows it by. A run that was stopped goes on where its last checkpoint was, with the same result
     (bit for bit on a CPU); a finished one returns at once. watch(images shown, images in all) is called after every
     step, say(text) with what a user should know.
-    Raises UsageError for classes that disagree, a precision or device that cannot work, an ``out`` of other settings or
-    in use, and a loss that is not finite.
+    Raises UsageError for classes that disagree, a precision, device or kernels that cannot work, an ``out`` of other
+    settings or in use, and a loss that is not finite.
     """
     device = resolve_device(settings.device)
+    kernels = choose_kernels(settings.kernels, device)
     check(data, teacher, student, settings, device)
     make_writable(out)
     devices = [device] if device.type == "cuda" else []
     with folder_lock(out), torch.random.fork_rng(devices=devices):
-        run = _Run(data, teacher, student, settings, out, architecture or type(student).__name__, device)
+        name = architecture or type(student).__name__
+        run = _Run(data, teacher, student, settings, out, name, device, kernels.name)
         if run.state.step < run.order.steps:
+            say(f"kernels: {kernels.name} ({kernels.why})")
             run.train(run.loader(say), watch)
         return run.result()
 
@@ -97,9 +101,10 @@ class _Run:
         out: Path,
         architecture: str,
         device: torch.device,
+        kernels: str,
     ) -> None:
         remove_partials(out)
-        self.data, self.settings, self.out, self.device = data, settings, out, device
+        self.data, self.settings, self.out, self.device, self.kernels = data, settings, out, device, kernels
         self.identity = identity(data, teacher, architecture, settings)
         self.teacher = replace(teacher, module=_place(teacher.module, device).eval())
         self.pupil = replace(teacher, module=_place(student, device), architecture=architecture)
@@ -140,9 +145,9 @@ class _Run:
                 with torch.no_grad():
                     wanted = self.teacher.module(inputs)
                 answers = student(inputs)
-            loss = kl_at_temperature(answers, wanted, settings.temperature)
-            if settings.ce_weight:
-                loss = loss + settings.ce_weight * cross_entropy(answers, batch.labels)
+            loss = distillation_loss(
+                answers, wanted, settings.temperature, batch.labels, settings.ce_weight, self.kernels
+            )
             lr = learning_rate(state.step, order.steps, settings.lr, settings.schedule, parts, settings.warmup)
             state.update(loss, lr)
 

@@ -1,8 +1,9 @@
 """From a request to an engine in the store: trace, compile, judge, time, save. What is current is left alone."""
 
 import hashlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -12,15 +13,20 @@ from torch import Tensor, nn
 
 from dfkd.engines.functions import OF_DECODER, OF_TEACHER, Function, Sources, function, samples
 from dfkd.engines.requests import Request
-from engine.backends import get
+from engine.backends import Tunable, get
 from engine.compiled import Engine
 from engine.errors import EngineError
 from engine.graph import Graph, trace
+from engine.networks import Prior
 from engine.parity import TOLERANCE, measure
+from engine.quantise import Amax, quantised
 from engine.spec import EngineSpec, pairs
 from engine.storage.manifest import Manifest
 from engine.store import EngineStore
+from engine.targets import covers, targets_of
+from engine.tracing.module_paths import networks_of
 
+Calibrate = Callable[[Prior, str], Mapping[str, Amax]]
 JUDGED_ROWS = (4, 3)  # batches of samples that parity is measured on
 CUT_ROWS = (16, 32, 64)  # rows of calls, to see whether they keep the bits of a larger one
 TIMED_TURNS = 3  # engine and eager in turns, after one warm-up each
@@ -38,13 +44,15 @@ class Workshop:
     """Builds engines of one set of networks; a graph is traced once however many backends take it.
 
     sources: loads the networks; it is called once, and not at all where every recipe is known.
+    calibrate: magnitudes in the prior's UNet, for "int8" or "fp8"; called where a request is for such an engine.
     """
 
-    def __init__(self, store: EngineStore, sources: Callable[[], Sources]) -> None:
+    def __init__(self, store: EngineStore, sources: Callable[[], Sources], calibrate: Calibrate | None = None) -> None:
         self.store = store
-        self._load = sources
+        self._load, self._calibrate = sources, calibrate
         self._loaded: Sources | None = None
         self._graphs: dict[str, tuple[Function, Graph]] = {}
+        self._quantised: dict[str, Graph] = {}
 
     def build(self, request: Request) -> Built:
         """The engine of a request, built where it is missing or damaged.
@@ -55,10 +63,16 @@ class Workshop:
         found = self.store.find(request.recipe)
         if found is not None and self.store.problem(found.key) is None:
             return Built("current", found)
-        backend, sources = get(request.backend), self.sources()
-        if (why := backend.unusable(sources.prior.device, request.recipe["dtype"])) is not None:
+        backend, device = get(request.backend), request.recipe["device"]
+        why = backend.unusable(device, request.recipe["dtype"])
+        if targets_of(device) and not backend.targets:
+            why = f"{backend.name} compiles for the machine that it is on, not for {', '.join(targets_of(device))}"
+        if why is not None:
             raise EngineError(f"{request} cannot be built", why, "or choose another backend with --backend")
+        sources = self.sources()
         traced, graph = self._traced(request.network)
+        if request.quantised != "none":
+            graph = self._in_eight_bits(traced, graph, request.quantised)
         spec = EngineSpec(
             network=request.network,
             graph=graph.structure(),
@@ -69,7 +83,7 @@ class Workshop:
             dtype=request.recipe["dtype"],
             backend=request.backend,
             versions=_part(request, "versions."),
-            device=request.recipe["device"],
+            device=device,
             flags=_part(request, "flags."),
         )
         if self.store.problem(spec.key()) is None:
@@ -80,20 +94,37 @@ class Workshop:
         def make(folder: Path) -> dict[str, Any]:
             made.append(folder)
             started = time.perf_counter()
-            backend.compile(graph, spec, folder)
-            seconds = time.perf_counter() - started
-            engine = Engine(spec, backend.load(folder, spec, sources.prior.device), sources.prior.device)
+            facts: dict[str, Any] = {"nodes": len(graph.module.graph.nodes), **identity(request.network, sources)}
+            if (ahead := self._compiled_ahead(request, facts)) is not None:
+                shutil.copytree(self.store.payload(ahead), folder, dirs_exist_ok=True)
+                facts["compiled_ahead"] = ahead.key
+            else:
+                backend.compile(graph, spec, folder)
+            facts["compile_seconds"] = round(time.perf_counter() - started, 2)
+            if targets_of(device):  # nothing here runs it: it is judged on the GPU that takes it over
+                return facts
+            place = sources.prior.device
+            if isinstance(backend, Tunable):
+                rows = samples(request.network, sources, spec.batch[1], SEED)
+                facts["ways"] = backend.tune(folder, spec, place, rows)
+            engine = Engine(spec, backend.load(folder, spec, place), place)
             return {
-                "compile_seconds": round(seconds, 2),
-                "nodes": len(graph.module.graph.nodes),
-                **identity(request.network, sources),
-                **_judged(request, traced, engine, sources),
+                **facts,
+                **_judged(request, traced, graph, engine, sources),
                 "rows_exact": _rows_exact(request, engine, sources),
                 "milliseconds": _timed(request, traced, engine, sources),
             }
 
         manifest = self.store.build(spec, request.recipe, make)
         return Built("built" if made else "adopted", manifest)
+
+    def _compiled_ahead(self, request: Request, facts: Mapping[str, Any]) -> Manifest | None:
+        """An engine of the same recipe for a family that this device belongs to, and of the networks in memory."""
+        for manifest in self.store.alike(request.recipe, "device"):
+            same = all(manifest.facts.get(name) == digest for name, digest in facts.items())
+            if same and covers(manifest.spec.device, request.recipe["device"]):
+                return manifest
+        return None
 
     def sources(self) -> Sources:
         """The networks, loaded at the first call."""
@@ -108,6 +139,16 @@ class Workshop:
             graph = trace(made.call, made.inputs, output_names=made.outputs, device=sources.prior.device)
             self._graphs[network] = made, graph
         return self._graphs[network]
+
+    def _in_eight_bits(self, unet: Function, graph: Graph, narrow: str) -> Graph:
+        if narrow not in self._quantised:
+            assert self._calibrate is not None
+            prior = self.sources().prior
+            found = self._calibrate(prior, narrow)
+            root = next(path for path, network in networks_of(unet.call).items() if network is prior.unet)
+            layers = {f"{root}.{name}": amax for name, amax in found.items()}
+            self._quantised[narrow] = quantised(graph, layers, narrow)
+        return self._quantised[narrow]
 
 
 def identity(network: str, sources: Sources) -> dict[str, str]:
@@ -140,23 +181,35 @@ def _part(request: Request, prefix: str) -> tuple[tuple[str, str], ...]:
     return pairs({k.removeprefix(prefix): v for k, v in request.recipe.items() if k.startswith(prefix)})
 
 
-def _judged(request: Request, made: Function, engine: Engine, sources: Sources) -> dict[str, Any]:
-    """Errors against float64. Raises EngineError where they miss the tolerance: the engine is not saved."""
-    tolerance = TOLERANCE[made.kind, request.recipe["dtype"]]
+def _judged(request: Request, made: Function, graph: Graph, engine: Engine, sources: Sources) -> dict[str, Any]:
+    """Errors against float64; of a quantised engine also eager's, and how far it is from its graph run eagerly.
+
+    Raises EngineError where they miss the tolerance: the engine is not saved.
+    """
+    narrow = request.quantised != "none"
+    precision = request.quantised if narrow else request.recipe["dtype"]
+    tolerance = TOLERANCE[made.kind, precision]
     doubled = sources.doubled()
     exact = function(request.network, doubled)
     sizes = [min(rows, request.batch[2]) for rows in JUDGED_ROWS]
     batches = [samples(request.network, sources, rows, SEED + i) for i, rows in enumerate(sizes)]
     # the loss scale is a power of two and no part of the result
-    parity = measure(engine, _without_grad(exact.call), _without_grad(made.call), batches, made.kind, _dtype(request))
+    want, eager = _without_grad(exact.call), _without_grad(made.call)
+    parity = measure(engine, want, eager, batches, made.kind, precision)
     if (problem := parity.problem(tolerance)) is not None:
         why = f"against float64 {problem}"
         raise EngineError(f"{request} is not saved", why, "report it, and use another backend for this network")
-    return {"parity": parity.to_json()}
+    found = {"parity": parity.to_json()}
+    if narrow:
+        found["parity_unquantised"] = measure(eager, want, eager, batches, made.kind, precision).to_json()
+        of_graph = measure(engine, lambda *x: graph(*_narrowed(x, graph)), eager, batches, made.kind, precision)
+        found["parity_with_simulation"] = of_graph.to_json()
+    return found
 
 
-def _dtype(request: Request) -> str:
-    return request.recipe["dtype"]
+def _narrowed(doubles: tuple[Tensor, ...], graph: Graph) -> list[Tensor]:
+    """Arguments in float64 as the graph takes them; they were so before."""
+    return [x.to(getattr(torch, spec.dtype)) for x, spec in zip(doubles, graph.inputs, strict=True)]
 
 
 def _without_grad(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -170,8 +223,8 @@ def _without_grad(call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
 def _rows_exact(request: Request, engine: Engine, sources: Sources) -> bool:
     """Whether a row's result has the same bits in calls of all sizes that dfkd-generate makes.
 
-    Never so for a whole group's gradient, where rows depend on one another, nor claimed where the calls that were planned
-    are too small to compare two sizes.
+    Never so for a whole group's gradient, where rows depend on one another, nor claimed where the calls that were
+    planned are too small to compare two sizes.
     """
     rows = min(request.timed, 2 * CUT_ROWS[-1])
     if rows < min(request.batch[2], CUT_ROWS[1]):

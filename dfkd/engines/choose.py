@@ -6,9 +6,12 @@ quicker by a clear margin; a named backend must have them all. Nothing is built 
 On a CPU `auto` leaves engines aside whose rows change their bits with the size of a call. Eager rows keep theirs there,
 guidance amplifies such a difference until it is seen, and --batch decides no image. On a GPU the libraries choose
 kernels by shape, eager or not, and nothing would be kept.
+
+With --quantise the UNet is an 8-bit engine or the run is refused, under `auto` too; the other networks choose as ever.
+Without it no 8-bit engine is looked at.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dfkd.choices import STORED_BACKENDS
@@ -17,10 +20,11 @@ from dfkd.engines.build import identity as held_by
 from dfkd.engines.digests import FileDigests
 from dfkd.engines.functions import Sources
 from dfkd.engines.guidance import CompiledGuidance, CompiledPrior
-from dfkd.engines.requests import DIGESTS, Request, architecture_of, in_group, needed, requests
+from dfkd.engines.requests import DIGESTS, TORCH_NAMES, Request, architecture_of, in_group, needed, requests
 from dfkd.engines.text import causes
 from dfkd.errors import UsageError
 from dfkd.synthesis.run import Synthesis
+from engine.backends import get
 from engine.compiled import load
 from engine.errors import EngineError
 from engine.storage.manifest import Manifest
@@ -64,6 +68,10 @@ def choose(
     memory = FileDigests(store.root / DIGESTS)
     device = architecture_of(options.device)
     wanted = STORED_BACKENDS if options.backend == "auto" else (options.backend,)
+    if options.backend != "auto":
+        reason = get(options.backend).unusable(device, TORCH_NAMES[options.dtype])
+        if reason is not None:
+            raise UsageError(f"--backend {options.backend} cannot be used", reason, "or choose another --backend")
     asked = {name: requests(options, name, device, memory) for name in wanted}
     memory.save()
     found = {
@@ -80,6 +88,43 @@ def choose(
                 f"build it: {build_command}",
             )
         return tuple(_chosen(found[network][0][1], f"--backend {options.backend}") for network in networks)
+    if options.quantise != "none":
+        unet = _asked_for(options, store, found["unet"], asked, build_command, before)
+        others = tuple(network for network in networks if network != "unet")
+        return unet, *_by_measurement(options, others, found, device, build_command, before)
+    return _by_measurement(options, networks, found, device, build_command, before)
+
+
+def _asked_for(
+    options: GenerateOptions,
+    store: EngineStore,
+    found: Sequence[tuple[Request, Manifest]],
+    asked: Mapping[str, Sequence[Request]],
+    build_command: str,
+    before: Mapping[str, str] | None,
+) -> Choice:
+    """The 8-bit UNet: the engine that the folder was begun with, or the quickest. Raises UsageError: there is none."""
+    if not found:
+        request = next(r for of in asked.values() for r in of if r.network == "unet")
+        raise UsageError(
+            f"there is no {options.quantise} engine of the UNet in {store.root}",
+            "; ".join(causes(store.explain(request.recipe))),
+            f"build it: {build_command}",
+        )
+    engines = [manifest for _, manifest in found]
+    begun = [manifest for manifest in engines if before is not None and manifest.key == before.get("unet")]
+    best = min(begun or engines, key=lambda manifest: float(manifest.facts["milliseconds"]["engine"]))
+    return _chosen(best, f"--quantise {options.quantise}")
+
+
+def _by_measurement(
+    options: GenerateOptions,
+    networks: Sequence[str],
+    found: Mapping[str, list[tuple[Request, Manifest]]],
+    device: str,
+    build_command: str,
+    before: Mapping[str, str] | None,
+) -> tuple[Choice, ...]:
     if before is not None:  # empty for a folder that was begun without engines
         return tuple(_again(network, before.get(network, EAGER), found[network], build_command) for network in networks)
     usable = {network: [m for _, m in found[network]] for network in networks}
@@ -146,7 +191,7 @@ def _again(network: str, key: str, found: list[tuple[Request, Manifest]], build_
         f"it was begun with the {network} engine {key}, which these options do not lead to now; "
         "others differ in the last bits"
     )
-    todo = f"repeat --batch, build it again ({build_command}), or choose another --out"
+    todo = f"repeat --batch and --quantise, build it again ({build_command}), or choose another --out"
     raise UsageError("this folder cannot be continued", why, todo)
 
 

@@ -1,6 +1,6 @@
 """The functions that become engines: tensors in, tensors out, for one prior, teacher and set of losses.
 
-    unet            (z [B,C,h,w], t, context [B,L,D])         -> prediction [B,C,h,w]
+    unet            (z [B,C,h,w], t, context [B,L,D])         -> prediction [B,C,h,w], all but t in the networks' dtype
     decode          (z0 [B,C,h,w])                             -> image [B,3,H,W] in 0..1
     gradient        (z0, labels [B])                           -> gradient [B,C,h,w], losses [B]; z0 is a whole group,
                                                                   or every image has its own statistics
@@ -96,8 +96,9 @@ def samples(network: str, sources: Sources, rows: int, seed: int) -> tuple[Tenso
     device = sources.prior.device
     z = torch.randn(rows, sources.prior.latent_channels, *sources.latent_size, generator=generator).to(device)
     if network == "unet":
-        context = sources.prior.encode_prompts(["a photo", ""]).float()[torch.arange(rows) % 2]
-        return z, torch.tensor([500.0], device=device), context
+        dtype = getattr(torch, _network_dtype(sources.prior))
+        context = sources.prior.encode_prompts(["a photo", ""])[torch.arange(rows) % 2]
+        return z.to(dtype), torch.tensor([500.0], device=device), context.to(dtype)
     if network in ("decode",):
         return (z,)
     with torch.no_grad():
@@ -125,6 +126,11 @@ def channels(teacher: Classifier) -> int:
     return sum(layer.num_features for layer in teacher.batch_norms())
 
 
+def _network_dtype(prior: Prior) -> str:
+    """What the UNet takes and gives without a conversion: the launches of a guided step write it."""
+    return str(torch.float32 if prior.dtype == torch.float64 else prior.dtype).removeprefix("torch.")
+
+
 def _latents(sources: Sources) -> TensorSpec:
     return TensorSpec("z0", (None, sources.prior.latent_channels, *sources.latent_size), "float32")
 
@@ -140,8 +146,9 @@ _Made = tuple[Callable[..., tuple[Tensor, ...]], tuple[TensorSpec, ...], tuple[s
 
 def _unet(s: Sources) -> _Made:
     width, length = s.prior.encode_prompts([""]).shape[2], s.prior.encode_prompts([""]).shape[1]
-    z = replace(_latents(s), name="z")
-    inputs = (z, TensorSpec("t", (1,), "float32"), TensorSpec("context", (None, length, width), "float32"))
+    dtype = _network_dtype(s.prior)
+    z = replace(_latents(s), name="z", dtype=dtype)
+    inputs = (z, TensorSpec("t", (1,), "float32"), TensorSpec("context", (None, length, width), dtype))
 
     def unet(z: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, ...]:
         return (s.prior.denoise(z, t, context),)

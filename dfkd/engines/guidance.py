@@ -30,11 +30,12 @@ class CompiledPrior(Prior):
         if "unet" not in self.engines:
             return super().denoise(z, t, context)
         time = torch.as_tensor(t, dtype=torch.float32, device=z.device).reshape(1)
-        return self.engines["unet"](z, time, context.float())[0]
+        return self.engines["unet"](z.to(self.dtype), time, context.to(self.dtype))[0].to(z.dtype)
 
     @property
     def unet_input(self) -> NetworkInput:
-        return NetworkInput() if "unet" in self.engines else super().unet_input
+        """An engine takes plain tensors in the networks' dtype: a step's launch writes its rows as they are bound."""
+        return NetworkInput(self.dtype) if "unet" in self.engines else super().unet_input
 
     def decode(self, z0: Tensor) -> Tensor:
         if "decode" not in self.engines:
@@ -57,8 +58,8 @@ class CompiledGuidance(Guidance):
 
     def __init__(self, guidance: Guidance, engines: Mapping[str, Call], pixels: bool = False) -> None:
         decode = identity if pixels else guidance.decode
-        own = (guidance.teacher, guidance.weights, guidance.student, guidance.loss_scale, guidance.loss_dtype)
-        super().__init__(decode, *own)
+        losses = (guidance.teacher, guidance.weights, guidance.student)
+        super().__init__(decode, *losses, guidance.loss_scale, guidance.loss_dtype, guidance.kernels)
         self.engines, self.pixels = engines, pixels
 
     def at_decoder(self, prior: Prior) -> Guidance:

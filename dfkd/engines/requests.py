@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dfkd.choices import QUANTISING_BACKENDS, STORED_BACKENDS
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.engines import digests
 from dfkd.engines.digests import FileDigests
 from dfkd.engines.teacher_files import described
 from dfkd.errors import UsageError
 from engine.backends import get
-from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, locate, weight_files
+from engine.planner import decoder_elements, most_rows, unet_elements
+from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, locate, read_config, weight_files
 from engine.spec import cpu_architecture
 
 DIGESTS = "file-digests.json"  # in the store's folder
@@ -30,8 +32,15 @@ _DECODER = ("decode", "gradient", "decode_vjp")
 # The modules that write a graph; a backend's own are added to them.
 _GRAPH = (
     *("engine/graph.py", "engine/tracing", "engine/decompositions", "engine/rewrites", "engine/networks.py"),
-    *("engine/export.py", "dfkd/engines/functions.py"),
+    *("engine/export.py", "engine/quantise.py", "dfkd/engines/functions.py"),
 )
+_MODULES = {name: f"engine/backends/{name}.py" for name in STORED_BACKENDS} | {
+    "tensorrt-rtx": "engine/backends/tensorrt.py",
+    "torch-tensorrt": "engine/backends/torch_tensorrt.py",
+}
+# What a quantised UNet's scales follow from, beside its graph.
+_QUANTISING = ("dfkd/engines/calibration.py", "dfkd/synthesis/schedule.py")
+_CALIBRATION = ("sampler", "steps", "cfg", "cfg_from", "cfg_to", "prompt", "negative_prompt", "only", "classes")
 _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
 
 
@@ -39,7 +48,8 @@ _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/t
 class Request:
     """One engine that a run can use.
 
-    batch   smallest, planned and largest rows of a call: of a whole group, so that one engine serves any --batch
+    batch   smallest, planned and largest rows of a call: of a whole group, so that one engine serves any --batch; of
+            the calls as planned where the backend compiles for fixed rows
     timed   rows of a call as the options plan it
     recipe  flat mapping of strings: `engine.store` finds an engine by it
     """
@@ -50,8 +60,14 @@ class Request:
     timed: int
     recipe: Mapping[str, str]
 
+    @property
+    def quantised(self) -> str:
+        """What its graph is quantised to, "int8" or "fp8"; "none"."""
+        return self.recipe.get("flags.quantise", "none")
+
     def __str__(self) -> str:
-        return f"{self.network} in {self.backend}, up to {self.batch[2]} rows"
+        narrow = "" if self.quantised == "none" else f" {self.quantised}"
+        return f"{self.network}{narrow} in {self.backend}, up to {self.batch[2]} rows"
 
 
 def needed(options: GenerateOptions) -> tuple[str, ...]:
@@ -90,22 +106,30 @@ def gradient_rows(options: GenerateOptions) -> int:
     return options.group if whole else rows_per_call(options)
 
 
-def requests(options: GenerateOptions, backend: str, device: str, memory: FileDigests) -> tuple[Request, ...]:
-    """A request for every network that is needed, in the order of the data's way.
+def takes(options: GenerateOptions, network: str, backend: str) -> bool:
+    """Whether the backend can have an engine of the network with these options: not every one has 8 bits."""
+    return network != "unet" or options.quantise == "none" or backend in QUANTISING_BACKENDS
 
-    device: an architecture, as engine.spec writes it (`cpu_architecture()` for a CPU).
+
+def requests(options: GenerateOptions, backend: str, device: str, memory: FileDigests) -> tuple[Request, ...]:
+    """A request for every network that is needed and that the backend takes, in the order of the data's way.
+
+    device: an architecture, as engine.spec writes it (`cpu_architecture()` for a CPU), or a family of targets.
 
     Raises UsageError: the prior or the teacher cannot be found, or an unknown backend.
     """
-    return tuple(request(options, network, backend, device, memory) for network in needed(options))
+    networks = (network for network in needed(options) if takes(options, network, backend))
+    return tuple(request(options, network, backend, device, memory) for network in networks)
 
 
 def request(options: GenerateOptions, network: str, backend: str, device: str, memory: FileDigests) -> Request:
     """The request for one network; raises as `requests`."""
     doubled = 2 if network == "unet" and options.cfg != 1 else 1
-    rows = doubled * options.group
-    kind = device.partition(" ")[0]
     own = get(backend)
+    timed = gradient_rows(options) if network in _GRADIENT else doubled * rows_per_call(options)
+    rows = doubled * options.group
+    if own.fixed_rows:
+        rows = timed = _within_a_tensor(options, network, timed, doubled)
     recipe = {
         "network": network,
         "backend": backend,
@@ -120,13 +144,34 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
         recipe |= {f"teacher.{name}": value for name, value in _teacher(options, memory).items()}
         recipe |= {f"losses.{name}": value for name, value in _losses(options, network).items()}
         packages |= _library(recipe["teacher.architecture"])
-    sources = [*_GRAPH, f"engine/backends/{backend}.py", *(_LOSSES if network in _TEACHER else ())]
+    quantised = network == "unet" and options.quantise != "none"
+    if quantised:
+        recipe |= {"flags.quantise": options.quantise} | _calibration(options, memory)
+    sources = [*_GRAPH, _MODULES[backend], *(_LOSSES if network in _TEACHER else ())]
+    sources += _QUANTISING if quantised else ()
     recipe["sources"] = digests.of_sources(*sources)
     found = {name: _version(name) for name in sorted(packages)} | own.versions()
     recipe |= {f"versions.{name}": value for name, value in found.items()}
-    recipe |= {f"flags.{name}": value for name, value in own.flags(kind).items()}
-    timed = gradient_rows(options) if network in _GRADIENT else doubled * rows_per_call(options)
+    recipe |= {f"flags.{name}": value for name, value in own.flags(device).items()}
     return Request(network, backend, (1, rows, rows), timed, recipe)
+
+
+def _within_a_tensor(options: GenerateOptions, network: str, rows: int, doubled: int) -> int:
+    """Planned rows, or as many as a compiler for fixed rows can take: no feature map has more than 2^31 - 1 elements.
+
+    Raises UsageError: a group whose images share statistics would have to be in one call, and is too large for that.
+    """
+    unet, vae = (read_config(prior_folder(options), part, CONFIGS[part]) for part in ("unet", "vae"))
+    sides = unet.get("sample_size") or 1
+    scale = 2 ** (len(vae.get("block_out_channels", (0,))) - 1)
+    size = (options.size // scale,) * 2 if options.size else (sides, sides) if isinstance(sides, int) else tuple(sides)
+    elements = unet_elements(unet, size) if network == "unet" else decoder_elements(vae, size)
+    most = most_rows(elements) // doubled * doubled
+    if rows > most and network == "gradient" and in_group(options):
+        what = f"a group of {rows} images of {options.size or size[0] * scale} pixels a side is too large for one call"
+        todo = f"cut it with --micro-batch, at most {most // CALL_UNIT * CALL_UNIT or most}"
+        raise UsageError(what, f"its largest feature map holds {most} images at the most", todo)
+    return min(rows, most)
 
 
 def architecture_of(device: str) -> str:
@@ -165,6 +210,28 @@ def _prior(options: GenerateOptions, network: str, memory: FileDigests) -> dict[
     except OSError as error:
         raise UsageError(f"cannot read the prior {folder}", str(error)) from None
     return found
+
+
+def _calibration(options: GenerateOptions, memory: FileDigests) -> dict[str, str]:
+    """What the magnitudes in a quantised UNet were measured on: prompts and trajectories."""
+    found = {name: str(getattr(options, name)) for name in _CALIBRATION}
+    folder = prior_folder(options)
+    try:
+        files = [*weight_files(folder, "text_encoder", WEIGHTS["text_encoder"]), *(folder / "tokenizer").glob("*.*")]
+        found["text"] = digests.of_files(folder, files, memory)
+        found["scheduler"] = digests.of_files(folder, [folder / "scheduler" / CONFIGS["scheduler"]], memory)
+    except PriorError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"cannot read the prior {folder}", str(error)) from None
+    if "{" in options.prompt and not options.classes:  # the names in the prompts are the teacher's
+        if options.teacher is None and options.teacher_checkpoint is None:
+            why = "it is calibrated on the run's prompts, and they name classes"
+            todo = "give --teacher-checkpoint, or the names with --classes"
+            raise UsageError(f"--quantise {options.quantise} knows no classes", why, todo)
+        found |= {f"teacher.{name}": value for name, value in _teacher(options, memory).items()}
+    found["modelopt"] = _version("nvidia-modelopt")
+    return {f"calibration.{name}": value for name, value in found.items()}
 
 
 def _teacher(options: GenerateOptions, memory: FileDigests) -> dict[str, str]:

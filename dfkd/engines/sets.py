@@ -6,24 +6,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dfkd.choices import STORED_BACKENDS
+from dfkd.choices import QUANTISING_BACKENDS, STORED_BACKENDS
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
-from dfkd.engines.requests import needed
+from dfkd.engines.requests import needed, takes
 from dfkd.errors import UsageError
 from dfkd.presets import PRESETS
 
-_KEYS = ("backends", "networks", "generate")
+_KEYS = ("backends", "networks", "targets", "generate")
 
 
 @dataclass(frozen=True)
 class EngineSet:
-    """A run's options, the networks of it that are compiled, and what compiles each."""
+    """A run's options, the networks of it that are compiled, what compiles each, and for which GPU architectures where
+    that is done ahead of time."""
 
     name: str
     options: GenerateOptions
     networks: tuple[str, ...]
     backends: tuple[str, ...]
+    targets: tuple[str, ...] = ()
 
 
 def read_set(file: Path, name: str, more: Sequence[str] = ()) -> EngineSet:
@@ -44,7 +46,8 @@ def read_set(file: Path, name: str, more: Sequence[str] = ()) -> EngineSet:
     if unknown := sorted(table.keys() - set(_KEYS)):
         raise UsageError(f"{file}: [{name}] has an unknown key {unknown[0]!r}", f"known are {', '.join(_KEYS)}")
     words = [word for key, value in table.get("generate", {}).items() for word in ("--" + key, _text(value))]
-    return _set(name, [*words, *more], table.get("networks"), table.get("backends"))
+    chosen = _set(name, [*words, *more], table.get("networks"), table.get("backends"))
+    return replace(chosen, targets=tuple(table.get("targets", ())))
 
 
 def set_of(more: Sequence[str]) -> EngineSet:
@@ -52,13 +55,26 @@ def set_of(more: Sequence[str]) -> EngineSet:
     return _set("", more, None, None)
 
 
-def narrowed(chosen: EngineSet, networks: Sequence[str], backend: str) -> EngineSet:
-    """With some of its networks (() for all) and one backend ("" for its own). Raises UsageError."""
+def narrowed(chosen: EngineSet, networks: Sequence[str], backend: str, targets: Sequence[str] = ()) -> EngineSet:
+    """With some of its networks (() for all), one backend ("" for its own) and other targets (() for its own).
+
+    Raises UsageError.
+    """
     if unknown := [name for name in networks if name not in chosen.networks]:
         raise UsageError(f"--only names {unknown[0]!r}", f"this set has {', '.join(chosen.networks)}")
-    return replace(
-        chosen, networks=tuple(networks) or chosen.networks, backends=(backend,) if backend else chosen.backends
+    narrow = replace(
+        chosen,
+        networks=tuple(networks) or chosen.networks,
+        backends=(backend,) if backend else chosen.backends,
+        targets=tuple(targets) or chosen.targets,
     )
+    for network in narrow.networks:
+        if not any(takes(narrow.options, network, backend) for backend in narrow.backends):
+            what = f"{', '.join(narrow.backends)} takes no {narrow.options.quantise} {network}"
+            able = [name for name in STORED_BACKENDS if takes(narrow.options, network, name)]
+            todo = f"use --backend {able[0]}, or leave it out with --only"
+            raise UsageError(what, f"8-bit networks are engines of {', '.join(able)}", todo)
+    return narrow
 
 
 def _set(name: str, words: Sequence[str], networks: Sequence[str] | None, backends: Sequence[str] | None) -> EngineSet:
@@ -67,7 +83,8 @@ def _set(name: str, words: Sequence[str], networks: Sequence[str] | None, backen
     if not used:
         why = "it differentiates through UNet and decoder, and an engine has no backward pass"
         raise UsageError("--gradient unet uses no engines", why, "use --gradient latent")
-    chosen = tuple(backends or (STORED_BACKENDS[0],))
+    able = STORED_BACKENDS if options.quantise == "none" else [b for b in STORED_BACKENDS if b in QUANTISING_BACKENDS]
+    chosen = tuple(backends or (able[0],))
     for what, known, kind in ((chosen, STORED_BACKENDS, "backend"), (tuple(networks or used), used, "network")):
         if unknown := [word for word in what if word not in known]:
             raise UsageError(f"the set {name} names the {kind} {unknown[0]!r}", f"known are {', '.join(known)}")

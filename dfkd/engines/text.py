@@ -13,6 +13,8 @@ def causes(differences: Sequence[tuple[str, str, str]]) -> list[str]:
     fields = [field for field, _, _ in differences]
     if fields == ["network"]:
         return ["it was not built yet"]
+    if "flags.quantise" in fields:
+        return ["it was not built with this --quantise yet"]
     if "backend" in fields:
         return ["it was not built with this backend yet"]
     if fields[:1] == ["engine"]:

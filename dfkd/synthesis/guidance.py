@@ -28,6 +28,7 @@ from dfkd.synthesis.statistics import GroupLoss, Moments, bn_loss, joined, tappe
 from dfkd.teachers.classifier import Classifier
 from engine.networks import Prior
 from kernels.rows import NetworkInput
+from kernels.soft_kl import soft_kl
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -78,9 +79,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.softplus(others - logits.masked_fill(~own, 0).sum(1), threshold=40)  # linear above: exact to 1e-17
 
 
-def adversarial_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """L_adv [B] of logits [B, C]: high where teacher and student agree on the class and on the distribution."""
+def adversarial_loss(teacher: Tensor, student: Tensor, kernels: str = "torch") -> Tensor:
+    """L_adv [B] of logits [B, C]: high where teacher and student agree on the class and on the distribution.
+
+    kernels: "torch", or "triton" for one launch that makes the gradient too.
+    """
     teacher = teacher.detach()
+    if kernels == "triton":
+        return -soft_kl(student, teacher, agreeing=True)
     agree = (teacher.argmax(1) == student.argmax(1)).to(student.dtype)
     divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
     return -agree * divergence
@@ -98,6 +104,7 @@ class Guidance:
         loss_dtype: of the losses of logits, as far as the logits are not wider. In float32 the exponential of a value
             differs in the last bit with its place in a tensor (vector loops and their remainders), and so an image's
             gradient with what it was batched with; float64 rounds that away at no cost.
+        kernels: what computes L_adv, "torch" or "triton"; results differ by rounding.
 
     Raises:
         ValueError: L_bn asked of a teacher without BatchNorm layers, or L_adv without a student.
@@ -111,9 +118,10 @@ class Guidance:
         student: Classifier | None = None,
         loss_scale: float = 1.0,
         loss_dtype: torch.dtype = torch.float64,
+        kernels: str = "torch",
     ) -> None:
         self.decode, self.teacher, self.student = decode, teacher, student
-        self.weights, self.loss_scale, self.loss_dtype = weights, loss_scale, loss_dtype
+        self.weights, self.loss_scale, self.loss_dtype, self.kernels = weights, loss_scale, loss_dtype, kernels
         # What `gradient` takes, and what its gradients are still to be divided by: see at_decoder.
         self.takes, self.unit = NetworkInput(), 1.0
         self.layers = teacher.batch_norms() if weights.bn else ()
@@ -161,7 +169,7 @@ class Guidance:
             total = total + w.bn * group.surrogate(moments)
         if w.adv:
             assert self.student is not None
-            record["adv"] = adversarial_loss(logits, self.student.logits(images).to(logits))
+            record["adv"] = adversarial_loss(logits, self.student.logits(images).to(logits), self.kernels)
             total = total + w.adv * record["adv"]
         return total, {name: value.detach().to(narrow) for name, value in record.items()}
 
@@ -184,14 +192,15 @@ class Guidance:
 
         Whoever uses the gradient divides it by `unit`, in float32: in half precision it would vanish.
         """
-        own = (self.teacher, self.weights, self.student, self.loss_scale, self.loss_dtype)
+        own = (self.teacher, self.weights, self.student, self.loss_scale, self.loss_dtype, self.kernels)
         made = Guidance(prior.decode_input, *own)
         made.takes, made.unit = prior.decoder_input, self.loss_scale * prior.scaling_factor
         return made
 
     def on_pixels(self) -> "Guidance":
         """The same losses with images [B, 3, H, W] in 0..1 in the place of latents."""
-        return Guidance(identity, self.teacher, self.weights, self.student, loss_dtype=self.loss_dtype)
+        own = (self.teacher, self.weights, self.student)
+        return Guidance(identity, *own, loss_dtype=self.loss_dtype, kernels=self.kernels)
 
     def statistics_alone(self) -> "Guidance":
         """The same with L_bn alone, of weight 1."""

@@ -17,6 +17,8 @@ class Eager:
 
     name = "eager"
     stored = False
+    fixed_rows = False
+    targets: tuple[str, ...] = ()
 
     def unusable(self, device: "Device", dtype: str = "float32") -> None:
         return None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backends.packages import missing, versions
 from engine.errors import EngineError
+from engine.spec import kind_of
 
 if TYPE_CHECKING:
     from engine.backends import Device, Run
@@ -38,12 +39,14 @@ _OPTIONS: dict[str, Any] = {
 class Inductor:
     name = "inductor"
     stored = True
+    fixed_rows = False
+    targets: tuple[str, ...] = ()
 
     def unusable(self, device: "Device", dtype: str = "float32") -> str | None:
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if shutil.which(compiler) is None:
             return f"it needs a C++ compiler and finds no {compiler} (install g++, or name yours in CXX)"
-        if _kind(device) == "cuda" and missing("triton"):
+        if kind_of(device) == "cuda" and missing("triton"):
             return "it needs triton for a GPU, which is not installed (pip install triton)"
         return None
 
@@ -52,20 +55,20 @@ class Inductor:
 
     def flags(self, device: "Device") -> dict[str, str]:
         options = {name: str(value) for name, value in _options(device).items()}
-        return options | (versions("triton") if _kind(device) == "cuda" else {})
+        return options | (versions("triton") if kind_of(device) == "cuda" else {})
 
     def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
         from torch._inductor import aoti_compile_and_package
 
         from engine.export import to_program
 
-        if (why := self.unusable(spec.device.split()[0], spec.dtype)) is not None:
+        if (why := self.unusable(spec.device, spec.dtype)) is not None:
             raise EngineError(f"{spec.network} cannot be compiled by inductor", why, "or choose another backend")
         program = to_program(graph, *spec.batch[1:])
         with _own_cache(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what torch's parts say to one another
             aoti_compile_and_package(
-                program, package_path=str(folder / PACKAGE), inductor_configs=_options(spec.device.split()[0])
+                program, package_path=str(folder / PACKAGE), inductor_configs=_options(spec.device)
             )
 
     def load(self, folder: Path, spec: "EngineSpec", device: "Device") -> "Run":
@@ -115,11 +118,7 @@ _REBUILD = "build it again with dfkd-engines build"
 def _options(device: "Device") -> dict[str, Any]:
     # Convolutions in channels_last: what tensor cores want. On a CPU oneDNN has a blocked layout of its own, and the
     # copies around attention and normalisation made the embedded UNet 1.7 times slower.
-    return _OPTIONS | {"layout_optimization": _kind(device) == "cuda"}
-
-
-def _kind(device: "Device") -> str:
-    return str(device).partition(":")[0]
+    return _OPTIONS | {"layout_optimization": kind_of(device) == "cuda"}
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """ONNX Runtime on CPU and CUDA. A stored engine is the ONNX file; it is optimised for the machine when it is loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.backends.packages import missing, versions
 from engine.errors import EngineError
+from engine.spec import kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +22,14 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxRuntime:
     name = "onnxruntime"
     stored = True
+    fixed_rows = False
+    targets: tuple[str, ...] = ()
 
     def unusable(self, device: "Device", dtype: str = "float32") -> str | None:
         if absent := missing("onnx", "onnxscript", "onnxruntime"):
             verb = "is" if len(absent) == 1 else "are"
             return f"{', '.join(absent)} {verb} not installed (pip install 'dfkd[onnx]')"
-        kind = str(device).partition(":")[0]
+        kind = kind_of(device)
         if kind not in PROVIDERS:
             return f"it runs on cpu and cuda, not on {kind}"
         if dtype == "bfloat16":
@@ -41,12 +45,12 @@ class OnnxRuntime:
         return versions("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
     def flags(self, device: "Device") -> dict[str, str]:
-        return {"optimisation": "all", "provider": PROVIDERS.get(str(device).partition(":")[0], "none")}
+        return {"optimisation": "all", "provider": PROVIDERS.get(kind_of(device), "none")}
 
     def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
         from engine.export import to_onnx
 
-        if (why := self.unusable(spec.device.split()[0], spec.dtype)) is not None:
+        if (why := self.unusable(spec.device, spec.dtype)) is not None:
             raise EngineError(f"{spec.network} cannot be compiled for ONNX Runtime", why, "or choose another backend")
         to_onnx(graph, folder / MODEL)
 
@@ -62,10 +66,10 @@ class OnnxRuntime:
         def bound(tensor: torch.Tensor) -> tuple[str, int, type, list[int], int]:
             return place.type, index, _element(tensor.dtype), list(tensor.shape), tensor.data_ptr()
 
-        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def run(*tensors: torch.Tensor, out: "Sequence[torch.Tensor] | None" = None) -> tuple[torch.Tensor, ...]:
             batches = (len(x) for x, wanted in zip(tensors, spec.inputs, strict=True) if wanted.shape[:1] == (None,))
             batch = next(batches, 0)
-            results = tuple(
+            results = tuple(out or ()) or tuple(
                 torch.empty(
                     [batch if size is None else size for size in result.shape],
                     dtype=getattr(torch, result.dtype),
@@ -83,6 +87,7 @@ class OnnxRuntime:
             session.run_with_iobinding(binding)
             return results
 
+        run.binds_out = True  # type: ignore[attr-defined]
         return run
 
 
@@ -96,6 +101,9 @@ def _session(path: Path, spec: "EngineSpec", device: "torch.device") -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it says of its own rewriting helps nobody here
+    # Eight bits are computed wide, on the quantised values. Its integer kernels take a layer here and there, which was
+    # slower as a whole, overflow on x86 CPUs without VNNI, and are put in for fp8 too, which they then refuse to load.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     provider = PROVIDERS[device.type]
     settings: dict[str, Any] = {}
     if device.type == "cuda":

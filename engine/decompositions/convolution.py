@@ -40,8 +40,10 @@ def convolution_backward(
     # rows behind the last window that fits: they have no gradient, but they have a size
     left = [x.shape[2 + i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i]) for i in range(n)]
     left = [left[i] - dilation[i] * (kernel[i] - 1) - 1 for i in range(n)]
+    if grad.dtype == torch.bfloat16:  # TensorRT has no transposed convolution of it; only a few strided layers pay
+        grad, weight = grad.float(), weight.float()
     result = aten.convolution.default(grad, weight, None, stride, padding, dilation, True, left, groups)
-    return result, None, None
+    return result.to(x.dtype), None, None
 
 
 def _convolve(

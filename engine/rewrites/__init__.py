@@ -9,7 +9,7 @@ from torch import fx
 
 from engine.rewrites.constants import constant, drop_unused, fold_constants, identity, name_constants
 from engine.rewrites.copies import describe, describe_operation, merge_equal, without_copies, without_writes
-from engine.rewrites.kernels import ordered_group_norms, plain_max_pools
+from engine.rewrites.kernels import ordered_group_norms, plain_layer_norms, plain_max_pools
 from engine.rewrites.sizes import plain_shapes
 
 __all__ = ["constant", "describe", "describe_operation", "identity", "name_constants", "simplify"]
@@ -24,6 +24,7 @@ def simplify(module: fx.GraphModule, live: frozenset[Any] = frozenset()) -> None
     without_copies(module)
     merge_equal(module)
     plain_max_pools(module)
+    plain_layer_norms(module)
     ordered_group_norms(module)
     module.graph.eliminate_dead_code()
     drop_unused(module)

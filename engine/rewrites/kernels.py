@@ -1,5 +1,7 @@
 """What kernels and parsers want of single operations."""
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -18,6 +20,37 @@ def plain_max_pools(module: fx.GraphModule) -> None:
             user.replace_all_uses_with(pool)
             module.graph.erase_node(user)
         module.graph.erase_node(node)
+
+
+def plain_layer_norms(module: fx.GraphModule) -> None:
+    """Layer norms without the statistics that the gradient needs, which are computed beside them where they are used.
+
+    ONNX has a layer norm of three results, and TensorRT's parser takes one of one.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is not aten.native_layer_norm.default:
+            continue
+        x, shape, *_, eps = node.args
+        used = {user.args[1]: user for user in node.users}
+        if not used.keys() & {1, 2}:
+            continue
+        axes = list(range(-len(shape), 0))
+
+        def call(target: Any, *arguments: Any, node: fx.Node = node) -> fx.Node:
+            made = module.graph.call_function(target, arguments)
+            made.meta = {key: value for key, value in node.meta.items() if key != "val"}
+            return made
+
+        with module.graph.inserting_before(node):
+            mean = call(aten.mean.dim, x, axes, True)
+            centred = call(aten.sub.Tensor, x, mean)
+            variance = call(aten.mean.dim, call(aten.mul.Tensor, centred, centred), axes, True)
+            deviation = call(aten.rsqrt.default, call(aten.add.Tensor, variance, eps))
+        for place, result in ((1, mean), (2, deviation)):
+            if place in used:
+                result.meta["val"] = used[place].meta["val"]
+                used[place].replace_all_uses_with(result)
+                module.graph.erase_node(used[place])
 
 
 def ordered_group_norms(module: fx.GraphModule) -> None:

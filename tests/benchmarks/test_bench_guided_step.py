@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import bandwidth
 from benchmarks import bench_guided_step as bench
 from kernels.guided_step import GUIDED_STEPS
 
@@ -10,8 +11,8 @@ from kernels.guided_step import GUIDED_STEPS
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(bench, "SHAPE", (4, 8, 8))
-    monkeypatch.setattr(bench, "CALLS", 1)
-    monkeypatch.setattr(bench, "COPY_BYTES", 2**12)
+    monkeypatch.setattr(bandwidth, "CALLS", 1)
+    monkeypatch.setattr(bandwidth, "COPY_BYTES", 2**12)
     monkeypatch.setattr(bench, "compiled", lambda step: step)  # takes a minute; what it makes is PyTorch's affair
 
 
@@ -26,12 +27,22 @@ def test_bytes_that_must_move_are_those_of_the_tensors(launch):
 
 def test_a_turn():
     pytest.importorskip("triton", reason="the kernels need Triton")
-    result = bench.bench([2], 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = bandwidth.bench(bench.launches([2], device), 1, device)
     assert not result["failures"] and len(result["rows"]) == 3 * len(bench.LAUNCHES)
     assert all(r["ratio"] == 1 for r in result["rows"] if r["way"] == "eager")
-    assert bench.markdown(result).count("| triton |") == len(bench.LAUNCHES)
+    assert bandwidth.markdown(result).count("| triton |") == len(bench.LAUNCHES)
 
 
 def test_floors_are_in_proportion_to_the_bandwidth():
     one = bench.floors([512])[1]
     assert one["launch"] == "update" and one["us on A100 80GB"] > one["us on H100 SXM"] > one["us on H200"]
+
+
+@pytest.mark.gpu
+def test_natively_every_way_is_measured_beside_a_copy(monkeypatch):
+    monkeypatch.undo()  # at the size of a run, and torch.compile too
+    device = torch.device("cuda")
+    result = bandwidth.bench(bench.launches([64], device), 3, device)
+    assert not result["failures"] and result["copy_bytes_per_second"] > 1e11
+    assert all(r["share_of_copy"] > 0 for r in result["rows"])  # above 1 where the cache holds the latents

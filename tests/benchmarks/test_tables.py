@@ -1,13 +1,21 @@
-"""README's tables are what the recorded results say."""
+"""The documents' tables are what the recorded results say."""
 
 import pytest
 
-from benchmarks.tables import ROOT, TABLES, filled
+from benchmarks.tables import DOCUMENTS, ELSEWHERE, ROOT, TABLES, filled
 
 
-def test_readme_is_current():
-    text = (ROOT / "README.md").read_text()
-    assert filled(text) == text, "run python -m benchmarks.tables"
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_is_current(document):
+    text = (ROOT / document).read_text()
+    assert filled(text, document) == text, "run python -m benchmarks.tables"
+
+
+def test_a_table_stands_in_one_document():
+    assert ELSEWHERE.keys() <= TABLES.keys()
+    for name in TABLES:
+        there = [document for document in DOCUMENTS if f"<!-- {name} -->" in (ROOT / document).read_text()]
+        assert there == [ELSEWHERE.get(name, "README.md")]
 
 
 def test_a_changed_number_is_put_right():

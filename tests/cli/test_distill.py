@@ -62,7 +62,8 @@ def test_a_run_leaves_a_student_that_loads_and_a_result(
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["steps"], result["images"], result["accuracy"]) == (4, 32, None)
     assert 0 <= float(str(result["agreement"])) <= 1
-    assert "loader: resident (" in printed.err
+    assert "loader: resident (" in printed.err and "kernels: torch (the device is cpu)" in printed.err
+    assert result["kernels"] == {"name": "torch", "why": "the device is cpu"}
     for name in ("last", "best"):
         student = checkpoint.load(None, tmp_path / name)
         assert student.architecture == "resnet8" and student.class_names == CLASS_NAMES
@@ -165,6 +166,25 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
         assert printed.err.startswith("error: ") and message in printed.err
         assert printed.out == ""
     assert not (out / "checkpoint.pt").exists()
+
+
+def test_kernels_are_named_and_refused_before_anything_is_read(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="the kernel needs Triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        assert call(*arguments(inputs, tmp_path / "triton", "--kernels", "triton")) == 0
+        printed = capsys.readouterr()
+        assert "kernels: triton (as asked, in its interpreter" in printed.err
+        assert last_line(printed.out)["kernels"]["name"] == "triton"  # type: ignore[index]
+        assert json.loads((tmp_path / "triton" / "settings.json").read_text())["options"]["kernels"] == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cli, "open_folder", None)  # would fail if called
+    assert call(*arguments(inputs, tmp_path / "out", "--kernels", "triton")) == 2
+    assert capsys.readouterr().err.startswith("error: --kernels triton on cpu: Triton compiles for GPUs")
+    assert call(*arguments(inputs, tmp_path / "out", "--kernels", "cuda")) == 2
+    assert "one of auto, triton, torch" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_presets_length_can_be_taken_back() -> None:

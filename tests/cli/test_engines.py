@@ -168,7 +168,7 @@ class TestSets:
         lines = [f"{name.removeprefix('--')} = {json.dumps(value)}" for name, value in options.items()]
         file.write_text(
             "\n".join([f'[mine]\nbackends = ["{BACKEND}"]\n[mine.generate]', *lines])
-            + '\n[strange]\nbackend = "inductor"\n[wrong]\nbackends = ["tensorrt"]\n[none]\nnetworks = ["vae"]\n'
+            + '\n[strange]\nbackend = "inductor"\n[wrong]\nbackends = ["tvm"]\n[none]\nnetworks = ["vae"]\n'
         )
         return file
 
@@ -183,7 +183,7 @@ class TestSets:
         [
             (["--set", "yours"], "has no set 'yours': it has mine, strange, wrong, none"),
             (["--set", "strange"], "[strange] has an unknown key 'backend'"),
-            (["--set", "wrong"], "the set wrong names the backend 'tensorrt'"),
+            (["--set", "wrong"], "the set wrong names the backend 'tvm'"),
             (["--set", "none"], "the set none names the network 'vae'"),
             (["--set", "mine", "--only", "gradient,pixels"], "--only names 'pixels'"),
             (["--set", "mine", "--backend", "eager"], "--backend is 'eager'"),
@@ -255,4 +255,4 @@ def test_measurements_are_listed(own, capsys):
     set_facts(own.store, "decode", milliseconds={"engine": 12.5, "eager": 31.25, "rows": 6, "threads": 2})
     assert run("list", own) == 0
     row = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("decode"))
-    assert row.split()[2:6] == ["6", "float32", "12.5", "31.25"]
+    assert row.split()[2:7] == ["here", "6", "float32", "12.5", "31.25"]

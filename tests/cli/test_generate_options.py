@@ -11,6 +11,7 @@ import torch
 from dfkd.cli.generate import _NOT_IDENTITY
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.shards import read_manifest
+from kernels import soft_kl
 from tests.cli.small_generate import images_of, save_classifier
 
 # option -> (what both runs take, value of the second run alone); the first has the default or what SMALL gives it
@@ -53,7 +54,7 @@ SAME = {"batch": 2, "micro_batch": 3, "device": "auto", "shard_size": 4, "format
 SAME["kernels"] = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 ELSEWHERE = {  # test_generate.py and below
     *("out", "count", "image_format", "teacher", "classes", "student_checkpoint"),
-    *("backend", "engines", "attention", "plan_only"),
+    *("backend", "engines", "attention", "plan_only", "quantise"),
 }
 
 
@@ -129,6 +130,18 @@ def test_how_it_is_computed_does_not_show(generated, name):
     assert torch.equal(first.labels, second.labels)
     assert (first.images.int() - second.images.int()).abs().max() <= 2
     assert first.settings == second.settings
+
+
+@pytest.mark.skipif(SAME["kernels"] != "triton", reason="the kernel is not interpreted here")
+def test_kernels_compute_the_adversarial_loss_too(generated, monkeypatch):
+    launches, own = [], soft_kl._launch
+    monkeypatch.setattr(soft_kl, "_launch", lambda *given: launches.append(given) or own(*given))
+    common = ("--student-checkpoint", "STUDENT", "--adv-weight", 2)
+    plain = images_of(generated(*common, "--kernels", "torch"))
+    assert not launches
+    found = images_of(generated(*common, "--kernels", "triton"))
+    assert launches and all(agreeing for *_, agreeing in launches)
+    assert (plain.images.int() - found.images.int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("image_format", ["jpg", "npy"])

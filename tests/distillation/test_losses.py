@@ -1,8 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.distillation.losses import cross_entropy, kl_at_temperature
+from dfkd.distillation.losses import cross_entropy, distillation_loss, kl_at_temperature
 
 
 def logits(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,3 +36,33 @@ def test_half_precision_is_judged_in_float32() -> None:
     assert kl_at_temperature(s, t, 4.0).dtype == torch.float32
     assert torch.equal(kl_at_temperature(s, t, 4.0), kl_at_temperature(s.float(), t.float(), 4.0))
     assert cross_entropy(s, torch.arange(8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [4.0, 30.0])
+@pytest.mark.parametrize("rows", [8, 7])
+def test_kl_has_the_bits_of_torchs_batchmean(rows: int, temperature: float) -> None:
+    """A student trained on a CPU is the one that was trained before the loss had other implementations."""
+    s, t = (logits(seed, torch.float32)[:rows] for seed in (0, 1))
+    s.requires_grad_()
+    q, p = F.log_softmax(s / temperature, 1), F.log_softmax(t / temperature, 1)
+    wanted = temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+    found = kl_at_temperature(s, t, temperature)
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(loss, s)[0] for loss in (found, wanted)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.7])
+def test_both_implementations_give_the_same_loss_and_gradient(
+    ce_weight: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    pytest.importorskip("triton", reason="the kernel needs Triton")
+    s, t, labels = logits(0, dtype).to(device), logits(1, dtype).to(device), torch.arange(8, device=device)
+    s.requires_grad_()
+    losses = [distillation_loss(s, t, 4.0, labels, ce_weight, kernels) for kernels in ("torch", "triton")]
+    wanted = kl_at_temperature(s, t, 4.0) + ce_weight * cross_entropy(s, labels)
+    assert torch.equal(losses[0], wanted)
+    assert torch.isclose(losses[1], wanted, rtol=1e-5)
+    gradients = [torch.autograd.grad(loss, s)[0] for loss in losses]
+    # two roundings of the kept gradient, which the backward pass divides by the batch
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=2 * torch.finfo(dtype).eps)

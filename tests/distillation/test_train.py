@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from dfkd.distillation.settings import DistillSettings
 from dfkd.distillation.train import DistillResult, distill
 from dfkd.errors import UsageError
+from kernels import soft_kl
 from tests.distillation.small_run import network, pool, settings, teacher
 
 
@@ -66,6 +68,39 @@ def test_both_loaders_train_the_same_student(tmp_path: Path) -> None:
     run(tmp_path / "resident", settings(loader="resident"))
     run(tmp_path / "torch", settings(loader="torch", workers=0))
     assert equal(tmp_path / "resident", tmp_path / "torch")
+
+
+@pytest.mark.parametrize("options", [{}, {"ce_weight": 1.0}])
+def test_the_loss_in_triton_trains_the_same_student_but_for_rounding(
+    tmp_path: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernel is not interpreted here; natively in tests/kernels")
+    launches = []
+    own = soft_kl._launch
+    monkeypatch.setattr(soft_kl, "_launch", lambda *given: launches.append(given) or own(*given))
+    run(tmp_path / "torch", settings(**options))
+    assert not launches  # auto on a CPU
+    result = run(tmp_path / "triton", settings(kernels="triton", **options))
+    assert len(launches) == result.steps and {given[2] for given in launches} == {4.0}
+    assert {given[4] for given in launches} == {options.get("ce_weight", 0.0)}
+    mine, theirs = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("triton", "torch"))
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-5)  # float32 over 12 steps
+
+
+def test_kernels_that_cannot_run_are_refused_and_may_change_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, settings(checkpoint_every=1), kill_after=2)
+    with monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UsageError, match="--kernels triton on cpu"):
+            run(tmp_path, settings(checkpoint_every=1, kernels="triton"))
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run(tmp_path, settings(checkpoint_every=1, kernels="torch")).steps == 12
 
 
 def test_a_run_follows_its_seed_and_leaves_torchs_generator_alone(tmp_path: Path) -> None:

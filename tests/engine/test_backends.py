@@ -201,7 +201,7 @@ def test_eager_has_no_files(tmp_path):
 
 
 def test_an_unknown_backend_names_the_known():
-    with pytest.raises(EngineError, match="'tvm' is unknown: known are eager, inductor, onnxruntime"):
+    with pytest.raises(EngineError, match="'tvm' is unknown: known are eager, inductor, onnxruntime, tensorrt"):
         get("tvm")
 
 
@@ -238,7 +238,10 @@ def test_onnxruntime_does_not_fall_back_to_the_cpu(payload):
 
 def test_names_flags_and_versions():
     for name, backend in BACKENDS.items():
-        assert backend.name == name and backend.versions()["torch"] == torch.__version__
+        assert backend.name == name
+        # a plan is the same whatever CUDA torch was built for; code that torch compiles is not
+        own = torch.__version__.partition("+")[0] if name.startswith("tensorrt") else torch.__version__
+        assert backend.versions()["torch"] == own
         assert all(isinstance(value, str) for value in backend.flags("cpu").values())
     assert get("inductor").flags("cpu")["max_autotune"] == "False"
 

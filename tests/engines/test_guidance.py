@@ -231,6 +231,28 @@ def test_a_compiled_prior_is_a_prior(loaded):
     assert torch.equal(compiled.decode(z), loaded.decode(z))
 
 
+def test_rows_reach_the_engine_in_the_networks_dtype(prior):
+    """What a guided step writes is what the engine is bound to, and both of its ends are half as wide."""
+    half = load_prior(prior, torch.float16)
+    sources = Sources(half, None, None, (4, 4))
+    made = function("unet", sources)
+    assert [spec.dtype for spec in made.inputs] == ["float16", "float32", "float16"]
+    seen = []
+
+    def unet(*tensors):
+        seen.append([(x.dtype, x.is_contiguous()) for x in tensors])
+        return made.call(*tensors)
+
+    compiled = CompiledPrior.of(half, {"unet": unet})
+    context = half.encode_prompts(["a", "b"])
+    rows = compiled.unet_input.empty(2, latents(2)).copy_(latents(2))
+    assert compiled.denoise(rows, 500.0, context).dtype == torch.float16
+    wide = compiled.denoise(latents(2, torch.float32), 500.0, context)  # PyTorch's step keeps its rows in float32
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide, half.denoise(latents(2, torch.float32), 500.0, context))
+    assert seen == [[(torch.float16, True), (torch.float32, True), (torch.float16, True)]] * 2
+
+
 def test_times_reach_the_engine_in_its_own_form(loaded):
     seen = []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dfkd.choices import STORED_BACKENDS
 from dfkd.engines import digests, requests
 from dfkd.engines.digests import FileDigests
 from dfkd.engines.requests import needed, rows_per_call
@@ -207,7 +208,7 @@ def python_files(place):
 
 def test_backends_have_recipes_of_their_own(prior, teacher, tmp_path):
     options = options_of(prior, teacher)
-    one, other = (recipes(options, name, tmp_path)["decode"] for name in ("inductor", "onnxruntime"))
+    one, other = (recipes(options, name, tmp_path)["decode"] for name in ("inductor", "torch-tensorrt"))
     fields = {field for field, _, _ in differing(one.recipe, other.recipe)}
     assert {"backend", "sources"} <= fields and any(field.startswith("flags.") for field in fields)
     assert all(isinstance(value, str) for value in one.recipe.values())
@@ -235,15 +236,15 @@ from dfkd.engines.digests import FileDigests
 from dfkd.engines.requests import architecture_of, requests
 from engine.store import EngineStore
 options = parse(GenerateOptions, {["--out", ".", "--prior", str(prior), "--teacher-checkpoint", str(teacher)]!r}, "x", {{}})
-for backend in ("inductor", "onnxruntime"):
+for backend in {STORED_BACKENDS!r}:
     found = requests(options, backend, architecture_of("cpu"), FileDigests(Path({str(tmp_path)!r}) / "digests"))
     store = EngineStore(Path({str(tmp_path)!r}))
     print(len(found), *(store.find(one.recipe) for one in found), *(store.explain(one.recipe)[0][0] for one in found))
-print(*sorted({{"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy"}} & {{*sys.modules}}))
+print(*sorted({{"torch", "diffusers", "transformers", "onnx", "onnxruntime", "torch_tensorrt", "numpy"}} & {{*sys.modules}}))
 """  # noqa: E501
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     line = "3 None None None network network network"
-    assert done.stdout.splitlines() == [line, line, ""]
+    assert done.stdout.splitlines() == [*[line] * len(STORED_BACKENDS), ""]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ classes = ["a", "b"]
 [bare]
 
 [backend]
-backends = ["tensorrt"]
+backends = ["tvm"]
 
 [network]
 networks = ["decode", "image_moments"]
@@ -71,9 +71,9 @@ def test_narrowed(file):
     "name, message",
     [
         ("yours", "has no set 'yours': it has mine, bare, .*choose one of them with --set"),
-        ("backend", "the set backend names the backend 'tensorrt': known are inductor, onnxruntime"),
+        ("backend", "the set backend names the backend 'tvm': known are inductor, onnxruntime, tensorrt"),
         ("network", "the set network names the network 'image_moments': known are unet, decode, gradient"),
-        ("key", r"\[key\] has an unknown key 'backend': known are backends, networks, generate"),
+        ("key", r"\[key\] has an unknown key 'backend': known are backends, networks, targets, generate"),
         ("option", "unknown argument --stepz: did you mean .*--steps"),
         ("unet", "--gradient unet uses no engines.*--gradient latent"),
     ],

@@ -32,6 +32,11 @@ def test_nothing_spills(table):
     assert not [row for row in table if row["spilled_bytes"] or row["stack_bytes"]]
 
 
+UNALIGNED = ("soft_kl 10 ", "soft_kl 21841 ")  # rows of 40 bytes, and of an odd number of values
+
+
 def test_accesses_are_128_bits_wide(table):
-    assert not [row for row in table if row["widest_store_bits"] < 128]
-    assert not [row for row in table if row["widest_load_bits"] < 128 and not row["kernel"].startswith("philox")]
+    aligned = [row for row in table if not row["kernel"].startswith(UNALIGNED)]
+    assert len(aligned) == len(table) - len(UNALIGNED) * 3
+    assert not [row for row in aligned if row["widest_store_bits"] < 128]
+    assert not [row for row in aligned if row["widest_load_bits"] < 128 and not row["kernel"].startswith("philox")]

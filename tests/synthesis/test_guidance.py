@@ -1,11 +1,16 @@
 """The guidance gradient against autograd on losses written by hand, and its independence of batches."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dfkd.synthesis.guidance import Guidance, LossWeights, adversarial_loss
+from dfkd.engines.guidance import CompiledGuidance
+from dfkd.synthesis.guidance import Guidance, LossWeights, adversarial_loss, identity
 from dfkd.synthesis.sampler import scaled
+from kernels import soft_kl
+from kernels.rows import NetworkInput
 from tests.synthesis.small_networks import CHANNELS, SIDE, SmallPrior, classifier, plain_loss
 
 F64 = torch.float64
@@ -93,12 +98,15 @@ def test_cross_entropy_by_hand(prior, teacher):
     assert set(losses) == {"cls"}  # a loss of weight 0 is not computed
 
 
-def test_adversarial_loss_by_hand(prior, teacher):
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_adversarial_loss_by_hand(prior, teacher, kernels):
+    if kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernel is not interpreted here; natively in tests/kernels")
     z, student = latents(), classifier(seed=9, dtype=F64, norm=False)
     for network in (teacher, student):  # centred, or one class would win everywhere
         network.module[-1].bias -= network.logits(prior.decode(z)).mean(0)
     weights = LossWeights(0.0, 0.0, 1.5)
-    gradient, losses = Guidance(prior.decode, teacher, weights, student).gradient(z, LABELS, 3)
+    gradient, losses = Guidance(prior.decode, teacher, weights, student, kernels=kernels).gradient(z, LABELS, 3)
 
     def loss(leaf, teacher_leaf):
         p = teacher.logits(prior.decode(teacher_leaf)).softmax(1)
@@ -111,6 +119,30 @@ def test_adversarial_loss_by_hand(prior, teacher):
     torch.testing.assert_close(losses["adv"], expected, **EXACT)
     torch.testing.assert_close(gradient, by_hand(lambda leaf: 1.5 * loss(leaf, z)[0].sum(), z), **EXACT)
     assert (gradient[~agree] == 0).all() and (gradient[agree] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda g, p: g,
+        lambda g, p: g.on_pixels(),
+        lambda g, p: g.at_decoder(p),
+        lambda g, p: CompiledGuidance(g, {}),
+        lambda g, p: CompiledGuidance(g, {}).on_pixels(),
+    ],
+)
+def test_every_guidance_takes_the_kernels_it_was_asked_for(prior, teacher, derive, monkeypatch):
+    """Wherever the gradient is taken, by engines or not: counted, and none in torch."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernel is not interpreted here")
+    launches, own = [], soft_kl._launch
+    monkeypatch.setattr(soft_kl, "_launch", lambda *given: launches.append(given) or own(*given))
+    prior.scaling_factor, prior.decoder_input, prior.decode_input = 1.0, NetworkInput(), prior.decode
+    for kernels, wanted in (("torch", 0), ("triton", 1)):
+        made = derive(Guidance(prior.decode, teacher, LossWeights(0.0, 1.0, 1.0), teacher, kernels=kernels), prior)
+        point = latents() if made.decode is not identity else prior.decode(latents())
+        made.gradient(point, LABELS, 7)
+        assert len(launches) == wanted
 
 
 def test_adversarial_loss_pushes_away_from_agreement():

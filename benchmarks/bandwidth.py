@@ -1,0 +1,142 @@
+"""Launches timed in turns with a copy: bytes that must move, bandwidth, share of the copy's, ratio to eager.
+
+Bytes that must move are those of tensors read once or written once; a launch that moves more has a smaller share.
+Shares and ratios are taken within a turn. Small launches are over before Python has begun the next one, and show its
+time instead. Without a GPU nothing of it can be measured, since Triton's interpreter
+executes Python: then there are the floors on GPUs of known bandwidth, and the resources of the compiled kernels.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.flops import in_turns
+from benchmarks.kernel_resources import markdown as table
+from benchmarks.machine import describe
+from dfkd.files import replace_text
+
+RESULTS = Path(__file__).parent / "results"
+COPY_BYTES = 2**30  # far more than a cache holds
+# Memory bandwidth, bytes a second, of their data sheets. A copy reaches about nine tenths of it.
+BANDWIDTHS = {"A100 80GB": 2.039e12, "H100 SXM": 3.35e12, "H200": 4.8e12}
+CALLS = 20  # a measurement: one launch is over before a clock of the host has ticked
+
+
+@dataclass(frozen=True)
+class Launch:
+    """labels: what it is, columns of the table. moved: bytes. ways: the same by other means, compared with "eager"."""
+
+    labels: Mapping[str, Any]
+    moved: int
+    ways: Mapping[str, Callable[[], object]]
+
+
+def bench(launches: Iterable[Launch], turns: int, device: torch.device) -> dict[str, Any]:
+    """Rows of the table, and what could not be run, with the reason."""
+    source = torch.empty(COPY_BYTES // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rows, failures, copies = [], [], []
+    for launch in launches:
+        calls = {way: repeated(call) for way, call in launch.ways.items()}
+        calls["copy"] = repeated(lambda: target.copy_(source))
+        with torch.no_grad():
+            seconds, failed = in_turns(calls, turns, device)
+        failures += [{**launch.labels, "way": way, "why": why} for way, why in failed.items()]
+        copy = [COPY_BYTES * CALLS / s for s in seconds["copy"]]
+        copies += copy
+        eager = seconds.get("eager")
+        for way in launch.ways:
+            if way in failed:
+                continue
+            speed = [launch.moved * CALLS / s for s in seconds[way]]
+            found = {
+                **launch.labels, "way": way,
+                "microseconds": 1e6 * median(seconds[way]) / CALLS,
+                "bytes": launch.moved, "bytes_per_second": median(speed),
+                "share_of_copy": median(s / c for s, c in zip(speed, copy, strict=True)),
+                "ratio": median(e / s for e, s in zip(eager, seconds[way], strict=True)) if eager else None,
+            }  # fmt: skip
+            rows.append(found)
+    return {"turns": turns, "copy_bytes_per_second": median(copies), "rows": rows, "failures": failures}
+
+
+def repeated(call: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return run
+
+
+def floor(labels: Mapping[str, Any], moved: int) -> dict[str, Any]:
+    """Microseconds that it cannot be quicker than, at the bandwidths of data sheets."""
+    speeds = {f"us on {name}": round(1e6 * moved / speed, 2) for name, speed in BANDWIDTHS.items()}
+    return {**labels, "MB": round(moved / 1e6, 2), **speeds}
+
+
+def resources() -> list[dict[str, Any]]:
+    """In a process of its own: here the kernels may be interpreted, which leaves nothing to compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernel_resources"]
+    done = subprocess.run(command, cwd=RESULTS.parents[1], env=env, capture_output=True, text=True, check=True)
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    measured = ("microseconds", "bytes", "bytes_per_second", "share_of_copy", "ratio")
+    labels = [name for name in (result["rows"] or [{}])[0] if name not in measured]
+    heads = [*labels, "us", "MB", "GB/s", "of a copy", "ratio to eager"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for r in result["rows"]:
+        cells = [*(r[name] for name in labels), f"{r['microseconds']:.1f}", f"{r['bytes'] / 1e6:.2f}"]
+        cells += [f"{r['bytes_per_second'] / 1e9:.0f}", f"{100 * r['share_of_copy']:.0f} %"]
+        cells += ["-" if r["ratio"] is None else f"{r['ratio']:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", *(f"Not measured: {', '.join(map(str, f.values()))}" for f in result["failures"])]
+    return "\n".join(lines)
+
+
+def report(
+    name: str,
+    floors: list[dict[str, Any]],
+    launches: Callable[[torch.device], Iterable[Launch]],
+    a: argparse.Namespace,
+) -> None:
+    """Floors and resources, on a GPU the measurement too; tables on stderr, JSON on stdout's last line.
+
+    a.record writes results/<name>-<device>.json.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result: dict[str, Any] = {"machine": describe(device), "floors": floors, "resources": resources()}
+    print(table(result["floors"]), "", table(result["resources"]), sep="\n", file=sys.stderr)
+    if device.type == "cuda":
+        result |= bench(launches(device), a.repeats, device)
+        print("", markdown(result), sep="\n", file=sys.stderr)
+        if a.record:
+            where = "-".join(result["machine"]["device"].lower().split())
+            replace_text(RESULTS / f"{name}-{where}.json", json.dumps(result, indent=1) + "\n")
+    else:
+        result["not_measured"] = "no GPU: neither times nor the copy's bandwidth, and so no share and no ratio"
+        print("", f"Not measured: {result['not_measured']}.", sep="\n", file=sys.stderr)
+    print(json.dumps(result))
+
+
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--repeats", type=int, default=11, help="turns (default 11)")
+    found.add_argument("--record", action="store_true", help=f"write benchmarks/results/{name}-<device>.json")
+    return found
+
+
+def integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]

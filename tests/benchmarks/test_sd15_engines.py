@@ -1,0 +1,134 @@
+"""Stable Diffusion 1.5's sizes, and a rehearsal of what its engines cost with few channels."""
+
+import json
+import os
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import fx
+
+from benchmarks import sd15, sd15_engines
+from engine.backends import get
+from engine.errors import EngineError
+from engine.targets import family
+from tests.engine import small_graphs
+
+
+def parameters(network):
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def test_the_sizes_are_the_published_ones():
+    """By the number of weights that runwayml/stable-diffusion-v1-5 and torchvision's resnet34 have."""
+    with torch.device("meta"):
+        assert parameters(UNet2DConditionModel(**sd15.UNET)) == 859_520_964
+        assert parameters(AutoencoderKL(**sd15.VAE)) == 83_653_863
+    teacher = sd15.teacher({}, seed=0)
+    assert parameters(teacher.module) == 21_797_672
+    assert len(teacher.batch_norms()) == 36 and teacher.input_size == 224
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return sd15.make_sources(64, thin=True)
+
+
+def test_random_weights_keep_half_precision_finite(sources):
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoded = sources.prior.vae.decode(z.half()).sample
+        predicted = sources.prior.denoise(z, torch.tensor([500.0]), sources.prior.encode_prompts(["", ""]))
+        logits = sources.teacher.logits(sources.prior.decode(z))
+    for result in (decoded, predicted, logits):
+        assert result.isfinite().all() and 0.01 < result.float().std() < 100
+    assert decoded.dtype == torch.float16 and logits.dtype == torch.float32
+
+
+def test_weights_follow_from_the_seed(sources):
+    weights, again = (s.prior.vae.state_dict() for s in (sources, sd15.make_sources(64, thin=True)))
+    other = sd15.make_sources(64, thin=True, seed=9).prior.vae.state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not torch.equal(weights["decoder.conv_in.weight"], other["decoder.conv_in.weight"])
+
+
+def test_a_rehearsal():
+    *_, row = sd15_engines.measure("decode", 64, [2], True, 300)
+    assert row["backward_operations"] == [] and row["nodes"] > 300
+    assert row["onnx_bytes"] > row["weight_bytes"] > 1e6 and row["export_memory_bytes"] > 1e8
+    if (why := get("tensorrt-rtx").unusable(family(sd15_engines.TARGETS), "float16")) is not None:
+        assert "tensorrt_rtx" in row["failure"]
+        pytest.skip(f"no plan: {why}")
+    assert "failure" not in row
+    assert row["plan_bytes"] > row["weight_bytes"] and row["build_seconds"] > 0 and row["build_memory_bytes"] > 1e8
+
+
+def test_a_process_that_takes_too_long_or_fails_is_a_row():
+    *_, row = sd15_engines.measure("decode", 64, [2], True, 0.2)
+    assert row == {"network": "decode", "size": 64, "rows": 2, "failure": "stopped after 0.2 s"}
+    assert list(sd15_engines.run_child(["--no-such-option"], 60)) == [{"failure": "ended with status 2"}]
+
+
+def test_an_exception_is_a_row_and_keeps_what_came_before(capsys):
+    def stage():
+        yield {"trace_seconds": 3}
+        raise ValueError("no room\nand more")
+
+    sd15_engines.child(stage(), "export_memory_bytes")
+    before, after = capsys.readouterr().out.splitlines()
+    assert (
+        before.startswith('{"trace_seconds": 3, "export_memory_bytes": ')
+        and after == '{"failure": "ValueError: no room"}'
+    )
+
+
+def test_the_workspace_grows_until_it_is_enough(monkeypatch, tmp_path):
+    """What is refused for another reason is not tried again."""
+    spec = small_graphs.spec("decode", "tensorrt-rtx", family(sd15_engines.TARGETS))
+    (tmp_path / sd15_engines.SPEC).write_text(json.dumps(spec.to_json()))
+    asked = []
+
+    def refuse(model, spec, needed=12, why="Error Code 2: OutOfMemory"):
+        asked.append((int(os.environ["DFKD_TENSORRT_WORKSPACE_GIB"]), spec.batch))
+        if asked[-1][0] < needed:
+            raise EngineError("decode cannot be compiled", why, "use another")
+        return memoryview(b"plan")
+
+    monkeypatch.setenv("DFKD_TENSORRT_WORKSPACE_GIB", "")
+    monkeypatch.setattr(sd15_engines.TENSORRT_RTX, "build", refuse)
+    *before, last = sd15_engines.build(16, tmp_path)
+    assert asked == [(gib, (1, 16, 16)) for gib in (4, 8, 12)]
+    assert [row["too_small_workspace_gib"] for row in before] == [4, 8]
+    assert (last["workspace_gib"], last["plan_bytes"]) == (12, 4)
+    assert sd15_engines.workspace(before[-1] | last) == "12 (not 8)"
+    for other in (partial(refuse, why="no such operation"), partial(refuse, needed=1000)):
+        asked.clear()
+        monkeypatch.setattr(sd15_engines.TENSORRT_RTX, "build", other)
+        with pytest.raises(EngineError, match="cannot be compiled"):
+            list(sd15_engines.build(2, tmp_path))
+        assert len(asked) == (1 if other.keywords.get("why") else len(sd15_engines.WORKSPACES))
+
+
+def test_backward_operations_are_found():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.aten.sigmoid_backward.default, (x, x)))
+    found = sd15_engines.backward_operations(SimpleNamespace(module=fx.GraphModule({}, graph)))
+    assert found == ["aten.sigmoid_backward.default"]
+
+
+def test_rows_replace_their_earlier_ones_and_the_table_says_what_failed():
+    one = {"network": "unet", "size": 512, "rows": 2, "trace_seconds": 60.0, "nodes": 3000, "backward_operations": []}
+    rows = sd15_engines.merged([one], {"network": "decode", "size": 256, "rows": 2, "trace_seconds": 5.0})
+    rows = sd15_engines.merged(
+        rows, one | {"plan_bytes": 2_000_000_000, "workspace_gib": 8, "failure": "killed, as where memory runs out"}
+    )
+    assert len(rows) == 2
+    machine = {"device": "a CPU", "threads": 2, "date": "2026-11-24"}
+    used = {"torch": "2.13.0", "tensorrt-rtx": "1.7"}
+    lines = sd15_engines.markdown({"rows": rows, "machine": machine, "versions": used}).splitlines()
+    assert lines[2] == "| unet | 512x512 | 2 | 60 | 3000 | 0 | - | - | - | - | 2.00 | - | 8 |"
+    assert lines[3] == "| decode | 256x256 | 2 | 5 | - | - | - | - | - | - | - | - | - |"
+    assert lines[-1] == "- unet at 512x512, 2 rows: killed, as where memory runs out"
