@@ -37,7 +37,7 @@ def network_calls(synthesis: Synthesis, parts: int = 1) -> Mapping[str, Call]:
     """
     prior, settings, guidance, device = synthesis.prior, synthesis.settings, synthesis.guidance, synthesis.device
     copies = copies_of(synthesis)
-    words = prior.encode_prompts([synthesis.negative_prompt])
+    words, first = prior.encode_prompts([synthesis.negative_prompt]), synthesis.table.row(0)
     factor = prior.vae_scale_factor
     image = 3, factor * synthesis.latent_size[0], factor * synthesis.latent_size[1]
     latent = prior.latent_channels, *synthesis.latent_size
@@ -50,8 +50,7 @@ def network_calls(synthesis: Synthesis, parts: int = 1) -> Mapping[str, Call]:
 
     @torch.no_grad()
     def unet(rows: int) -> object:
-        time = torch.tensor(synthesis.table.row(0).timestep, dtype=torch.float32, device=device)
-        return prior.denoise(points(copies * rows), time, context(copies * rows))
+        return prior.denoise(points(copies * rows), points(1, ())[0], context(copies * rows))
 
     @torch.no_grad()
     def decode(rows: int) -> object:
@@ -63,8 +62,7 @@ def network_calls(synthesis: Synthesis, parts: int = 1) -> Mapping[str, Call]:
         to_latent = None
         if through_unet:
             denoise = Denoiser(prior, context(images), context(1), settings.cfg, rows)
-            time = torch.tensor(synthesis.table.row(0).timestep, dtype=torch.float32, device=device)
-            to_latent = clean_estimate(denoise, synthesis.table.row(0), time, copies == 2)
+            to_latent = clean_estimate(denoise, first, points(1, ())[0], copies == 2)
         if parts > 1:
             return guidance.gradient(points(images, shape), labels, rows, to_latent)
         way = partial(to_latent, rows=torch.arange(images, device=device)) if to_latent else identity
