@@ -39,9 +39,9 @@ fix: $(SETUP) ## put lint and formatting right where that can be done safely
 
 engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks and its guidance gradient, for this machine and for GPUs (build/engines)
 	@$(PY) -c "from dfkd.cli.engines import main; main()" build --set demo $(ARGS)
-	@$(PY) -c "import sys, importlib.util as u; sys.exit(u.find_spec('tensorrt_rtx') is None)" \
-	  && $(PY) -c "from dfkd.cli.engines import main; main()" build --set demo-rtx \
-	  || echo "demo-rtx, plans for GPUs compiled ahead of time: left out, tensorrt_rtx is not installed" >&2
+	@if $(PY) -c "import sys, importlib.util as u; sys.exit(u.find_spec('tensorrt_rtx') is None)"; then \
+	  $(PY) -c "from dfkd.cli.engines import main; main()" build --set demo-rtx; \
+	else echo "demo-rtx, plans for GPUs: left out, tensorrt_rtx is not installed" >&2; fi
 
 bench: $(SETUP) guidance-paths ## time the parts, then compare the guidance paths
 	@$(PY) -m pytest benchmarks --benchmark-only $(ARGS)

@@ -110,8 +110,7 @@ def test_make_gpu_report_measures_paths_and_launches() -> None:
 def test_make_engines_trains_the_demo_teacher_first_and_builds_its_set() -> None:
     done = make("-n", "engines")
     assert done.returncode == 0
-    lines = done.stdout.splitlines()
-    assert "build --set demo" in lines[-1]
+    assert "build --set demo\n" in done.stdout.replace("demo \n", "demo\n") and "build --set demo-rtx" in done.stdout
     if not (ROOT / "runs" / "demo" / "teacher" / "result.json").exists():
         assert "--preset demo --seed 0 --out runs/demo/teacher" in done.stdout
 
