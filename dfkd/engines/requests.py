@@ -34,9 +34,12 @@ _GRAPH = (
     *("engine/graph.py", "engine/tracing", "engine/decompositions", "engine/rewrites", "engine/networks.py"),
     *("engine/export.py", "engine/quantise.py", "dfkd/engines/functions.py"),
 )
-_MODULES = {name: f"engine/backends/{name}.py" for name in STORED_BACKENDS} | {
-    "tensorrt-rtx": "engine/backends/tensorrt.py",
-    "torch-tensorrt": "engine/backends/torch_tensorrt.py",
+_TENSORRT = ("engine/backends/tensorrt.py", "engine/backends/tensorrt_library.py")
+_MODULES: Mapping[str, tuple[str, ...]] = {
+    **{name: (f"engine/backends/{name}.py",) for name in STORED_BACKENDS},
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": _TENSORRT,
+    "torch-tensorrt": ("engine/backends/torch_tensorrt.py",),
 }
 # What a quantised UNet's scales follow from, beside its graph.
 _QUANTISING = ("dfkd/engines/calibration.py", "dfkd/synthesis/schedule.py")
@@ -147,7 +150,7 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
     quantised = network == "unet" and options.quantise != "none"
     if quantised:
         recipe |= {"flags.quantise": options.quantise} | _calibration(options, memory)
-    sources = [*_GRAPH, _MODULES[backend], *(_LOSSES if network in _TEACHER else ())]
+    sources = [*_GRAPH, *_MODULES[backend], *(_LOSSES if network in _TEACHER else ())]
     sources += _QUANTISING if quantised else ()
     recipe["sources"] = digests.of_sources(*sources)
     found = {name: _version(name) for name in sorted(packages)} | own.versions()

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backends import machine_cache
 from engine.backends.packages import missing, versions
+from engine.backends.tensorrt_library import Profile, library_log, profiles
 from engine.errors import EngineError
 from engine.spec import kind_of
 from engine.targets import targets_of
@@ -38,8 +38,6 @@ WORKSPACE = "DFKD_TENSORRT_WORKSPACE_GIB"  # an environment variable: it belongs
 _MODEL = "model.onnx"
 _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
 _TURNS = 5
-
-Profile = tuple[int, int, int]
 
 
 class TensorRT:
@@ -196,19 +194,6 @@ class TensorRT:
         return EngineError(what, "; ".join(parts), todo)
 
 
-def profiles(batch: tuple[int, int, int]) -> tuple[Profile, ...]:
-    """(smallest, best, largest) rows of the profiles for a spec's batch: the planned rows alone, then all others.
-
-    A call of one row is computed as two (engine/compiled.py). Half of the planned rows is what the others are best at:
-    a step without classifier-free guidance, or a call that was halved for want of memory.
-    """
-    planned = max(batch[1], 2)
-    largest = max(batch[2], planned)
-    others = largest if largest > planned else planned - 1
-    fixed = (planned, planned, planned)
-    return (fixed,) if others < 2 else (fixed, (2, max(2, planned // 2), others))
-
-
 def _profile(builder: Any, spec: "EngineSpec", rows: Profile) -> Any:
     profile = builder.create_optimization_profile()
     for tensor in spec.inputs:
@@ -258,37 +243,6 @@ def _workspace() -> int:
 
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-
-
-@cache
-def library_log(trt: Any) -> Any:
-    """The one logger that all builders and runtimes of a process share: it keeps errors and passes nothing on."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(" ".join(message.split()))
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-        def said(self) -> str:
-            """The last error, "" where there was none."""
-            return self.errors[-1] if self.errors else ""
-
-        def blamed(self, nodes: dict[str, Any]) -> tuple[str, str, str]:
-            """(node, "", message) of the first error that names a node, or ("", "", what was said last)."""
-            for message in self.errors:
-                named = [name for name in nodes if name and name in message.replace("'", " ").split()]
-                if named:
-                    return max(named, key=len), "", message
-            return "", "", self.said() or "it gave no reason"
-
-    return Log()
 
 
 TENSORRT = TensorRT("tensorrt", "tensorrt", "10.15", "12")

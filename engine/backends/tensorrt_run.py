@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.architecture import architecture
 from engine.backends import machine_cache
-from engine.backends.tensorrt import library_log, profiles
+from engine.backends.tensorrt_library import library_log, profiles
 from engine.errors import EngineError
 
 if TYPE_CHECKING:

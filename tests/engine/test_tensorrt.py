@@ -10,7 +10,8 @@ import torch
 
 from engine.backends import get, machine_cache
 from engine.backends import tensorrt as tensorrt_module
-from engine.backends.tensorrt import PLAN, TENSORRT, TENSORRT_RTX, WAY, TensorRT, profiles
+from engine.backends.tensorrt import PLAN, TENSORRT, TENSORRT_RTX, WAY, TensorRT
+from engine.backends.tensorrt_library import profiles
 from engine.compiled import Engine
 from engine.errors import EngineError
 from engine.export import to_onnx

@@ -13,6 +13,8 @@ from dfkd.engines.requests import DIGESTS, request
 from dfkd.engines.sets import read_set
 from dfkd.engines.sources import load_sources
 from dfkd.errors import UsageError
+from dfkd.teachers import Classifier, checkpoint
+from dfkd.teachers import build as build_teacher
 from engine import backends
 from engine.compiled import load
 from engine.errors import EngineError
@@ -20,7 +22,7 @@ from engine.store import EngineStore
 from engine.targets import family
 from tests.cli.small_generate import status_of
 from tests.engine import stand_in_tensorrt
-from tests.engine.stand_in_cuda import StandIn, Stream, fake_cuda
+from tests.engine.stand_in_cuda import TARGETS, StandIn, Stream, fake_cuda
 from tests.engines.small_engines import NEEDS_IT, nudge, options_of
 
 HERE = "cuda sm_89 NVIDIA L4"
@@ -44,6 +46,25 @@ def test_the_command_compiles_for_what_is_not_here(prior, tmp_path, capfd):
     assert line.split()[1:8] == ["tensorrt-rtx", "sm_80", "sm_89", "4", "float16", "-", "-"]
     with pytest.raises(EngineError, match="it was built for cuda sm_80\\+sm_89, this is cpu"):
         load(EngineStore(tmp_path), manifest.key, "cpu")
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.slow
+def test_the_demo_compiles_for_all_targets(tmp_path, capfd):
+    """The embedded prior's UNet and decoder, and the guidance gradient with a teacher of the demo's kind."""
+    digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    module = build_teacher("resnet8_half", len(digits)).eval()
+    checkpoint.save(
+        tmp_path / "teacher", Classifier(module, "resnet8_half", digits, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    )
+    words = ("--engines", tmp_path / "store", "--backend", "tensorrt-rtx", "--target", ",".join(TARGETS))
+    only = ("--only", "unet,decode,gradient")
+    given = ("--preset", "demo", "--dtype", "fp16", "--teacher-checkpoint", tmp_path / "teacher")
+    assert status_of(engines.main, "build", *words, *only, "--", *given) == 0, capfd.readouterr().err
+    found = EngineStore(tmp_path / "store").list()
+    assert [manifest.spec.network for manifest in found] == ["decode", "gradient", "unet"]
+    assert {manifest.spec.device for manifest in found} == {family(TARGETS)}
 
 
 @pytest.mark.parametrize(
