@@ -1,7 +1,8 @@
 """How long a synthesis will take: seconds of every network call, times how many there are.
 
-Calls on an engine take what was measured when it was built; others are tried, twice with the same rows, and quickly: on a CPU with a
-few rows, on a GPU, which a few do not fill, with those of the plan. What is between the calls is not counted.
+Calls on an engine take what was measured when it was built; others are tried, twice with the same rows, and quickly: on
+a CPU with a few rows, on a GPU, which a few do not fill, with those of the plan. What is between the calls is not
+counted.
 """
 
 import time
