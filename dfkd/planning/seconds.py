@@ -1,7 +1,8 @@
 """How long a synthesis will take: seconds of every network call, times how many there are.
 
-Calls on an engine take what was measured when it was built; others are tried, twice each, and quickly: on a CPU with a
-few rows, on a GPU, which a few do not fill, with those of the plan. What is between the calls is not counted.
+Calls on an engine take what was measured when it was built; others are tried, twice with the same rows, and quickly: on
+a CPU with a few rows, on a GPU, which a few do not fill, with those of the plan. What is between the calls is not
+counted.
 """
 
 import time
@@ -80,9 +81,10 @@ def _tried(call: Call, rows: int, share: int, synthesis: Synthesis) -> tuple[flo
     """Seconds of a call of `rows` images, and with how many it was tried; a trial makes `share` calls of them."""
     tried = rows if synthesis.device.type == "cuda" else 1
     try:
-        spent = _timed(call, tried, synthesis.device)  # the first call of a network is slower: libraries set up
+        spent = _timed(call, tried, synthesis.device)  # a first call of any size is slower: libraries set up
         if tried < rows and spent * min(rows, CALL_UNIT) < _PATIENCE:
             tried = min(rows, CALL_UNIT)
+            spent = _timed(call, tried, synthesis.device)
         if spent < _PATIENCE or synthesis.device.type == "cuda":
             spent = _timed(call, tried, synthesis.device)
     except ShortMemory:

@@ -215,7 +215,7 @@ def test_images_that_were_seen(call, engines, tmp_path, monkeypatch):
 
 def test_a_trial_that_is_short_of_memory_ends_no_run():
     """As on a GPU, where calls are tried with the planned rows."""
-    tried = []
+    tried: list[int] = []
 
     def call(rows):
         tried.append(rows)
@@ -224,5 +224,5 @@ def test_a_trial_that_is_short_of_memory_ends_no_run():
 
     gpu = SimpleNamespace(device=torch.device("cpu"))
     monkey = seconds._tried(call, 40, 1, gpu)
-    assert tried == [1, 16, 1, 16, 1, 10] and monkey[1] == 10
+    assert tried == [1, 16, 1, 16, 1, 10, 10] and monkey[1] == 10
     assert seconds._tried(lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError("no")), 40, 1, gpu) == (0.0, 0)
