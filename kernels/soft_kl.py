@@ -166,7 +166,7 @@ if triton is not None:
             if labels_ptr is not None:
                 _, _, rest = top_and_rest(x, column, 1.0)
                 r_rest = joined(s_top, r_rest, top, rest, 1.0)
-            s_place, s_top = tl.where(top > s_top, place, s_place), tl.maximum(s_top, top)
+            s_place, s_top = tl.where(top > s_top, start + place, s_place), tl.maximum(s_top, top)
             x = logits_of(teacher_ptr, row, start + column, live, TEACHER_STRIDE, DTYPE)
             top, place, rest = top_and_rest(x, column, SHARPNESS)
             t_rest = joined(t_top, t_rest, top, rest, SHARPNESS)
