@@ -1,15 +1,16 @@
-"""What an 8-bit UNet costs in quality: errors, images, gradients and a student, with speeds of a CPU beside them.
+"""What narrow networks cost in quality, of 8 or 16 bits: errors, images, gradients, a student, and speeds of a CPU.
 
-    python -m benchmarks.quantised_unet --teacher runs/demo/teacher              about five minutes on two cores
+    python -m benchmarks.quantised_unet --teacher runs/demo/teacher              about ten minutes on two cores
     python -m benchmarks.quantised_unet --teacher runs/demo/teacher --students   also a student per row
 
-The `demo` preset, whose UNet is an engine of ONNX Runtime in every row: none (float32), int8, fp8; everything else runs
-eagerly and in float32. Of each row:
+The `demo` preset. none (float32), int8, fp8: the UNet is an engine of ONNX Runtime, everything else runs eagerly and in
+float32. fp16, bf16: UNet and decoder in half precision, all of it eagerly, the guidance gradient through the decoder
+too. Of each row:
 
 prediction  relative error of the UNet's prediction against float64, on unguided trajectories of seeds that the
             calibration did not see; mean and worst of images and steps
-gradient    cosine of the guidance gradient at the row's clean estimate with that at eager's, mean over images, along
-            the same trajectories: what a guided step is told
+gradient    cosine of the row's guidance gradient at its own clean estimate with eager's at eager's, mean over images,
+            along the same trajectories: what a guided step is told
 images      mean absolute difference to eager's images of the same seeds, of 255, unguided and guided. Guidance
             amplifies rounding, so the row `none` is what the difference of two float32 programs comes to.
 img/s       guided images, rows in turns. ONNX Runtime computes 8-bit graphs wide on a CPU: no evidence for a GPU.
@@ -54,6 +55,7 @@ RESULTS = Path(__file__).parent / "results"
 BACKEND = "onnxruntime"
 IMAGES = 40  # of the trajectories; their float64 predictions take most of the time
 UNSTEADY = 2  # times the slowest turn's speed, above which a speed is not quoted
+HALVES = ("fp16", "bf16")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the steps, where gradients are compared
 
 
@@ -106,7 +108,6 @@ def prediction_errors(eager: Synthesis, rows: dict[str, Synthesis], images: int)
 
 def gradient_cosines(eager: Synthesis, rows: dict[str, Synthesis], images: int) -> dict[str, dict[str, float]]:
     """Step -> cosine with the gradient at eager's clean estimate, for every row."""
-    assert eager.guidance
     found: dict[str, dict[str, float]] = {name: {} for name in rows}
     steps = len(eager.table)
     wanted = {round(share * (steps - 1)) for share in SHARES}
@@ -118,7 +119,8 @@ def gradient_cosines(eager: Synthesis, rows: dict[str, Synthesis], images: int) 
             with torch.no_grad():
                 model = synthesis.prior.denoise(point.z, point.t, point.context)
             clean = point.row.z0_z * point.z + point.row.z0_model * model
-            return eager.guidance.gradient(clean, point.labels, images)[0].flatten(1)
+            assert synthesis.guidance
+            return synthesis.guidance.gradient(clean, point.labels, images)[0].flatten(1)
 
         want = gradient(eager)
         for name, synthesis in rows.items():
@@ -138,7 +140,7 @@ def unguided(synthesis: Synthesis) -> Synthesis:
 
 
 def build(words: list[str], engines: Path) -> dict[str, Synthesis]:
-    """Every row with its engine, built where the folder lacks it; and "eager"."""
+    """Every row with its engine, built where the folder lacks it; and "eager". Rows of HALVES run eagerly."""
     found: dict[str, Synthesis] = {}
     for name in QUANTISE_NAMES:
         more = [*words, "--quantise", name]
@@ -150,6 +152,8 @@ def build(words: list[str], engines: Path) -> dict[str, Synthesis]:
         eager = prepare(options)
         found.setdefault("eager", eager)
         found[name] = apply(eager, sources_of(eager), [Choice("unet", BACKEND, manifest.key, "")], store)
+    for name in HALVES:
+        found[name] = prepare(parse(GenerateOptions, [*words, "--dtype", name, "--out", "."], "dfkd-generate", PRESETS))
     return found
 
 
@@ -177,9 +181,10 @@ def markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines += [
         "",
-        f"The `demo` preset, the UNet on ONNX Runtime; images: mean absolute difference to eager's, of 255. On a CPU "
-        f"ONNX Runtime computes 8 bits wide: img/s are no evidence for a GPU, where nothing was measured; - where "
-        f"other work on the machine made turns differ by more than {UNSTEADY} times. Seed "
+        f"The `demo` preset; the UNet on ONNX Runtime, in fp16 and bf16 all eagerly; images: mean absolute difference "
+        f"to eager's in float32, of 255. On a CPU ONNX Runtime computes 8 bits wide, and half precision may be slow: "
+        f"img/s are no evidence for a GPU, where nothing was measured; - where other work on the machine made turns "
+        f"differ by more than {UNSTEADY} times. Seed "
         f"{result['seed']}, {machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
         f"{machine['date']}: `python -m benchmarks.quantised_unet --students`.",
     ]
@@ -218,7 +223,9 @@ def main() -> None:
         for name, spent in seconds.items():
             accuracy = None
             if a.students:
-                overrides = {"backend": "eager"} if name == "none" else {"quantise": name, "engines": engines}
+                overrides = {"quantise": name, "engines": engines}
+                if name == "none" or name in HALVES:
+                    overrides = {"backend": "eager"} | ({"dtype": name} if name in HALVES else {})
                 accuracy = student_accuracy(a.teacher, folder / name, overrides, a.seed, a.split)
             result["rows"][name] = {
                 "prediction_error": sum(errors[name]) / len(errors[name]),
