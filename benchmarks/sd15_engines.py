@@ -1,6 +1,6 @@
 """What engines of Stable Diffusion 1.5 at full size cost to make, without a GPU: seconds, memory, bytes.
 
-    flock /tmp/heavy.lock python -m benchmarks.sd15_engines --record            512x512, all networks; an hour
+    python -m benchmarks.sd15_engines --record            512x512, all networks; an hour
     python -m benchmarks.sd15_engines --size 256 --networks unet,gradient --rows 16
 
 Networks are those of dfkd/engines/functions.py with random weights in float16 (benchmarks/sd15.py); gradients hold the
