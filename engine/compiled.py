@@ -58,7 +58,7 @@ class Engine:
                 pairs = zip(tensors, self.spec.inputs, strict=True)
                 arguments = tuple(x.expand(2, *x.shape[1:]) if _batched(wanted) else x for x, wanted in pairs)
             arguments = tuple(_plain(tensor) for tensor in arguments)
-            if out is not None and batch != 1 and self._binds_out and all(_is_plain(tensor) for tensor in out):
+            if out is not None and batch != 1 and self._binds_out and _bindable(out, arguments):
                 self._run(*arguments, out=out)
                 return out
             results = self._run(*arguments)
@@ -171,6 +171,12 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def _bindable(out: Sequence[Tensor], arguments: Sequence[Tensor]) -> bool:
+    """Whether results can be written where they are wanted: plainly, and over nothing that is still to be read."""
+    read = {tensor.untyped_storage().data_ptr() for tensor in arguments}
+    return all(_is_plain(tensor) and tensor.untyped_storage().data_ptr() not in read for tensor in out)
 
 
 def _own(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -170,6 +170,9 @@ def _within_a_tensor(options: GenerateOptions, network: str, rows: int, doubled:
     size = (options.size // scale,) * 2 if options.size else (sides, sides) if isinstance(sides, int) else tuple(sides)
     elements = unet_elements(unet, size) if network == "unet" else decoder_elements(vae, size)
     most = most_rows(elements) // doubled * doubled
+    if most == 0:
+        what = f"one image of {options.size or size[0] * scale} pixels a side is too large for the {network}"
+        raise UsageError(what, "its largest feature map has more than 2^31 - 1 elements", "choose a smaller --size")
     if rows > most and network == "gradient" and in_group(options):
         what = f"a group of {rows} images of {options.size or size[0] * scale} pixels a side is too large for one call"
         todo = f"cut it with --micro-batch, at most {most // CALL_UNIT * CALL_UNIT or most}"

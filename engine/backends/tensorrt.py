@@ -238,7 +238,14 @@ def _workspace() -> int:
     Where a network is fused whole, that is all its tensors and not a kernel's buffer alone: Stable Diffusion 1.5's
     gradient at 512x512 wants 12 GiB for two images. So the bound is wide, and narrowed by hand on a GPU that is shared.
     """
-    return round(float(os.environ.get(WORKSPACE) or 64) * 2**30)
+    said = os.environ.get(WORKSPACE) or "64"
+    try:
+        gib = float(said)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < float("inf"):
+        raise EngineError(f"{WORKSPACE} is {said!r}", "it is a number of GiB above 0", "set it to one, or unset it")
+    return round(gib * 2**30)
 
 
 def _number(version: str) -> tuple[int, ...]:

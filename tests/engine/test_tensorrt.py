@@ -107,6 +107,13 @@ def test_a_plan_is_typed_capped_and_made_for_its_rows(payload, cuda):
     assert "t" not in config.profiles[0].shapes  # its shape is fixed
 
 
+@pytest.mark.parametrize("said", ["much", "0", "-4", "inf"])
+def test_scratch_that_is_no_number_is_refused(said, monkeypatch):
+    monkeypatch.setenv("DFKD_TENSORRT_WORKSPACE_GIB", said)
+    with pytest.raises(EngineError, match=f"DFKD_TENSORRT_WORKSPACE_GIB is '{said}': it is a number of GiB above 0"):
+        TENSORRT.flags("cuda")
+
+
 def test_timings_of_one_build_serve_the_next(payload, cuda):
     library = stand_in.library(rtx=False)
     for builds in (1, 2):
@@ -190,6 +197,23 @@ def test_out_is_bound_and_nothing_is_copied(payload, cuda):
         assert engine(*given, out=out)[0] is out[0]
     assert set(seen) == {("z", given[0].data_ptr()), ("image", out[0].data_ptr())}
     torch.testing.assert_close(out[0], engine(*given)[0], rtol=0, atol=0)
+
+
+def test_a_result_over_an_argument_is_written_when_that_was_read(payload, cuda):
+    """decode_vjp gives a tensor like its first argument: bound to it, it would be read half overwritten."""
+    engine = stand_in_engine(StandIn(stand_in.library(False)), payload, "decode_vjp", cuda)
+    z, weights = arguments("decode_vjp", 4)
+    want = engine(z, weights)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        bind = stand_in.IExecutionContext.set_tensor_address
+        patch.setattr(
+            stand_in.IExecutionContext,
+            "set_tensor_address",
+            lambda self, name, memory: seen.append(memory) or bind(self, name, memory),
+        )
+        assert engine(z, weights, out=(z,))[0] is z
+    assert len(set(seen)) == 3 and torch.equal(z, want)
 
 
 @pytest.mark.parametrize("offset", [0, 16, 48])

@@ -184,6 +184,8 @@ def test_no_plan_asks_for_more_than_a_tensor_holds(prior, teacher, tmp_path, cop
     assert rows("unet", "--bn-stats", "image") == 204 and rows("unet", "--cfg", 1, "--bn-stats", "image") == 204
     assert rows("decode", "--bn-stats", "image") == rows("gradient", "--bn-stats", "image") == 31
     assert rows("decode", "--size", 256) == 127 and rows("decode", "--micro-batch", 16) == 16
+    with pytest.raises(UsageError, match="one image of 8192 pixels a side is too large for the decode"):
+        rows("decode", "--size", 8192)
     with pytest.raises(UsageError, match=r"a group of 512 images of 512 pixels a side .* at most 16"):
         rows("gradient")
 
