@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from dfkd.choices import KERNEL_NAMES
 from dfkd.cli.options import option
-from dfkd.distillation.augment import KINDS, MIXES
+from dfkd.distillation.mixing import MIXES
 from dfkd.errors import UsageError
+from dfkd.loader import KINDS, SOURCES
 
 EPOCHS = 240
 
@@ -53,7 +54,7 @@ class DistillSettings:
     loader: str = option(
         "auto",
         "resident: every image on the device; torch: decoded from the shards by workers; auto: resident where it fits",
-        choices=("auto", "resident", "torch"),
+        choices=SOURCES,
     )
     workers: int = option(2, "processes that decode images for --loader torch", low=0)
     resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
