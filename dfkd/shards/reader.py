@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -59,9 +62,12 @@ class Entry:
     size: int
 
     def read(self) -> bytes:
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        """Raises ValueError where the file has come to an end before the image has."""
+        with open(self.file, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), self.size, self.offset)
+        if len(data) < self.size:
+            raise ValueError(f"the file ends {self.size - len(data)} bytes too early")
+        return data
 
 
 class ShardPool:
@@ -73,19 +79,32 @@ class ShardPool:
     def __init__(self, layout: Layout, entries: Sequence[Entry], labels: Tensor, ids: Tensor, digest: str) -> None:
         self.layout, self.labels, self.ids, self.digest = layout, labels, ids, digest
         self.class_names, self.image_size, self.settings = layout.class_names, layout.image_size, layout.settings
+        self.image_format = layout.image_format
         self._entries = entries
 
     def read(self, positions: Tensor) -> Tensor:
         """uint8 [n, 3, H, W] at int64 [n] positions; raises UsageError naming file and id of one that is damaged."""
         images = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
         for row, position in enumerate(positions.tolist()):
-            entry = self._entries[position]
-            try:
-                images[row] = decode(entry.read(), self.layout.image_format)
-            except (OSError, ValueError) as error:
-                what = f"{entry.file}: image {int(self.ids[position])} cannot be read"
-                raise UsageError(what, str(error), "run the same dfkd-generate again, which repairs it") from None
+            with self._named(position):
+                images[row] = decode(self._entries[position].read(), self.layout.image_format)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def encoded(self, positions: Tensor) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of the images' files at int64 [n] positions; raises UsageError as read()."""
+        found = []
+        for position in positions.tolist():
+            with self._named(position):
+                found.append(np.frombuffer(self._entries[position].read(), np.uint8))
+        return found
+
+    @contextmanager
+    def _named(self, position: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            what = f"{self._entries[position].file}: image {int(self.ids[position])} cannot be read"
+            raise UsageError(what, str(error), "run the same dfkd-generate again, which repairs it") from None
 
 
 def open_folder(path: Path) -> ShardPool:
