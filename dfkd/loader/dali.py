@@ -20,7 +20,6 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,27 +56,23 @@ class Dali:
     def __init__(self, data: Images, positions: Tensor, form: Form, kind: str, rows: int, threads: int) -> None:
         self.form = form
         self.labels, self.ids = data.labels[positions], data.ids[positions]
-        self._data, self._positions = data, positions
-        self._encoded = isinstance(data, Encoded) and data.image_format != "npy"
-        stored = data.image_size if isinstance(data, Encoded) else form.size
-        self._whole = stored == form.size  # the pipeline does the view as well
-        self._inputs = _inputs_of(kind) if self._whole else ()
-        self._steps: Iterator[Step] = iter(())
-        self._asked: deque[Step] = deque()
-        self._build = partial(self._built, kind, rows, max(1, threads))
-        self._pipe = self._build()
+        # The pipeline holds the feed, and the feed nothing of this: a cycle would leave its threads to be collected
+        # anywhere, in a forked worker too.
+        self._feed = _Feed(data, positions, form.size, kind)
+        self._making = kind, rows, max(1, threads)
+        self._pipe = _pipeline(self._feed, form, *self._making)
 
     def batches(self, steps: Iterable[Step]) -> Iterator[Batch]:
-        form = self.form
-        self._steps = iter(steps)
+        form, feed = self.form, self._feed
+        feed.steps = iter(steps)
         self._pipe.reset()
         try:
             self._schedule()
-            while self._asked:
+            while feed.asked:
                 pixels = self._next()
-                step = self._asked.popleft()
+                step = feed.asked.popleft()
                 self._schedule()
-                if self._whole:
+                if feed.whole:
                     images = pixels.permute(0, 3, 1, 2).to(form.dtype)
                 else:
                     resized = resize(pixels.permute(0, 3, 1, 2), form.size).permute(0, 2, 3, 1)
@@ -90,10 +85,10 @@ class Dali:
 
     def _drain(self) -> None:
         """Take what was made ahead and is not wanted: the pipeline must be at an end before it begins again."""
-        self._steps = iter(())
-        while self._asked:
+        self._feed.steps = iter(())
+        while self._feed.asked:
             self._next()
-            self._asked.popleft()
+            self._feed.asked.popleft()
         self._schedule()
 
     def _schedule(self) -> None:
@@ -102,68 +97,79 @@ class Dali:
 
     def _next(self) -> Tensor:
         """The pixels of the first step that was asked for."""
-        if not len(self._asked[0].positions):  # DALI knows no empty batch, and none was fed
-            return torch.empty(0, self.form.size, self.form.size, 3, dtype=torch.uint8, device=self.form.device)
-        stream = torch.cuda.current_stream(self.form.device) if self.form.device.type == "cuda" else None
+        form, step = self.form, self._feed.asked[0]
+        if not len(step.positions):  # DALI knows no empty batch, and none was fed
+            return torch.empty(0, form.size, form.size, 3, dtype=torch.uint8, device=form.device)
+        stream = torch.cuda.current_stream(form.device) if form.device.type == "cuda" else None
         try:
             (out,) = self._pipe.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
-            positions = self._asked[0].positions
-            self._asked.clear()
-            self._pipe = self._build()  # the former is of no more use
-            raise self._damaged(positions, error) from None
+            self._feed.asked.clear()
+            self._pipe = _pipeline(self._feed, form, *self._making)  # the former is of no more use
+            raise self._feed.damaged(step, error) from None
         found: Tensor = torch.utils.dlpack.from_dlpack(out.as_tensor())
         self._pipe.release_outputs()  # the tensor keeps its memory
         return found
 
-    def _feed(self) -> tuple[Any, ...]:
-        """The pipeline's inputs for the next step; it asks until this raises StopIteration."""
-        step = next(self._steps)
+
+class _Feed:
+    """The pipeline's inputs, step by step: images as bytes or pixels, then the numbers of their views."""
+
+    def __init__(self, data: Images, positions: Tensor, size: int, kind: str) -> None:
+        self.data, self.positions, self.size = data, positions, size
+        self.encoded = isinstance(data, Encoded) and data.image_format != "npy"
+        # Whether the pipeline does the view as well.
+        self.whole = not isinstance(data, Encoded) or data.image_size == size
+        self.inputs = _inputs_of(kind) if self.whole else ()
+        self.steps: Iterator[Step] = iter(())
+        self.asked: deque[Step] = deque()
+
+    def __call__(self) -> tuple[Any, ...]:
+        """Those of the next step; raises StopIteration where there is none."""
+        step = next(self.steps)
         while not len(step.positions):
-            self._asked.append(step)
-            step = next(self._steps)
-        positions = self._positions[step.positions]
-        if self._encoded:
-            images: Any = self._data.encoded(positions)  # type: ignore[attr-defined]
-        elif self._whole:
-            images = read_pixels(self._data, positions, self.form.size).numpy()
+            self.asked.append(step)
+            step = next(self.steps)
+        positions = self.positions[step.positions]
+        if self.encoded:
+            images: Any = self.data.encoded(positions)  # type: ignore[attr-defined]
+        elif self.whole:
+            images = read_pixels(self.data, positions, self.size).numpy()
         else:
-            images = self._data.read(positions).permute(0, 2, 3, 1).contiguous().numpy()
-        self._asked.append(step)
-        return (images, *_arguments(step.views, self._inputs, self.form.size))
+            images = self.data.read(positions).permute(0, 2, 3, 1).contiguous().numpy()
+        self.asked.append(step)
+        return (images, *_arguments(step.views, self.inputs, self.size))
 
-    def _built(self, kind: str, rows: int, threads: int) -> Any:
-        device = self.form.device
-        pipe = Pipeline(
-            batch_size=rows,
-            num_threads=threads,
-            device_id=(device.index or 0) if device.type == "cuda" else None,
-            prefetch_queue_depth=AHEAD,
-        )
-        with pipe:
-            kinds = [_INPUTS["bytes" if self._encoded else "pixels"], *(_INPUTS[name] for name in self._inputs)]
-            types_, ndims, layouts = zip(*kinds, strict=True)
-            images, *arguments = fn.external_source(
-                source=self._feed, num_outputs=len(kinds), dtype=list(types_), ndim=list(ndims), layout=list(layouts)
-            )
-            images = _decoded(images, self._encoded, device.type == "cuda")
-            if self._whole:
-                images = _viewed(images, dict(zip(self._inputs, arguments, strict=True)), self.form, kind)
-            pipe.set_outputs(images)
-        pipe.build()
-        return pipe
-
-    def _damaged(self, positions: Tensor, error: RuntimeError) -> UsageError:
+    def damaged(self, step: Step, error: RuntimeError) -> UsageError:
         """The image that Pillow cannot read either, by file and id, or else what DALI says of the batch."""
-        for position in self._positions[positions]:
+        positions = self.positions[step.positions]
+        for position in positions:
             try:
-                self._data.read(position[None])
+                self.data.read(position[None])
             except UsageError as named:
                 return named
-        ids = ", ".join(map(str, self.ids[positions].tolist()))
+        ids = ", ".join(map(str, self.data.ids[positions].tolist()))
         lines = [line for line in str(error).splitlines() if line.strip()]
         why = next((line for line in lines if "rror" in line and "Critical" not in line), lines[0])
         return UsageError(f"DALI cannot make the batch of the images {ids}", why, "use --loader torch")
+
+
+def _pipeline(feed: _Feed, form: Form, kind: str, rows: int, threads: int) -> Any:
+    gpu = form.device.type == "cuda"
+    device = (form.device.index or 0) if gpu else None
+    pipe = Pipeline(batch_size=rows, num_threads=threads, device_id=device, prefetch_queue_depth=AHEAD)
+    with pipe:
+        kinds = [_INPUTS["bytes" if feed.encoded else "pixels"], *(_INPUTS[name] for name in feed.inputs)]
+        dtypes, dimensions, layouts = (list(part) for part in zip(*kinds, strict=True))
+        images, *arguments = fn.external_source(
+            source=feed, num_outputs=len(kinds), dtype=dtypes, ndim=dimensions, layout=layouts
+        )
+        images = _decoded(images, feed.encoded, gpu)
+        if feed.whole:
+            images = _viewed(images, dict(zip(feed.inputs, arguments, strict=True)), form, kind)
+        pipe.set_outputs(images)
+    pipe.build()
+    return pipe
 
 
 # Of the pipeline's inputs: type, dimensions of a sample, layout.
