@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 from functools import lru_cache
 
 import numpy as np
@@ -29,7 +30,10 @@ def decode(data: bytes, image_format: str) -> npt.NDArray[np.uint8]:
         if len(data) != len(head) + math.prod(shape):
             raise ValueError(f"{len(data)} bytes are not an array {shape}")
         return np.frombuffer(data, np.uint8, offset=len(head)).reshape(shape)
-    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (SyntaxError, EOFError, struct.error) as error:  # what else Pillow raises for damaged files
+        raise ValueError(str(error)) from None
 
 
 @lru_cache(maxsize=16)  # a folder's images share one
