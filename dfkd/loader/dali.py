@@ -13,6 +13,8 @@ normalise, cast, channels last. It reads nothing and draws nothing by itself: ev
              fancy upsampling); nvJPEG on a GPU differs by a few levels
     resizing pixels that are not in the networks' size are only decoded here; torch resizes them, as in the other
              sources, and applies the view: DALI's bicubic kernel is another (a = -0.5, ours is -0.75)
+    fitting  image files of any size, cut and resized as Pillow does, in float where Pillow rounds between its two
+             passes: a level apart at most, where an image has another size
     bfloat16 is torch's cast of the pipeline's float32; float16 is DALI's own
 """
 
@@ -118,6 +120,7 @@ class _Feed:
     def __init__(self, data: Images, positions: Tensor, size: int, kind: str) -> None:
         self.data, self.positions, self.size = data, positions, size
         self.encoded = isinstance(data, Encoded) and data.image_format != "npy"
+        self.fitted = self.encoded and data.image_format == ""  # type: ignore[attr-defined]  # of any size and shape
         # Whether the pipeline does the view as well.
         self.whole = not isinstance(data, Encoded) or data.image_size == size
         self.inputs = _inputs_of(kind) if self.whole else ()
@@ -164,7 +167,10 @@ def _pipeline(feed: _Feed, form: Form, kind: str, rows: int, threads: int) -> An
         images, *arguments = fn.external_source(
             source=feed, num_outputs=len(kinds), dtype=dtypes, ndim=dimensions, layout=layouts
         )
+        encoded = images
         images = _decoded(images, feed.encoded, gpu)
+        if feed.fitted:
+            images = _fitted(images, encoded, form.size)
         if feed.whole:
             images = _viewed(images, dict(zip(feed.inputs, arguments, strict=True)), form, kind)
         pipe.set_outputs(images)
@@ -228,6 +234,21 @@ def _decoded(images: Any, encoded: bool, gpu: bool) -> Any:
             jpeg_fancy_upsampling=True,
         )
     return images.gpu() if gpu else images
+
+
+def _fitted(images: Any, encoded: Any, size: int) -> Any:
+    """The largest square in the middle, size x size: PIL.ImageOps.fit, bicubic (a = -0.5), antialiased."""
+    shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.FLOAT)
+    side = fn.reductions.min(shape)
+    start = (shape - side) / 2
+    return fn.resize(
+        images,
+        size=[size, size],
+        roi_start=start,
+        roi_end=start + side,
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+    )
 
 
 def _viewed(images: Any, views: dict[str, Any], form: Form, kind: str) -> Any:
