@@ -29,7 +29,7 @@ from dfkd import teachers
 from dfkd.distillation.losses import distillation_loss
 from dfkd.distillation.mixing import mix
 from dfkd.files import replace_text
-from dfkd.loader import Batch, Form, LoaderChoice, Order, dali, open_source
+from dfkd.loader import Batch, Form, LoaderChoice, Order, choose, dali, open_source
 from dfkd.loader import steps as steps_of
 from dfkd.presets import PRESETS
 from dfkd.shards import Record, ShardFolder, open_folder
@@ -38,7 +38,13 @@ RESULT = Path(__file__).parent / "results" / "loader-cpu.json"
 # Name: side, format, images.
 SETS = {"32 png": (32, "png", 4000), "32 npy": (32, "npy", 4000), "224 jpg": (224, "jpg", 600)}
 BATCH, SHARDS, STEPS = 128, 4, 30
-IN_MEMORY = "one batch in memory"
+IN_MEMORY, DEFAULT = "one batch in memory", "the default loader"
+STEP_WAYS = {
+    IN_MEMORY: LoaderChoice("resident", ""),
+    "dali, decoding": LoaderChoice("dali", ""),
+    "resident": LoaderChoice("resident", ""),
+    "torch": LoaderChoice("torch", ""),
+}
 
 
 def make_folder(path: Path, size: int, image_format: str, count: int) -> Path:
@@ -112,10 +118,8 @@ class Distillation:
     def batches(self, way: str) -> Iterator[Batch]:
         kind, size = str(self.preset["augment"]), self.form.size
         positions = torch.arange(len(self.pool.ids))
-        open_as = "resident" if way == IN_MEMORY else way
-        source = open_source(
-            LoaderChoice(open_as, ""), self.pool, positions, self.form, kind, self.order.batch_size, self.workers
-        )
+        choice = choose("auto", len(positions), size, self.form.device) if way == DEFAULT else STEP_WAYS[way]
+        source = open_source(choice, self.pool, positions, self.form, kind, self.order.batch_size, self.workers)
         found = source.batches(steps_of(self.order, kind, size, 0))
         if way != IN_MEMORY:
             return found
@@ -140,7 +144,7 @@ def step_rows(folder: Path, turns: int, count: int, workers: int) -> list[dict[s
     The ratio is taken turn by turn, since neighbouring turns saw the same machine.
     """
     work = Distillation(folder, workers)
-    ways = (IN_MEMORY, *(way for way in OURS if way != "dali" or dali.installed()))
+    ways = [way for way in (*STEP_WAYS, DEFAULT) if "dali" not in way or dali.installed()]
     sources = {way: work.batches(way) for way in ways}
 
     def call(way: str) -> Callable[[], int]:

@@ -66,8 +66,8 @@ class Options:
     device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
     loader: str = option(
         "auto",
-        "resident: every image on the device; dali, torch: decoded as they are needed, by NVIDIA DALI or by worker"
-        " processes; auto: resident where it fits, else dali where it is installed",
+        "dali: images decoded and viewed ahead of the steps by NVIDIA DALI; resident: every image on the device; torch:"
+        " decoded by worker processes; auto: by what fits into memory and is installed, and it says why",
         choices=SOURCES,
     )
     workers: int = option(2, "threads (dali) or processes (torch) that decode images", low=0)

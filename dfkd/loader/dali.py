@@ -44,7 +44,7 @@ try:
     from nvidia.dali import fn, types
     from nvidia.dali import math as dali_math
     from nvidia.dali.pipeline import Pipeline
-except ImportError:  # optional: choose() refuses or leaves it aside before anything here is called
+except ImportError:  # optional: choice.py refuses it or leaves it aside before anything here is called
     Pipeline = None
 
 
@@ -66,6 +66,7 @@ class Dali:
 
     def batches(self, steps: Iterable[Step]) -> Iterator[Batch]:
         form, feed = self.form, self._feed
+        finalizing = sys.is_finalizing  # the module may be gone by then
         feed.steps = iter(steps)
         self._pipe.reset()
         try:
@@ -82,7 +83,7 @@ class Dali:
                 labels = self.labels[step.positions].to(form.device, non_blocking=True)
                 yield Batch(images, labels, self.ids[step.positions], step.random)
         finally:
-            if not sys.is_finalizing():  # then DALI has taken its pipelines down already
+            if not finalizing():  # then DALI has taken its pipelines down already
                 self._drain()
 
     def _drain(self) -> None:

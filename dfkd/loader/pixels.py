@@ -28,3 +28,22 @@ def resize(images: Tensor, size: int) -> Tensor:
         return images
     resized = F.interpolate(images.float(), size=[size, size], mode="bicubic", align_corners=False)
     return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+class Decoded:
+    """The images at ``positions`` int64 [n], in main memory in the size of the networks; their positions are 0 to n - 1.
+
+    digest and class_names are those of the whole.
+    """
+
+    def __init__(self, data: Images, positions: Tensor, size: int) -> None:
+        self._pixels = read_pixels(data, positions, size)
+        self.labels, self.ids = data.labels[positions], data.ids[positions]
+        self.class_names, self._whole = data.class_names, data
+
+    @property
+    def digest(self) -> str:
+        return self._whole.digest
+
+    def read(self, positions: Tensor) -> Tensor:
+        return self._pixels[positions].permute(0, 3, 1, 2)

@@ -27,7 +27,7 @@ def form(size: int = 8, dtype: torch.dtype = torch.float32) -> Form:
     return Form(size, MEAN, STD, CPU, dtype)
 
 
-def opened(name: str, path: Path, kind: str = "none", wanted: Form | None = None, workers: int = 2) -> Source:
+def opened(name: str, path: Path, kind: str = "none", wanted: Form | None = None, workers: int = 0) -> Source:
     return open_source(LoaderChoice(name, ""), open_folder(path), ROWS, wanted or form(), kind, 100, workers)
 
 
@@ -77,6 +77,17 @@ def test_a_source_gives_what_the_resident_one_gives_from_any_step(tmp_path: Path
     for start in (5, 0):
         for one, other in zip(whole[start:], batches(source, order, kind, start), strict=True):
             assert_same(one, other, ROUNDING[name])
+
+
+def test_worker_processes_give_the_same(tmp_path: Path) -> None:
+    order = Order(seed=3, count=8, batch_size=3, length=23)
+    whole = list(batches(opened("resident", make(tmp_path), "shift"), order, "shift"))
+    source = opened("torch", tmp_path, "shift", workers=2)
+    first = batches(source, order, "shift")
+    assert_same(next(first), whole[0])
+    first.close()  # type: ignore[attr-defined]
+    for one, other in zip(whole[5:], batches(source, order, "shift", 5), strict=True):
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,10 +164,35 @@ def test_a_shard_that_is_damaged_on_the_way_is_named_with_the_image(
         list(batches(source, Order(0, 8, 4, 8)))
 
 
-def test_the_choice_is_by_size_and_says_why() -> None:
-    assert choose("auto", 1000, 32, CPU).name == "resident"
-    choice = choose("auto", 10**9, 512, CPU)
-    assert choice.name == ("dali" if dali.installed() else "torch") and "MB" in choice.why
+@pytest.mark.dali
+@NO_DALI
+@pytest.mark.parametrize("size", [8, 4])
+def test_decoded_once_or_as_needed_it_is_the_same(tmp_path: Path, size: int) -> None:
+    order, pool = Order(3, 8, 3, 16), open_folder(make(tmp_path))
+    kept, streamed = (
+        open_source(LoaderChoice("dali", "", kept), pool, ROWS, form(size), "affine-colour", 3, 1)
+        for kept in (True, False)
+    )
+    # Of another size, it is torch that makes the view of what is streamed.
+    rounding = 0.0 if size == 8 else ROUNDING["dali"]
+    for one, other in zip(
+        batches(kept, order, "affine-colour"), batches(streamed, order, "affine-colour"), strict=True
+    ):
+        assert_same(one, other, rounding)
+
+
+HUGE, GPU = 10**9, torch.device("cuda")
+
+
+def test_the_choice_is_by_size_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfkd.loader.choice._free_memory", lambda device: 10**9)
+    monkeypatch.setattr(dali, "Pipeline", object)
+    small, large = choose("auto", 1000, 32, CPU), choose("auto", HUGE, 512, CPU)
+    assert (small.name, small.kept) == ("dali", True) and "3.1 MB" in small.why and "kept in main memory" in small.why
+    assert (large.name, large.kept) == ("dali", False) and "as they are needed" in large.why
+    assert choose("auto", 1000, 32, GPU).name == "resident"
+    assert choose("auto", HUGE, 32, GPU).name == "dali"
+    assert not choose("dali", 1000, 32, GPU).kept and choose("dali", 1000, 32, CPU).kept
     assert choose("torch", 10, 32, CPU).name == "torch"
 
 
@@ -164,5 +200,6 @@ def test_without_dali_it_is_refused_and_auto_says_so(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dali, "Pipeline", None)
     with pytest.raises(UsageError, match="--loader dali: NVIDIA DALI is not installed"):
         choose("dali", 10, 32, CPU)
-    choice = choose("auto", 10**9, 512, CPU)
-    assert choice.name == "torch" and "NVIDIA DALI is not installed" in choice.why
+    for images, name in ((10, "resident"), (HUGE, "torch")):
+        choice = choose("auto", images, 32, CPU)
+        assert choice.name == name and "NVIDIA DALI is not installed" in choice.why
