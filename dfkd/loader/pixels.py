@@ -31,7 +31,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 class Decoded:
-    """The images at ``positions`` int64 [n], in main memory in the size of the networks; their positions are 0 to n - 1.
+    """The images at ``positions`` int64 [n], in main memory in the size of the networks; here they are 0 to n - 1.
 
     digest and class_names are those of the whole.
     """

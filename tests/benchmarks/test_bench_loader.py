@@ -30,6 +30,6 @@ def test_a_turn_has_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench, "BATCH", 8)
     result = bench.bench({"32 png": (32, "png", 16)}, 1, 1, 0, tmp_path)
     assert not [row for row in result["rates"] if "error" in row and row["way"] in OURS]
-    assert [row["loader"] for row in result["steps"]][0] == bench.IN_MEMORY
+    assert result["steps"][0]["loader"] == bench.IN_MEMORY
     text = bench.markdown(json.loads(json.dumps(result)))
     assert "| 32 png | DataLoader + PIL |" in text and "1.00 |" in text and "the demo's step" in text

@@ -64,10 +64,8 @@ def test_a_run_leaves_a_student_that_loads_and_a_result(
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["steps"], result["images"], result["accuracy"]) == (4, 32, None)
     assert 0 <= float(str(result["agreement"])) <= 1
-    assert (
-        f"loader: {'dali' if dali.installed() else 'resident'} (" in printed.err
-        and "kernels: torch (the device is cpu)" in printed.err
-    )
+    loader = "dali" if dali.installed() else "resident"
+    assert f"loader: {loader} (" in printed.err and "kernels: torch (the device is cpu)" in printed.err
     assert result["kernels"] == {"name": "torch", "why": "the device is cpu"}
     for name in ("last", "best"):
         student = checkpoint.load(None, tmp_path / name)

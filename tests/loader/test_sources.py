@@ -175,9 +175,8 @@ def test_decoded_once_or_as_needed_it_is_the_same(tmp_path: Path, size: int) -> 
     )
     # Of another size, it is torch that makes the view of what is streamed.
     rounding = 0.0 if size == 8 else ROUNDING["dali"]
-    for one, other in zip(
-        batches(kept, order, "affine-colour"), batches(streamed, order, "affine-colour"), strict=True
-    ):
+    both = (batches(source, order, "affine-colour") for source in (kept, streamed))
+    for one, other in zip(*both, strict=True):
         assert_same(one, other, rounding)
 
 
