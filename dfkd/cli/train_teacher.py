@@ -15,7 +15,8 @@ from dfkd.cli.progress import progress
 from dfkd.device import resolve_device
 from dfkd.evaluation.real_data import open_images
 from dfkd.files import folder_lock, make_writable, remove_partials
-from dfkd.loader import KINDS, SOURCES, Images, Source, choose, open_source
+from dfkd.loader import KINDS, Images, Source, choose, open_source
+from dfkd.loader.settings import LoaderOptions
 from dfkd.log import Log
 from dfkd.resume import CHECKPOINT, RESULT, read_checkpoint, read_result, refuse_other, write_checkpoint, write_result
 from dfkd.teachers import checkpoint
@@ -30,7 +31,7 @@ COMPUTATION = ("out", "device", "loader", "workers", "resume")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(LoaderOptions):
     """Train a classifier on real images, to be the teacher of a data-free distillation.
 
     Writes OUT/model.safetensors and config.json (give OUT to --teacher-checkpoint of the other commands), log.jsonl
@@ -64,13 +65,6 @@ class Options:
     label_smoothing: float = option(0.0, "share of the target spread over all classes", low=0, high=1)
     amp: str = option("off", "mixed precision", choices=tuple(AMP_DTYPES))
     device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
-    loader: str = option(
-        "auto",
-        "dali: images decoded and viewed ahead of the steps by NVIDIA DALI; resident: every image on the device; torch:"
-        " decoded by worker processes; auto: by what fits into memory and is installed, and it says why",
-        choices=SOURCES,
-    )
-    workers: int = option(2, "threads (dali) or processes (torch) that decode images", low=0)
     seed: int = option(0, "fixes initial weights, order and augmentation", low=0)
     resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
 

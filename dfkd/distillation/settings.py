@@ -6,13 +6,14 @@ from dfkd.choices import KERNEL_NAMES
 from dfkd.cli.options import option
 from dfkd.distillation.mixing import MIXES
 from dfkd.errors import UsageError
-from dfkd.loader import KINDS, SOURCES
+from dfkd.loader import KINDS
+from dfkd.loader.settings import LoaderOptions
 
 EPOCHS = 240
 
 
 @dataclass(frozen=True)
-class DistillSettings:
+class DistillSettings(LoaderOptions):
     """Options of a run that its student depends on, and those on how it is computed (device to resume)."""
 
     steps: int | None = option(None, "length of the run in batches; instead of --epochs", low=1, unit="steps")
@@ -51,13 +52,6 @@ class DistillSettings:
         " differ by rounding",
         choices=KERNEL_NAMES,
     )
-    loader: str = option(
-        "auto",
-        "dali: images decoded and viewed ahead of the steps by NVIDIA DALI; resident: every image on the device; torch:"
-        " decoded by worker processes; auto: by what fits into memory and is installed, and it says why",
-        choices=SOURCES,
-    )
-    workers: int = option(2, "threads (dali) or processes (torch) that decode images", low=0)
     on_bad_sample: str = option(
         "fail",
         "an image that is damaged: fail ends the run before it begins; skip leaves those out that damaged shards hold",

@@ -18,13 +18,15 @@ normalise, cast, channels last. It reads nothing and draws nothing by itself: ev
     bfloat16 is torch's cast of the pipeline's float32; float16 is DALI's own
 """
 
-import math
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from math import ceil
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,20 +38,22 @@ from dfkd.loader.views import REACH, Views, draw, padding
 
 AHEAD = 2  # batches in the making while one is used
 
-fn: Any
-types: Any
-dali_math: Any
-Pipeline: Any
-try:
-    from nvidia.dali import fn, types
-    from nvidia.dali import math as dali_math
-    from nvidia.dali.pipeline import Pipeline
-except ImportError:  # optional: choice.py refuses it or leaves it aside before anything here is called
-    Pipeline = None
 
-
+@cache
 def installed() -> bool:
-    return Pipeline is not None
+    """Whether DALI, which is optional, can be imported; it takes half a second, once it is asked for."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except (ImportError, OSError):  # the second where a library of it cannot be loaded
+        return False
+    return True
+
+
+def _nvidia() -> Any:
+    import nvidia.dali
+    import nvidia.dali.math
+
+    return nvidia.dali
 
 
 class Dali:
@@ -61,7 +65,7 @@ class Dali:
         # The pipeline holds the feed, and the feed nothing of this: a cycle would leave its threads to be collected
         # anywhere, in a forked worker too.
         self._feed = _Feed(data, positions, form.size, kind)
-        self._making = kind, rows, max(1, threads)
+        self._making = rows, max(1, threads)
         self._pipe = _pipeline(self._feed, form, *self._making)
 
     def batches(self, steps: Iterable[Step]) -> Iterator[Batch]:
@@ -89,9 +93,10 @@ class Dali:
     def _drain(self) -> None:
         """Take what was made ahead and is not wanted: the pipeline must be at an end before it begins again."""
         self._feed.steps = iter(())
-        while self._feed.asked:
+        while self._feed.asked and not self._pipe.empty():  # empty where the inputs of a step were refused
             self._next()
             self._feed.asked.popleft()
+        self._feed.asked.clear()
         self._schedule()
 
     def _schedule(self) -> None:
@@ -125,6 +130,8 @@ class _Feed:
         # Whether the pipeline does the view as well.
         self.whole = not isinstance(data, Encoded) or data.image_size == size
         self.inputs = _inputs_of(kind) if self.whole else ()
+        # At 4 pixels and more it is narrower than the image that it mirrors. Parts of an image need none.
+        self.border = min(size, ceil(REACH * size) + 1) if "matrix" in self.inputs and kind != "rrc-flip" else 0
         self.steps: Iterator[Step] = iter(())
         self.asked: deque[Step] = deque()
 
@@ -139,10 +146,12 @@ class _Feed:
             images: Any = self.data.encoded(positions)  # type: ignore[attr-defined]
         elif self.whole:
             images = read_pixels(self.data, positions, self.size).numpy()
+            if self.border:
+                images = _between_mirrors(_between_mirrors(images, self.border, 2), self.border, 1)
         else:
             images = self.data.read(positions).permute(0, 2, 3, 1).contiguous().numpy()
         self.asked.append(step)
-        return (images, *_arguments(step.views, self.inputs, self.size))
+        return (images, *_arguments(step.views, self.inputs, self.size, self.border))
 
     def damaged(self, step: Step, error: RuntimeError) -> UsageError:
         """The image that Pillow cannot read either, by file and id, or else what DALI says of the batch."""
@@ -158,31 +167,33 @@ class _Feed:
         return UsageError(f"DALI cannot make the batch of the images {ids}", why, "use --loader torch")
 
 
-def _pipeline(feed: _Feed, form: Form, kind: str, rows: int, threads: int) -> Any:
+def _pipeline(feed: _Feed, form: Form, rows: int, threads: int) -> Any:
+    nvidia = _nvidia()
+    fn = nvidia.fn
     gpu = form.device.type == "cuda"
+    names = ["bytes" if feed.encoded else "pixels", *feed.inputs]
     device = (form.device.index or 0) if gpu else None
-    pipe = Pipeline(batch_size=rows, num_threads=threads, device_id=device, prefetch_queue_depth=AHEAD)
+    pipe = nvidia.Pipeline(batch_size=rows, num_threads=threads, device_id=device, prefetch_queue_depth=AHEAD)
     with pipe:
-        kinds = [_INPUTS["bytes" if feed.encoded else "pixels"], *(_INPUTS[name] for name in feed.inputs)]
-        dtypes, dimensions, layouts = (list(part) for part in zip(*kinds, strict=True))
+        dtypes, dimensions, layouts = _kinds(names)
         images, *arguments = fn.external_source(
-            source=feed, num_outputs=len(kinds), dtype=dtypes, ndim=dimensions, layout=layouts
+            source=feed, num_outputs=len(names), dtype=dtypes, ndim=dimensions, layout=layouts
         )
         encoded = images
         images = _decoded(images, feed.encoded, gpu)
         if feed.fitted:
             images = _fitted(images, encoded, form.size)
         if feed.whole:
-            images = _viewed(images, dict(zip(feed.inputs, arguments, strict=True)), form, kind)
+            images = _viewed(images, dict(zip(feed.inputs, arguments, strict=True)), form, feed)
         pipe.set_outputs(images)
     pipe.build()
     return pipe
 
 
-# Of the pipeline's inputs: type, dimensions of a sample, layout.
-_INPUTS: dict[str, tuple[Any, int, str]] = {}
-if Pipeline is not None:
-    _INPUTS = {
+def _kinds(names: Sequence[str]) -> tuple[list[Any], list[int], list[str]]:
+    """Types, dimensions of a sample and layouts of the pipeline's inputs."""
+    types = _nvidia().types
+    known = {
         "bytes": (types.UINT8, 1, ""),
         "pixels": (types.UINT8, 3, "HWC"),
         "corner": (types.INT32, 1, ""),
@@ -190,6 +201,8 @@ if Pipeline is not None:
         "matrix": (types.FLOAT, 2, ""),
         "colour": (types.FLOAT, 1, ""),
     }
+    dtypes, dimensions, layouts = zip(*(known[name] for name in names), strict=True)
+    return list(dtypes), list(dimensions), list(layouts)
 
 
 def _inputs_of(kind: str) -> tuple[str, ...]:
@@ -199,7 +212,7 @@ def _inputs_of(kind: str) -> tuple[str, ...]:
     return (*window, *(name for name in ("matrix", "colour") if getattr(views, name) is not None))
 
 
-def _arguments(views: Views, names: tuple[str, ...], size: int) -> Iterator[Any]:
+def _arguments(views: Views, names: tuple[str, ...], size: int, border: int) -> Iterator[Any]:
     """The views as DALI takes them: positions in pixels of the image, or of the one with a border around it."""
     for name in names:
         if name == "corner":
@@ -210,21 +223,25 @@ def _arguments(views: Views, names: tuple[str, ...], size: int) -> Iterator[Any]
             yield views.window[:, 2].int().numpy()
         elif name == "matrix":
             assert views.matrix is not None
-            yield _in_pixels(views.matrix, size).numpy()
+            yield _in_pixels(views.matrix, size, border).numpy()
         else:
             assert views.colour is not None
             yield views.colour.numpy()
 
 
-def _in_pixels(matrix: Tensor, size: int) -> Tensor:
-    """matrix [B, 2, 3] of positions in -1..1 -> the same map of positions in pixels, 0 the outer edge of the first."""
+def _in_pixels(matrix: Tensor, size: int, border: int) -> Tensor:
+    """matrix [B, 2, 3] of positions in -1..1 -> the same map of positions in pixels, 0 the outer edge of the first.
+
+    The positions looked up are in the image with a border around it.
+    """
     turn, move = matrix.double().split((2, 1), dim=2)  # type: ignore[no-untyped-call]
     # u = 2 x / size - 1 on both sides: x' = turn x + size / 2 (move + 1 - turn (1, 1))
     shift = size / 2 * (move + 1 - turn.sum(2, keepdim=True))
-    return torch.cat((turn, shift), dim=2).float()
+    return torch.cat((turn, shift + border), dim=2).float()
 
 
 def _decoded(images: Any, encoded: bool, gpu: bool) -> Any:
+    fn, types = _nvidia().fn, _nvidia().types
     if encoded:
         # Pillow's defaults: no rotation by EXIF, smooth chroma, the accurate DCT.
         return fn.decoders.image(
@@ -239,6 +256,7 @@ def _decoded(images: Any, encoded: bool, gpu: bool) -> Any:
 
 def _fitted(images: Any, encoded: Any, size: int) -> Any:
     """The largest square in the middle, size x size: PIL.ImageOps.fit, bicubic (a = -0.5), antialiased."""
+    fn, types = _nvidia().fn, _nvidia().types
     shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.FLOAT)
     side = fn.reductions.min(shape)
     start = (shape - side) / 2
@@ -252,8 +270,9 @@ def _fitted(images: Any, encoded: Any, size: int) -> Any:
     )
 
 
-def _viewed(images: Any, views: dict[str, Any], form: Form, kind: str) -> Any:
+def _viewed(images: Any, views: dict[str, Any], form: Form, feed: _Feed) -> Any:
     """uint8 HWC -> the view, normalised, HWC."""
+    fn, types = _nvidia().fn, _nvidia().types
     size = form.size
     mirror = views.get("mirror", 0)
     if "corner" in views:
@@ -261,14 +280,10 @@ def _viewed(images: Any, views: dict[str, Any], form: Form, kind: str) -> Any:
             images, start=views["corner"], shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
         )
     if "matrix" in views:
-        matrix = views["matrix"]
-        if kind != "rrc-flip":  # whose parts lie within the image
-            # At 4 pixels and more the border is narrower than the image that it mirrors.
-            border = min(size, math.ceil(REACH * size) + 1)
-            images = _reflected(_reflected(images, size, border, 1), size, border, 0)
-            matrix = matrix + np.array([[0, 0, border], [0, 0, border]], np.float32)
+        if feed.encoded and feed.border:
+            images = _reflected(_reflected(images, size, feed.border, 1), size, feed.border, 0)
         images = fn.warp_affine(
-            images, matrix=matrix, size=[size, size], dtype=types.FLOAT, interp_type=types.INTERP_LINEAR
+            images, matrix=views["matrix"], size=[size, size], dtype=types.FLOAT, interp_type=types.INTERP_LINEAR
         )
     if "colour" in views:
         images = _coloured(images, views["colour"].gpu() if form.device.type == "cuda" else views["colour"])
@@ -282,8 +297,15 @@ def _viewed(images: Any, views: dict[str, Any], form: Form, kind: str) -> Any:
     )
 
 
+def _between_mirrors(pixels: npt.NDArray[np.uint8], border: int, axis: int) -> npt.NDArray[np.uint8]:
+    """As _reflected, of pixels [B, H, W, 3] in main memory: copies of the batch, where DALI makes some of each image."""
+    first, last = np.split(pixels, [border], axis)[0], np.split(pixels, [-border], axis)[1]
+    return np.concatenate((np.flip(first, axis), pixels, np.flip(last, axis)), axis)
+
+
 def _reflected(images: Any, size: int, border: int, axis: int) -> Any:
     """The image between mirror images of its sides along an axis."""
+    fn = _nvidia().fn
     mirrored = fn.flip(images, horizontal=int(axis == 1), vertical=int(axis == 0))
     before = fn.slice(mirrored, start=[size - border], shape=[border], axes=[axis])
     after = fn.slice(mirrored, start=[0], shape=[border], axes=[axis])
@@ -292,6 +314,7 @@ def _reflected(images: Any, size: int, border: int, axis: int) -> Any:
 
 def _coloured(images: Any, colour: Any) -> Any:
     """dfkd.loader.views.colour on levels 0 to 255."""
+    fn, math = _nvidia().fn, _nvidia().math
     contrast, brightness, gain = colour[0], colour[1], colour[2:5]
     offset = fn.reductions.mean(images) * (1 - contrast) + 255 * brightness
-    return fn.reinterpret(dali_math.clamp(images * (contrast * gain) + offset * gain, 0, 255), layout="HWC")
+    return fn.reinterpret(math.clamp(images * (contrast * gain) + offset * gain, 0, 255), layout="HWC")
