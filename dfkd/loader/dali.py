@@ -298,7 +298,7 @@ def _viewed(images: Any, views: dict[str, Any], form: Form, feed: _Feed) -> Any:
 
 
 def _between_mirrors(pixels: npt.NDArray[np.uint8], border: int, axis: int) -> npt.NDArray[np.uint8]:
-    """As _reflected, of pixels [B, H, W, 3] in main memory: copies of the batch, where DALI makes some of each image."""
+    """As _reflected, of pixels [B, H, W, 3] in main memory: copies of the batch, not of each image."""
     first, last = np.split(pixels, [border], axis)[0], np.split(pixels, [-border], axis)[1]
     return np.concatenate((np.flip(first, axis), pixels, np.flip(last, axis)), axis)
 
