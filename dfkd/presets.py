@@ -86,6 +86,7 @@ PRESETS: dict[str, Preset] = {
             "lr": 0.1,
             "schedule": "onecycle",
             "augment": "affine",
+            "loader": "resident",  # the same bits with DALI and without
         },
         generate={
             "count": 400,

@@ -24,6 +24,7 @@ from dfkd.files import make_writable
 from dfkd.kernel_choice import choose_kernels
 from dfkd.resume import RESULT, read_checkpoint, read_result, write_result
 from dfkd.shards import open_folder
+from dfkd.shards.damage import in_words
 from dfkd.teachers.classifier import Classifier
 
 COMMAND = "dfkd-distill"
@@ -59,7 +60,9 @@ def run(options: Options) -> dict[str, Any]:
     teachers.check(options.student)
     _check_test(options.test)
     kernels = choose_kernels(options.kernels, resolve_device(options.device))
-    data = open_folder(options.data)
+    data = open_folder(options.data, options.on_bad_sample)
+    if data.left_out:
+        _say(f"left out: {len(data.left_out)} of {data.layout.count} images: {in_words(data.left_out)}")
     teacher = load_teacher(options.teacher, options.teacher_checkpoint, options.normalisation, data.class_names)
     make_writable(options.out)
     this_run = plain(identity(data, teacher, options.student, options))
@@ -85,6 +88,7 @@ def run(options: Options) -> dict[str, Any]:
         "best_step": trained.best_step,
         "steps": trained.steps,
         "images": trained.images,
+        "left_out": [sample.id for sample in data.left_out],
         "seconds": trained.seconds,
         "device": str(resolve_device(options.device)),
         "kernels": {"name": kernels.name, "why": kernels.why},

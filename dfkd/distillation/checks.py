@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from dfkd.distillation.loader import Images
 from dfkd.distillation.settings import DistillSettings
 from dfkd.errors import UsageError
+from dfkd.loader import Images
 from dfkd.teachers.classifier import Classifier
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

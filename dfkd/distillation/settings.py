@@ -4,14 +4,16 @@ from dataclasses import dataclass
 
 from dfkd.choices import KERNEL_NAMES
 from dfkd.cli.options import option
-from dfkd.distillation.augment import KINDS, MIXES
+from dfkd.distillation.mixing import MIXES
 from dfkd.errors import UsageError
+from dfkd.loader import KINDS
+from dfkd.loader.settings import LoaderOptions
 
 EPOCHS = 240
 
 
 @dataclass(frozen=True)
-class DistillSettings:
+class DistillSettings(LoaderOptions):
     """Options of a run that its student depends on, and those on how it is computed (device to resume)."""
 
     steps: int | None = option(None, "length of the run in batches; instead of --epochs", low=1, unit="steps")
@@ -50,12 +52,11 @@ class DistillSettings:
         " differ by rounding",
         choices=KERNEL_NAMES,
     )
-    loader: str = option(
-        "auto",
-        "resident: every image on the device; torch: decoded from the shards by workers; auto: resident where it fits",
-        choices=("auto", "resident", "torch"),
+    on_bad_sample: str = option(
+        "fail",
+        "an image that is damaged: fail ends the run before it begins; skip leaves those out that damaged shards hold",
+        choices=("fail", "skip"),
     )
-    workers: int = option(2, "processes that decode images for --loader torch", low=0)
     resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
 
     def __post_init__(self) -> None:
@@ -79,7 +80,8 @@ class DistillSettings:
 
 
 # How a run is computed, not what: these may differ between the beginning of a run and its resumption.
-COMPUTATION = ("device", "kernels", "loader", "workers", "resume")
+# Images that are left out are told by the digest of the data.
+COMPUTATION = ("device", "kernels", "loader", "workers", "on_bad_sample", "resume")
 
 
 def _part(text: str) -> float:

@@ -17,20 +17,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dfkd.device import resolve_device
-from dfkd.distillation.augment import augment, mix
 from dfkd.distillation.checks import AMP_DTYPES, check
 from dfkd.distillation.held_out import logits_of, score, split
 from dfkd.distillation.identity import identity
-from dfkd.distillation.loader import Images, Loader, Order, Resident, Streamed, choose, read_all
 from dfkd.distillation.log import Losses
 from dfkd.distillation.losses import distillation_loss
-from dfkd.distillation.randomness import derived_seed, generator, seed_global
+from dfkd.distillation.mixing import mix
 from dfkd.distillation.schedule import learning_rate
 from dfkd.distillation.settings import EPOCHS, DistillSettings
 from dfkd.distillation.state import State
 from dfkd.files import folder_lock, make_writable, remove_partials
 from dfkd.kernel_choice import choose_kernels
+from dfkd.loader import Form, Images, Order, Source, choose, open_source, read_all, steps
 from dfkd.log import Log
+from dfkd.randomness import derived_seed, seed_global
 from dfkd.resume import CHECKPOINT, read_checkpoint
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
@@ -120,15 +120,18 @@ class _Run:
         else:
             self.state.load(saved)
 
-    def loader(self, say: Callable[[str], object]) -> Loader:
-        settings, size = self.settings, self.teacher.input_size
-        source, reason = choose(settings.loader, len(self.rows), size, self.device)
-        say(f"loader: {source} ({reason})")
-        if source == "resident":
-            return Resident(self.data, self.rows, self.order, size, self.device)
-        return Streamed(self.data, self.rows, self.order, size, self.device, settings.workers)
+    def loader(self, say: Callable[[str], object]) -> Source:
+        settings, teacher = self.settings, self.teacher
+        # What autocast would round in front of the first layer may come rounded; what is blended is blended before.
+        blended = settings.mix in ("mixup", "both")
+        dtype = torch.float32 if blended else AMP_DTYPES[settings.amp]
+        form = Form(teacher.input_size, teacher.mean, teacher.std, self.device, dtype)
+        choice = choose(settings.loader, len(self.rows), form.size, self.device)
+        say(f"loader: {choice.name} ({choice.why})")
+        kind, rows, workers = settings.augment, self.order.batch_size, settings.workers
+        return open_source(choice, self.data, self.rows, form, kind, rows, workers)
 
-    def train(self, loader: Loader, watch: Callable[[int, int], object]) -> None:
+    def train(self, source: Source, watch: Callable[[int, int], object]) -> None:
         settings, order, state, student = self.settings, self.order, self.state, self.pupil.module.train()
         held = read_all(self.data, self.held, self.teacher.input_size) if len(self.held) else None
         held_wanted = None if held is None else logits_of(self.teacher, held)
@@ -136,11 +139,10 @@ class _Run:
         losses, started = Losses(), time.perf_counter() - state.seconds
         watch(state.step * order.batch_size, order.length)
         log = Log(self.out / "log.jsonl", "step", state.step)
-        for batch in loader.batches(state.step):
-            random = generator(settings.seed, "view", state.step)
+        for batch in source.batches(steps(order, settings.augment, self.teacher.input_size, state.step)):
             seed_global(derived_seed(settings.seed, "dropout", state.step), self.device)
-            views = mix(augment(batch.images, settings.augment, random), settings.mix, settings.mix_alpha, random)
-            inputs = self.teacher.prepare(views).contiguous(memory_format=torch.channels_last)
+            assert batch.random is not None  # these steps have their own
+            inputs = mix(batch.images, settings.mix, settings.mix_alpha, batch.random)
             with torch.autocast(self.device.type, dtype, enabled=settings.amp != "off"):
                 with torch.no_grad():
                     wanted = self.teacher.module(inputs)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dfkd import teachers
 from dfkd.cli import distill as cli
 from dfkd.cli.options import command, parse
 from dfkd.errors import UsageError
+from dfkd.loader import dali
 from dfkd.presets import PRESETS
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
@@ -62,7 +64,8 @@ def test_a_run_leaves_a_student_that_loads_and_a_result(
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["steps"], result["images"], result["accuracy"]) == (4, 32, None)
     assert 0 <= float(str(result["agreement"])) <= 1
-    assert "loader: resident (" in printed.err and "kernels: torch (the device is cpu)" in printed.err
+    loader = "dali" if dali.installed() else "resident"
+    assert f"loader: {loader} (" in printed.err and "kernels: torch (the device is cpu)" in printed.err
     assert result["kernels"] == {"name": "torch", "why": "the device is cpu"}
     for name in ("last", "best"):
         student = checkpoint.load(None, tmp_path / name)
@@ -185,6 +188,33 @@ def test_kernels_are_named_and_refused_before_anything_is_read(
     assert call(*arguments(inputs, tmp_path / "out", "--kernels", "cuda")) == 2
     assert "one of auto, triton, torch" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_damaged_shard_has_lost_is_named_and_may_be_left_out(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(inputs / "synthetic", tmp_path / "synthetic")
+    shard = data / "shard-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:20_000])
+
+    def given(out: str, *more: str) -> list[str]:
+        return [*arguments(inputs, tmp_path / out), "--data", str(data), *more]
+
+    assert call(*given("out")) == 2
+    assert "shard-00001.tar: image 15 (absent" in capsys.readouterr().err
+    results = []
+    for loader in ("resident", "torch"):
+        assert call(*given(loader, "--on-bad-sample", "skip", "--loader", loader, "--workers", "0")) == 0
+        printed = capsys.readouterr()
+        results.append(last_line(printed.out))
+        assert f"left out: {len(results[-1]['left_out'])} of 24 images" in printed.err  # type: ignore[arg-type]
+        assert "shard-00001.tar: image 15 (absent" in printed.err
+    assert results[0]["left_out"] == results[1]["left_out"] and 15 in results[0]["left_out"]  # type: ignore[operator]
+    weights = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("resident", "torch")]
+    assert weights[0] == weights[1]
+    shutil.copy(inputs / "synthetic" / shard.name, shard)  # repaired: these are other images
+    assert call(*given("torch", "--on-bad-sample", "skip", "--loader", "torch")) == 2
+    assert "data is " in capsys.readouterr().err
 
 
 def test_a_presets_length_can_be_taken_back() -> None:

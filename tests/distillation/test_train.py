@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from dfkd.distillation.settings import DistillSettings
 from dfkd.distillation.train import DistillResult, distill
 from dfkd.errors import UsageError
+from dfkd.loader import dali
 from kernels import soft_kl
 from tests.distillation.small_run import network, pool, settings, teacher
 
@@ -64,10 +65,15 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, changes: dict[str
     assert logs[0] == logs[1]
 
 
-def test_both_loaders_train_the_same_student(tmp_path: Path) -> None:
+def test_all_loaders_train_the_same_student(tmp_path: Path) -> None:
     run(tmp_path / "resident", settings(loader="resident"))
     run(tmp_path / "torch", settings(loader="torch", workers=0))
     assert equal(tmp_path / "resident", tmp_path / "torch")
+    if dali.installed():
+        run(tmp_path / "dali", settings(loader="dali"))
+        mine, theirs = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("dali", "torch"))
+        for key, value in theirs.items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-5)  # normalised in another order
 
 
 @pytest.mark.parametrize("options", [{}, {"ce_weight": 1.0}])

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from dfkd import teachers
+from dfkd.loader.resident import Resident
+from dfkd.shards import Pool
 from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.train import SCHEDULES, Recipe, State, _parameter_groups, accuracy, rate, train
+from dfkd.teachers.train import SCHEDULES, Recipe, State, _parameter_groups, accuracy, form_of, rate, train
 
 RECIPE = Recipe(
     epochs=3,
@@ -34,6 +36,15 @@ def dark_and_light() -> tuple[torch.Tensor, torch.Tensor]:
     return images + (labels * 120).to(torch.uint8).view(-1, 1, 1, 1), labels
 
 
+def pool(images: torch.Tensor, labels: torch.Tensor) -> Pool:
+    return Pool(images, labels, torch.arange(len(labels)), ("dark", "light"))
+
+
+def source(classifier: Classifier, recipe: Recipe = RECIPE) -> tuple[Resident, int]:
+    data = pool(*dark_and_light())
+    return Resident(data, data.ids, form_of(classifier, recipe)), len(data.ids)
+
+
 @functools.cache
 def fit(run: int):
     """The classifier and its epochs; ``run`` only tells repetitions apart."""
@@ -41,7 +52,7 @@ def fit(run: int):
     network = teachers.build("resnet8", 2)
     classifier = Classifier(network, "resnet8", ("dark", "light"), 8, (0.4,) * 3, (0.3,) * 3)
     epochs = []
-    train(classifier, *dark_and_light(), RECIPE, epochs.append)
+    train(classifier, *source(classifier), RECIPE, epochs.append)
     return classifier, epochs
 
 
@@ -51,7 +62,7 @@ def test_learns_and_reports():
     assert [epoch.number for epoch in epochs] == [1, 2, 3]
     assert epochs[-1].loss < epochs[0].loss
     assert epochs[-1].lr < epochs[0].lr < RECIPE.lr
-    assert accuracy(classifier, *dark_and_light(), batch_size=32) == 1.0
+    assert accuracy(classifier, pool(*dark_and_light()), batch_size=32) == 1.0
 
 
 def test_same_seed_same_weights():
@@ -75,7 +86,7 @@ def with_dropout(seed: int) -> Classifier:
 def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
     recipe = replace(RECIPE, **changes)
     whole, whole_epochs = with_dropout(0), []
-    train(whole, *dark_and_light(), recipe, whole_epochs.append)
+    train(whole, *source(whole, recipe), recipe, whole_epochs.append)
 
     stopped, epochs, kept = with_dropout(0), [], io.BytesIO()
     state = State(stopped.module, recipe)
@@ -88,14 +99,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
         kept.seek(0)
 
     with pytest.raises(Killed):
-        train(stopped, *dark_and_light(), recipe, after_epoch, state)
+        train(stopped, *source(stopped, recipe), recipe, after_epoch, state)
     resumed = with_dropout(99)
     state = State(resumed.module, recipe)
     kept.seek(0)
     state.load(torch.load(kept, weights_only=True))
     assert state.epoch == killed and state.seconds == epochs[-1].seconds
     torch.rand(7)  # whatever else the new process draws
-    train(resumed, *dark_and_light(), recipe, epochs.append, state)
+    train(resumed, *source(resumed, recipe), recipe, epochs.append, state)
 
     mine, theirs = resumed.module.state_dict(), whole.module.state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
@@ -106,15 +117,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
 def test_training_leaves_torchs_generator_alone():
     classifier = with_dropout(0)
     before = torch.get_rng_state()
-    train(classifier, *dark_and_light(), RECIPE, lambda epoch: None)
+    train(classifier, *source(classifier), RECIPE, lambda epoch: None)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_accuracy_counts():
     classifier, _ = fit(0)
     images, labels = dark_and_light()
-    assert accuracy(classifier, images, 1 - labels) == 0.0
-    assert accuracy(classifier, images, torch.zeros_like(labels)) == 0.5
+    assert accuracy(classifier, pool(images, 1 - labels)) == 0.0
+    assert accuracy(classifier, pool(images, torch.zeros_like(labels))) == 0.5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
