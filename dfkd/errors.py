@@ -20,7 +20,7 @@ class UsageError(Exception):
 
 
 class Stopped(Exception):
-    """A run that a signal ended once its state was on disk; the commands print it and exit with 128 + the signal's number.
+    """A run that a signal ended once its state was on disk; the commands print it and exit with 128 + signum.
 
     ``str()`` says where it stands.
     """

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from dfkd.distillation.loader import Images
 from dfkd.distillation.cached_logits import check_cache
 from dfkd.distillation.compiled import check_compile
 from dfkd.distillation.cuda_graph import check_cuda_graph
@@ -12,14 +11,13 @@ from dfkd.distillation.normalisation import check_sync_bn
 from dfkd.distillation.settings import DistillSettings
 from dfkd.distillation.world import World
 from dfkd.errors import UsageError
+from dfkd.loader import Images
 from dfkd.teachers.classifier import Classifier
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check(
-    data: Images, teacher: Classifier, student: nn.Module, settings: DistillSettings, world: World
-) -> None:
+def check(data: Images, teacher: Classifier, student: nn.Module, settings: DistillSettings, world: World) -> None:
     """Raise UsageError where classes disagree, there is too little data, or what is asked for cannot work there."""
     check_computation(settings, world)
     if teacher.class_names != data.class_names:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from dfkd.choices import KERNEL_NAMES
 from dfkd.cli.options import option
-from dfkd.distillation.augment import KINDS, MIXES
+from dfkd.distillation.mixing import MIXES
 from dfkd.errors import UsageError
+from dfkd.loader import KINDS, SOURCES
 
 EPOCHS = 240
 
@@ -72,7 +73,7 @@ class DistillSettings:
     loader: str = option(
         "auto",
         "resident: every image on the device; torch: decoded from the shards by workers; auto: resident where it fits",
-        choices=("auto", "resident", "torch"),
+        choices=SOURCES,
     )
     workers: int = option(2, "processes that decode images for --loader torch", low=0)
     tensorboard: bool = option(False, "also log to OUT/tensorboard; needs the package tensorboard")

@@ -54,6 +54,4 @@ class Step:
                 with torch.no_grad():
                     wanted = self._teacher(images)
             answers = self._student(images)
-        return distillation_loss(
-            answers, wanted, settings.temperature, labels, settings.ce_weight, self.kernels
-        )
+        return distillation_loss(answers, wanted, settings.temperature, labels, settings.ce_weight, self.kernels)

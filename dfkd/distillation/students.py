@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 

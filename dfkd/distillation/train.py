@@ -153,9 +153,7 @@ class _Run:
         amp, rows = AMP_DTYPES[self.settings.amp], len(self.order.batch(0))
         return logits_table(self.teacher, self.data, self.rows, self.form, rows, amp)
 
-    def train(
-        self, source: Source, known: Tensor | None, kernels: str, watch: Callable[[int, int], object]
-    ) -> None:
+    def train(self, source: Source, known: Tensor | None, kernels: str, watch: Callable[[int, int], object]) -> None:
         settings, order, state, world = self.settings, self.order, self.state, self.world
         size, first, parts = self.form.size, state.step, settings.milestone_parts()
         held_out = None
@@ -193,7 +191,9 @@ class _Run:
                     self.save(guard.pending())
                 watch(min(state.step * order.batch_size, order.length), order.length)
                 if stop:
-                    raise Stopped(stop, f"stopped at step {state.step} of {order.steps}; the same command goes on there")
+                    raise Stopped(
+                        stop, f"stopped at step {state.step} of {order.steps}; the same command goes on there"
+                    )
         if log:
             log.close()
 
