@@ -11,7 +11,7 @@ from dfkd.distillation.normalisation import check_sync_bn
 from dfkd.distillation.settings import DistillSettings
 from dfkd.distillation.world import World
 from dfkd.errors import UsageError
-from dfkd.loader import Images
+from dfkd.loader import Images, Order
 from dfkd.teachers.classifier import Classifier
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +33,17 @@ def check(data: Images, teacher: Classifier, student: nn.Module, settings: Disti
         raise UsageError(
             f"the student has {answers} classes and the images {len(data.class_names)}",
             todo="build the student with the number of classes of the images",
+        )
+
+
+def check_last_batch(order: Order) -> None:
+    """Raise UsageError where the run's last, shorter batch has no image for some process."""
+    last = order.size(order.steps - 1)
+    if last < order.world:
+        raise UsageError(
+            f"the last batch of the run has {last} images",
+            f"each of {order.world} processes needs one",
+            "give the length in --steps, or start fewer processes",
         )
 
 

@@ -47,7 +47,7 @@ class Captured:
     def __init__(self, descent: Descent, rows: int) -> None:
         self._descent, self._rows = descent, rows
         self._warm = 0
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor | None, ...] = ()
         self._loss: Tensor | None = None

@@ -21,4 +21,5 @@ def synchronised(student: nn.Module, wanted: str, world: World) -> nn.Module:
     "on", or "auto" on GPUs. Its weights keep their names."""
     if world.size == 1 or wanted == "off" or (wanted == "auto" and world.device.type != "cuda"):
         return student
-    return nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+    return converted

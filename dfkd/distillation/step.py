@@ -35,7 +35,8 @@ class Step:
         self.state.set_rate(lr)
         self._share = share
         if self.settings.compile in GRAPHS:
-            torch.compiler.cudagraph_mark_step_begin()  # the teacher's answer is to outlive the student's call
+            # The teacher's answer is to outlive the student's call.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         loss = self._descent(images, labels, wanted)
         self.state.advance()
         return loss

@@ -7,8 +7,8 @@ OUT/log.jsonl          losses and checks on the held-out images
 
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dfkd.device import resolve_device
 from dfkd.distillation.cached_logits import choose_cache, logits_table
-from dfkd.distillation.checks import AMP_DTYPES, check
+from dfkd.distillation.checks import AMP_DTYPES, check, check_last_batch
 from dfkd.distillation.guard import Guard
 from dfkd.distillation.held_out import split
 from dfkd.distillation.identity import identity
@@ -35,7 +35,7 @@ from dfkd.distillation.world import Agreement, World
 from dfkd.errors import Stopped
 from dfkd.files import folder_lock, make_writable, remove_partials
 from dfkd.kernel_choice import choose_kernels
-from dfkd.loader import Form, Images, Order, Source, choose, open_source, read_all, steps
+from dfkd.loader import Batch, Form, Images, Order, Source, choose, open_source, read_all, steps
 from dfkd.randomness import derived_seed, seed_global
 from dfkd.resume import CHECKPOINT, read_checkpoint
 from dfkd.teachers.classifier import Classifier
@@ -103,6 +103,7 @@ class _Run:
         self.rows, self.held = split(data.ids, settings.held_out)
         length = run_length(settings, len(self.rows))
         self.order = Order(settings.seed, len(self.rows), settings.batch_size, length, world.rank, world.size)
+        check_last_batch(self.order)
         self.every = settings.checkpoint_every or -(-self.order.steps // CHECKS)
         self.state = State(student, settings, self.device)
         # What autocast would round in front of the first layer may come rounded; what is blended is blended before.
@@ -154,52 +155,64 @@ class _Run:
         return logits_table(self.teacher, self.data, self.rows, self.form, rows, amp)
 
     def train(self, source: Source, known: Tensor | None, kernels: str, watch: Callable[[int, int], object]) -> None:
+        """From the state's step to the run's last; ``known``: of known_logits."""
         settings, order, state, world = self.settings, self.order, self.state, self.world
-        size, first, parts = self.form.size, state.step, settings.milestone_parts()
         held_out = None
         if world.first and len(self.held):
-            held_out = HeldOut(read_all(self.data, self.held, size), self.teacher, settings.temperature)
+            images = read_all(self.data, self.held, self.form.size)
+            held_out = HeldOut(images, self.teacher, settings.temperature)
         step = Step(self.teacher.module, state, settings, world, len(order.batch(0)), kernels)
-        log = Logs(self.out, first, settings, self.identity) if world.first else None
-        guard = self.guard()
-        started = time.perf_counter() - state.seconds
-        agreed, dropout = Agreement(world), f"dropout/{world.rank}" if world.rank else "dropout"
+        guard, agreed = self.guard(), Agreement(world)
+        started, first = time.perf_counter() - state.seconds, state.step
         watch(first * order.batch_size, order.length)
         self.pupil.module.train()
-        with deferred() as received:
-            for now, batch in enumerate(source.batches(steps(order, settings.augment, size, first)), first):
-                seed_global(derived_seed(settings.seed, dropout, now), self.device)
-                assert batch.random is not None  # these steps have their own
-                total, rows = order.size(now), order.rows(now)
-                images = mix(batch.images, settings.mix, settings.mix_alpha, batch.random, total, rows)
-                wanted = None if known is None else known[order.batch(now).to(self.device)]
-                lr = learning_rate(now, order.steps, settings.lr, settings.schedule, parts, settings.warmup)
-                guard.add(now + 1, step(images, batch.labels, wanted, lr, len(images) * world.size / total))
-
+        with deferred() as received, self._logs() as log:
+            for now, batch in enumerate(source.batches(steps(order, settings.augment, self.form.size, first)), first):
+                lr = learning_rate(
+                    now, order.steps, settings.lr, settings.schedule, settings.milestone_parts(), settings.warmup
+                )
+                guard.add(state.step + 1, self._one(step, now, batch, known, lr))
                 due = state.step % self.every == 0 or state.step == order.steps
                 stop = agreed(received()) if state.step < order.steps else 0
                 if due or state.step % LOG_EVERY == 0:
-                    loss = guard.report(int(state.skipped))
-                    if log:
-                        log.write(state.step, loss=loss, lr=lr, **state.measured())
+                    log(state.step, loss=guard.report(int(state.skipped)), lr=lr, **state.measured())
                 if due or stop:
                     guard.check_weights(state.step, state.student)
-                    if due and held_out and log:
-                        log.write(state.step, **held_out.judge(state, self.pupil, self.out))
+                    if due and held_out is not None:
+                        log(state.step, **held_out.judge(state, self.pupil, self.out))
                         self.pupil.module.train()
                     state.seconds = time.perf_counter() - started
                     self.save(guard.pending())
                 watch(min(state.step * order.batch_size, order.length), order.length)
                 if stop:
-                    raise Stopped(
-                        stop, f"stopped at step {state.step} of {order.steps}; the same command goes on there"
-                    )
-        if log:
+                    raise Stopped(stop, f"stopped after step {state.step} of {order.steps}; started again it goes on")
+
+    def _one(self, step: Step, now: int, batch: Batch, known: Tensor | None, lr: float) -> Tensor:
+        """Step ``now`` of the run, counted from 0; returns its loss."""
+        settings, order, rank = self.settings, self.order, self.world.rank
+        seed_global(derived_seed(settings.seed, f"dropout/{rank}" if rank else "dropout", now), self.device)
+        assert batch.random is not None  # the steps of a run have their own
+        total = order.size(now)
+        images = mix(batch.images, settings.mix, settings.mix_alpha, batch.random, total, order.rows(now))
+        images = images.contiguous(memory_format=torch.channels_last)
+        wanted = None if known is None else known[order.batch(now).to(self.device)]
+        return step(images, batch.labels, wanted, lr, len(images) * self.world.size / total)
+
+    @contextmanager
+    def _logs(self) -> Iterator[Callable[..., None]]:
+        """What writes to the run's logs; only the first process has any."""
+        if not self.world.first:
+            yield lambda step, **measured: None
+            return
+        log = Logs(self.out, self.state.step, self.settings, self.identity)
+        try:
+            yield log.write
+        finally:
             log.close()
 
     def guard(self) -> Guard:
         def ids(step: int) -> list[int]:
-            return self.data.ids[self.rows[self.order.global_batch(step - 1)]].tolist()  # type: ignore[no-any-return]
+            return self.data.ids[self.rows[self.order.global_batch(step - 1)]].tolist()
 
         last_good = f"the last good checkpoint is {self.out / CHECKPOINT}"
         return Guard(self.world.mean, ids, last_good, int(self.state.skipped), self.pending)
