@@ -16,6 +16,7 @@ from dfkd.choices import IMAGE_FORMATS
 from dfkd.errors import UsageError
 from dfkd.files import folder_lock, make_writable, remove_partials, replace_file, replace_text, sha256
 from dfkd.shards.codec import encode
+from dfkd.shards.index import repair_index, write_index
 from dfkd.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest
 
 
@@ -61,6 +62,8 @@ class ShardFolder:
             folder = cls(path, wanted, shards, lock)
             if not (path / MANIFEST).exists():
                 folder._write_manifest()
+            for file in folder._shards:  # an index that is absent or damaged costs no image
+                repair_index(path / file)
             folder._lock = lock.pop_all()
             return folder
 
@@ -78,6 +81,7 @@ class ShardFolder:
         file = _file_name(index)
         path = self.path / file
         replace_file(path, lambda out: _write_tar(out, images, records, self.layout.image_format))
+        write_index(path)
         self._shards[file] = {
             "file": file,
             "first_id": ids.start,
