@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import dfkd
 from dfkd.cli.values import check, convert, split_optional
-from dfkd.errors import UsageError
+from dfkd.errors import Stopped, UsageError
 from dfkd.presets import PRESETS, Preset
 from engine.errors import EngineError
 
@@ -94,10 +94,14 @@ def parse(cls: type[T], argv: Sequence[str], command: str, presets: Mapping[str,
         raise UsageError(str(error), todo=_more(command)) from None
 
 
-def command(cls: type[T], run: Callable[[T], Mapping[str, Any]], name: str, argv: Sequence[str] | None = None) -> int:
+def command(
+    cls: type[T], run: Callable[[T], Mapping[str, Any] | None], name: str, argv: Sequence[str] | None = None
+) -> int:
     """Parse, run, print the result as one JSON line (the last of stdout); returns the exit status.
 
-    0 done; 2 UsageError or EngineError, printed as ``error: ...`` on stderr; 130 interrupted.
+    0 done; 2 UsageError or EngineError, printed as ``error: ...`` on stderr; 130 interrupted; 128 + n stopped by signal
+    n with its state saved (143 for SIGTERM). A result of None, of a process that is not the first of its run, is not
+    printed.
     """
     try:
         result = run(parse(cls, sys.argv[1:] if argv is None else argv, name, PRESETS))
@@ -107,7 +111,11 @@ def command(cls: type[T], run: Callable[[T], Mapping[str, Any]], name: str, argv
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(plain(result), allow_nan=False), flush=True)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    if result is not None:
+        print(json.dumps(plain(result), allow_nan=False), flush=True)
     return 0
 
 

@@ -32,6 +32,7 @@ class DistillSettings(LoaderOptions):
     augment: str = option("crop-flip", "random views; both networks see the same one", choices=KINDS)
     mix: str = option("none", "mixtures of two images, labelled by the teacher", choices=MIXES)
     mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha) of the mixtures", low=1e-3)
+    clip_norm: float = option(0.0, "largest 2-norm of the gradient, which is scaled down to it; 0: off", low=0)
     ema: float = option(
         0.0, "decay of an average of the weights that replaces them in the results; 0: off", low=0, high=0.99999
     )
@@ -43,6 +44,12 @@ class DistillSettings(LoaderOptions):
         unit="steps",
     )
     amp: str = option("off", "automatic mixed precision", choices=("bf16", "fp16", "off"))
+    sync_bn: str = option(
+        "auto",
+        "under torchrun the student's BatchNorm takes statistics over all processes, as one would over the whole batch;"
+        " GPUs only; auto: there",
+        choices=("auto", "on", "off"),
+    )
     seed: int = option(0, "of initial weights, order and augmentation", low=0)
 
     device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
@@ -52,6 +59,20 @@ class DistillSettings(LoaderOptions):
         " differ by rounding",
         choices=KERNEL_NAMES,
     )
+    compile: str = option(
+        "off",
+        "both networks by torch.compile, in this mode; results differ by rounding",
+        choices=("off", "default", "reduce-overhead", "max-autotune"),
+    )
+    cuda_graph: bool = option(False, "launch a whole step as one CUDA graph")
+    cache_logits: str = option(
+        "auto",
+        "ask the teacher once for every image instead of in every step; auto: where views and mixtures are none;"
+        " results differ by rounding at most",
+        choices=("auto", "on", "off"),
+    )
+    tensorboard: bool = option(False, "also log to OUT/tensorboard; needs the package tensorboard")
+    wandb: str | None = option(None, "also log to this project of Weights & Biases; needs the package wandb")
     on_bad_sample: str = option(
         "fail",
         "an image that is damaged: fail ends the run before it begins; skip leaves those out that damaged shards hold",
@@ -81,7 +102,10 @@ class DistillSettings(LoaderOptions):
 
 # How a run is computed, not what: these may differ between the beginning of a run and its resumption.
 # Images that are left out are told by the digest of the data.
-COMPUTATION = ("device", "kernels", "loader", "workers", "on_bad_sample", "resume")
+COMPUTATION = (
+    *("device", "kernels", "compile", "cuda_graph", "cache_logits", "loader", "workers", "on_bad_sample"),
+    *("tensorboard", "wandb", "resume"),
+)
 
 
 def _part(text: str) -> float:
