@@ -94,7 +94,9 @@ def parse(cls: type[T], argv: Sequence[str], command: str, presets: Mapping[str,
         raise UsageError(str(error), todo=_more(command)) from None
 
 
-def command(cls: type[T], run: Callable[[T], Mapping[str, Any]], name: str, argv: Sequence[str] | None = None) -> int:
+def command(
+    cls: type[T], run: Callable[[T], Mapping[str, Any] | None], name: str, argv: Sequence[str] | None = None
+) -> int:
     """Parse, run, print the result as one JSON line (the last of stdout); returns the exit status.
 
     0 done; 2 UsageError or EngineError, printed as ``error: ...`` on stderr; 130 interrupted.
@@ -107,7 +109,8 @@ def command(cls: type[T], run: Callable[[T], Mapping[str, Any]], name: str, argv
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(plain(result), allow_nan=False), flush=True)
+    if result is not None:
+        print(json.dumps(plain(result), allow_nan=False), flush=True)
     return 0
 
 
