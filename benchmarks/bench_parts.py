@@ -7,7 +7,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dfkd.distillation.augment import KINDS, augment
+from dfkd.loader import KINDS, draw
+from dfkd.loader.views import apply
 from dfkd.shards import Record, ShardFolder, read_folder
 from dfkd.synthesis import cutmix
 from kernels.philox import philox_normal
@@ -35,7 +36,11 @@ def test_latent_cutmix_of_a_group(benchmark: BenchmarkFixture) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
 def test_augmented_batch(benchmark: BenchmarkFixture, kind: str) -> None:
     images = torch.rand(IMAGES, 3, SIZE, SIZE)
-    assert benchmark(augment, images, kind, torch.Generator()).shape == images.shape
+
+    def augmented() -> torch.Tensor:
+        return apply(images, draw(kind, IMAGES, SIZE, SIZE, torch.Generator()))
+
+    assert benchmark(augmented).shape == images.shape
 
 
 def test_shard_written(benchmark: BenchmarkFixture, tmp_path: Path) -> None:

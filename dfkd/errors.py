@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""The exceptions that the commands turn into words and an exit status."""
 
 
 class UsageError(Exception):
@@ -17,3 +17,17 @@ class UsageError(Exception):
     def __str__(self) -> str:
         first = ": ".join(part for part in (self.what, self.why) if part)
         return " ".join(f"{part}." for part in (first, self.todo) if part)
+
+
+class Stopped(Exception):
+    """A run that a signal ended once its state was on disk; the commands print it and exit with 128 + signum.
+
+    ``str()`` says where it stands.
+    """
+
+    def __init__(self, signum: int, words: str) -> None:
+        super().__init__(signum, words)
+        self.signum, self.words = signum, words
+
+    def __str__(self) -> str:
+        return self.words

@@ -14,11 +14,13 @@ from dfkd.choices import NORMALISATIONS
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
 from dfkd.cli.teacher import load_teacher
-from dfkd.device import resolve_device
+from dfkd.distillation.checks import check_computation
 from dfkd.distillation.held_out import confusion_matrix, logits_of
 from dfkd.distillation.identity import identity
 from dfkd.distillation.settings import DistillSettings
-from dfkd.distillation.train import DistillResult, distill
+from dfkd.distillation.students import DistillResult
+from dfkd.distillation.train import distill
+from dfkd.distillation.world import World, join
 from dfkd.errors import UsageError
 from dfkd.files import make_writable
 from dfkd.kernel_choice import choose_kernels
@@ -49,44 +51,48 @@ class Options(DistillSettings, _Paths):
 
     Writes OUT/last and OUT/best (best on held-out synthetic images), each model.safetensors and config.json;
     OUT/log.jsonl, OUT/settings.json, OUT/checkpoint.pt and OUT/result.json {accuracy, best_accuracy, confusion,
-    agreement, seconds, ...}. accuracy is that of the last student. Started again, it goes on where it was stopped.
-    Real images are read only for --test, once, after the training.
+    agreement, seconds, ...}. accuracy is that of the last student. Started again, it goes on where it was stopped;
+    SIGTERM stops it at the end of the step. Real images are read only for --test, once, after the training.
+    Several processes: torchrun --nproc-per-node N --no-python dfkd-distill ...; --batch-size is of all together.
     """
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Check, train what is not trained yet, test, write OUT/result.json."""
+def run(options: Options) -> dict[str, Any] | None:
+    """Check, train what is not trained yet, test, write OUT/result.json; None in all processes but the first."""
+    with join(options.device) as world:
+        return _run(options, world)
+
+
+def _run(options: Options, world: World) -> dict[str, Any] | None:
     teachers.check(options.student)
     _check_test(options.test)
-    kernels = choose_kernels(options.kernels, resolve_device(options.device))
+    kernels = choose_kernels(options.kernels, world.device)
+    check_computation(options, world)
     data = open_folder(options.data)
     teacher = load_teacher(options.teacher, options.teacher_checkpoint, options.normalisation, data.class_names)
-    make_writable(options.out)
     this_run = plain(identity(data, teacher, options.student, options))
-    if options.resume:
-        if (known := _known_result(options, this_run)) is not None:
-            return known
-        # Refuses another run's folder before anything in it changes.
-        read_checkpoint(options.out, this_run, torch.device("cpu"))
-    else:
-        # The folder's former run must not be taken for finished once its students are gone.
-        (options.out / RESULT).unlink(missing_ok=True)
-    save_settings(options, options.out, COMMAND)
+    if (known := world.from_first(lambda: _begin(options, this_run))) is not None:
+        return known if world.first else None
     torch.manual_seed(options.seed)
     student = teachers.build(options.student, len(data.class_names))
-    with _bar() as watch:
+    with _bar(world.first) as watch:
         trained = distill(
-            data, teacher, student, options, options.out, architecture=options.student, watch=watch, say=_say
-        )
+            data, teacher, student, options, options.out,
+            architecture=options.student, world=world, watch=watch, say=_say if world.first else _silent,
+        )  # fmt: skip
+    if not world.first:
+        return None
     result = {
         **_tested(options, trained),
         "agreement": trained.agreement,
         "best_agreement": trained.best_agreement,
         "best_step": trained.best_step,
         "steps": trained.steps,
+        "skipped": trained.skipped,
         "images": trained.images,
         "seconds": trained.seconds,
-        "device": str(resolve_device(options.device)),
+        "device": str(world.device),
+        "processes": world.size,
         "kernels": {"name": kernels.name, "why": kernels.why},
         "class_names": data.class_names,
         "out": options.out,
@@ -96,6 +102,21 @@ def run(options: Options) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(command(Options, run, COMMAND, argv))
+
+
+def _begin(options: Options, this_run: dict[str, Any]) -> dict[str, Any] | None:
+    """Prepare the folder; the result of a run that is already finished there."""
+    make_writable(options.out)
+    if options.resume:
+        if (known := _known_result(options, this_run)) is not None:
+            return known
+        # Refuses another run's folder before anything in it changes.
+        read_checkpoint(options.out, this_run, torch.device("cpu"))
+    else:
+        # The folder's former run must not be taken for finished once its students are gone.
+        (options.out / RESULT).unlink(missing_ok=True)
+    save_settings(options, options.out, COMMAND)
+    return None
 
 
 def _known_result(options: Options, this_run: dict[str, Any]) -> dict[str, Any] | None:
@@ -146,11 +167,13 @@ def _check_test(name: str | None) -> None:
 
 
 @contextmanager
-def _bar() -> Iterator[Any]:
+def _bar(shown: bool) -> Iterator[Any]:
     """watch(done, total) of ``distill`` as a progress bar, which begins where a resumed run does."""
     bars: list[Any] = []
 
     def watch(done: int, total: int) -> None:
+        if not shown:
+            return
         if not bars:
             bars.append(progress(total, "distilling", "img"))
             bars[0].initial = bars[0].n = done
@@ -165,3 +188,7 @@ def _bar() -> Iterator[Any]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _silent(text: str) -> None:
+    """What the first process says is enough."""

@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import dfkd
 from dfkd.cli.values import check, convert, split_optional
-from dfkd.errors import UsageError
+from dfkd.errors import Stopped, UsageError
 from dfkd.presets import PRESETS, Preset
 from engine.errors import EngineError
 
@@ -99,7 +99,9 @@ def command(
 ) -> int:
     """Parse, run, print the result as one JSON line (the last of stdout); returns the exit status.
 
-    0 done; 2 UsageError or EngineError, printed as ``error: ...`` on stderr; 130 interrupted.
+    0 done; 2 UsageError or EngineError, printed as ``error: ...`` on stderr; 130 interrupted; 128 + n stopped by signal
+    n with its state saved (143 for SIGTERM). A result of None, of a process that is not the first of its run, is not
+    printed.
     """
     try:
         result = run(parse(cls, sys.argv[1:] if argv is None else argv, name, PRESETS))
@@ -109,6 +111,9 @@ def command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
     if result is not None:
         print(json.dumps(plain(result), allow_nan=False), flush=True)
     return 0

@@ -14,14 +14,15 @@ from dfkd import teachers
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
 from dfkd.device import resolve_device
-from dfkd.distillation.augment import KINDS
 from dfkd.evaluation.real_data import LabelledImages, load
 from dfkd.files import folder_lock, make_writable, remove_partials
+from dfkd.loader import KINDS, choose, open_source
 from dfkd.log import Log
 from dfkd.resume import CHECKPOINT, RESULT, read_checkpoint, read_result, refuse_other, write_checkpoint, write_result
+from dfkd.shards import Pool
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.train import AMP_DTYPES, SCHEDULES, Epoch, Recipe, State, accuracy, train
+from dfkd.teachers.train import AMP_DTYPES, SCHEDULES, Epoch, Recipe, State, accuracy, form_of, train
 
 COMMAND = "dfkd-train-teacher"
 LOG = "log.jsonl"
@@ -184,7 +185,12 @@ def _fit(
             bar.set_postfix(loss=f"{epoch.loss:.3f}", validation=f"{measured:.1%}")
             bar.update()
 
-        train(classifier, learning.images, learning.labels, _recipe(options), after_epoch, state)
+        recipe, count = _recipe(options), len(learning.labels)
+        form = form_of(classifier, recipe)
+        pool = Pool(learning.images, learning.labels, torch.arange(count), learning.class_names)
+        choice = choose("auto", count, form.size, form.device)
+        source = open_source(choice, pool, pool.ids, form, recipe.augment, recipe.batch_size, 2)
+        train(classifier, source, count, recipe, after_epoch, state)
 
 
 def _untrained(options: Options, learning: LabelledImages, device: torch.device) -> Classifier:

@@ -3,18 +3,23 @@
 import torch
 from torch import nn
 
-from dfkd.distillation.loader import Images
+from dfkd.distillation.cached_logits import check_cache
+from dfkd.distillation.compiled import check_compile
+from dfkd.distillation.cuda_graph import check_cuda_graph
+from dfkd.distillation.logs import check_logs
+from dfkd.distillation.normalisation import check_sync_bn
 from dfkd.distillation.settings import DistillSettings
+from dfkd.distillation.world import World
 from dfkd.errors import UsageError
+from dfkd.loader import Images, Order
 from dfkd.teachers.classifier import Classifier
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check(
-    data: Images, teacher: Classifier, student: nn.Module, settings: DistillSettings, device: torch.device
-) -> None:
-    """Raise UsageError where classes disagree, there is too little data, or the precision cannot work there."""
+def check(data: Images, teacher: Classifier, student: nn.Module, settings: DistillSettings, world: World) -> None:
+    """Raise UsageError where classes disagree, there is too little data, or what is asked for cannot work there."""
+    check_computation(settings, world)
     if teacher.class_names != data.class_names:
         raise UsageError(
             "teacher and images disagree about the classes",
@@ -23,14 +28,41 @@ def check(
         )
     if len(data.ids) < 2:
         raise UsageError(f"the data has {len(data.ids)} images", "training and held-out images need one each at least")
-    if settings.amp == "fp16" and device.type == "cpu":
-        raise UsageError("--amp fp16 on a CPU", "float16 is for GPUs", "use --amp bf16 or --amp off")
     answers = _classes_of(student, teacher.input_size)
     if answers != len(data.class_names):
         raise UsageError(
             f"the student has {answers} classes and the images {len(data.class_names)}",
             todo="build the student with the number of classes of the images",
         )
+
+
+def check_last_batch(order: Order) -> None:
+    """Raise UsageError where the run's last, shorter batch has no image for some process."""
+    last = order.size(order.steps - 1)
+    if last < order.world:
+        raise UsageError(
+            f"the last batch of the run has {last} images",
+            f"each of {order.world} processes needs one",
+            "give the length in --steps, or start fewer processes",
+        )
+
+
+def check_computation(settings: DistillSettings, world: World) -> None:
+    """What can be said of the settings before anything is read."""
+    device = world.device
+    if settings.amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 on a CPU", "float16 is for GPUs", "use --amp bf16 or --amp off")
+    if settings.batch_size < world.size:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} with {world.size} processes",
+            "it is of all processes together, and each needs an image",
+            "raise it, or start fewer processes",
+        )
+    check_compile(settings.compile, device)
+    check_cuda_graph(settings, device, world.size)
+    check_sync_bn(settings.sync_bn, world)
+    check_cache(settings)
+    check_logs(settings)
 
 
 def _difference(teacher: tuple[str, ...], data: tuple[str, ...]) -> str:

@@ -25,35 +25,57 @@ class Seen:
     student_taken: Taken
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Whose maps are compared: places in the teacher and in the student."""
+
+    teacher: Places
+    student: Places
+
+    def in_words(self) -> str:
+        """For people."""
+        heads = [place.head.last for place in (self.teacher, self.student) if place.head is not None]
+        stages = [", ".join(place.stages) for place in (self.teacher, self.student) if place.stages]
+        cams = [f"class activation maps of {heads[0]} (teacher) and {heads[1]} (student)"] if heads else []
+        grads = [f"Grad-CAMs of {stages[0]} (teacher) and {stages[1]} (student)"] if stages else []
+        return f"mSARC: {'; '.join([*cams, *grads])}"
+
+
+def compared(teacher: nn.Module, student: nn.Module, size: int, settings: DistillSettings) -> Compared | None:
+    """What mSARC compares on images of that side; None where its weight is 0, and then nothing is looked for.
+
+    Raises UsageError where a network lacks the maps that the settings ask for.
+    """
+    if not settings.msarc_weight:
+        return None
+    wanted = settings.msarc_maps != "gradcam", settings.msarc_maps != "cam"
+    theirs = find(teacher, size, "teacher", *wanted, settings.msarc_teacher_stages)
+    ours = find(student, size, "student", *wanted, settings.msarc_student_stages)
+    if len(theirs.stages) != len(ours.stages):
+        raise UsageError(
+            f"{len(theirs.stages)} stages of the teacher and {len(ours.stages)} of the student",
+            "every Grad-CAM of one is compared with one of the other",
+            "name as many with --msarc-teacher-stages as with --msarc-student-stages",
+        )
+    return Compared(theirs, ours)
+
+
 class Consistency:
-    """Which maps of two networks are compared, and their loss.
+    """The loss of two networks' maps.
 
     teacher, student: the modules that own the layers. The teacher's parameters are frozen: its maps are constants.
-    size: side of the images. Raises UsageError where a network lacks the maps that the settings ask for.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, size: int, settings: DistillSettings) -> None:
-        wanted = settings.msarc_maps != "gradcam", settings.msarc_maps != "cam"
-        self.weight = settings.msarc_weight
-        self.teacher, self.student = teacher.requires_grad_(False), student
-        self.places = (
-            find(teacher, size, "teacher", *wanted, settings.msarc_teacher_stages),
-            find(student, size, "student", *wanted, settings.msarc_student_stages),
-        )
-        theirs, ours = (len(places.stages) for places in self.places)
-        if theirs != ours:
-            raise UsageError(
-                f"{theirs} stages of the teacher and {ours} of the student",
-                "every Grad-CAM of one is compared with one of the other",
-                "name as many with --msarc-teacher-stages as with --msarc-student-stages",
-            )
+    def __init__(self, teacher: nn.Module, student: nn.Module, places: Compared, weight: float) -> None:
+        self.teacher, self.student, self.weight = teacher.requires_grad_(False), student, weight
+        self.places = places
 
     def look(self, teacher: Network, student: Network, inputs: Tensor) -> Seen:
         """Both passes over normalised images; teacher and student call the modules, perhaps within a wrapper.
 
         Under autocast where the step is; loss() is not, since it takes gradients.
         """
-        theirs, ours = self.places
+        theirs, ours = self.places.teacher, self.places.student
         with torch.set_grad_enabled(bool(theirs.stages)), tapped(self.teacher, theirs, start_graph=True) as seen:
             wanted = teacher(inputs)
         with tapped(self.student, ours) as taken:
@@ -61,25 +83,12 @@ class Consistency:
         return Seen(wanted.detach(), answers, wanted, seen, taken)
 
     def loss(self, seen: Seen) -> Tensor:
-        """msarc_weight times the loss of a step, a scalar on the student's graph."""
-        theirs, ours = self.places
+        """The weight times the loss of a step, a scalar on the student's graph."""
+        theirs, ours = self.places.teacher, self.places.student
         choice = seen.teacher.argmax(1)
         target = _maps(seen.teacher_logits, choice, seen.teacher_taken, self.teacher, theirs, create_graph=False)
         maps = _maps(seen.student, choice, seen.student_taken, self.student, ours, create_graph=True)
         return self.weight * msarc_loss(maps, target)
-
-    def in_words(self) -> str:
-        """What is compared, for people."""
-        pairs = [f"{theirs} with {ours}" for theirs, ours in zip(*(p.stages for p in self.places), strict=True)]
-        heads = [place.head.last for place in self.places if place.head is not None]
-        cams = [f"class activation maps of {' and '.join(heads)}"] if heads else []
-        grads = [f"Grad-CAMs of the teacher's and the student's {', '.join(pairs)}"] if pairs else []
-        return f"mSARC: {'; '.join([*cams, *grads])}"
-
-
-def consistency(teacher: nn.Module, student: nn.Module, size: int, settings: DistillSettings) -> Consistency | None:
-    """None where the weight is 0: nothing is looked for and nothing is taken."""
-    return Consistency(teacher, student, size, settings) if settings.msarc_weight else None
 
 
 def _maps(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dfkd.distillation.losses import kl_at_temperature
-from dfkd.distillation.randomness import derived_seed
+from dfkd.randomness import derived_seed
 from dfkd.teachers.classifier import Classifier
 
 ROWS = 500

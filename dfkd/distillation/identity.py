@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from dfkd.distillation.loader import Images
 from dfkd.distillation.settings import COMPUTATION, DistillSettings
+from dfkd.loader import Images
 from dfkd.teachers.classifier import Classifier
 
 

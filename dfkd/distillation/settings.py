@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from dfkd.choices import KERNEL_NAMES
 from dfkd.cli.options import option
-from dfkd.distillation.augment import KINDS, MIXES
+from dfkd.distillation.mixing import MIXES
 from dfkd.errors import UsageError
+from dfkd.loader import KINDS, SOURCES
 
 EPOCHS = 240
 
@@ -45,6 +46,7 @@ class DistillSettings:
     augment: str = option("crop-flip", "random views; both networks see the same one", choices=KINDS)
     mix: str = option("none", "mixtures of two images, labelled by the teacher", choices=MIXES)
     mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha) of the mixtures", low=1e-3)
+    clip_norm: float = option(0.0, "largest 2-norm of the gradient, which is scaled down to it; 0: off", low=0)
     ema: float = option(
         0.0, "decay of an average of the weights that replaces them in the results; 0: off", low=0, high=0.99999
     )
@@ -56,6 +58,12 @@ class DistillSettings:
         unit="steps",
     )
     amp: str = option("off", "automatic mixed precision", choices=("bf16", "fp16", "off"))
+    sync_bn: str = option(
+        "auto",
+        "under torchrun the student's BatchNorm takes statistics over all processes, as one would over the whole batch;"
+        " GPUs only; auto: there",
+        choices=("auto", "on", "off"),
+    )
     seed: int = option(0, "of initial weights, order and augmentation", low=0)
 
     device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
@@ -65,12 +73,26 @@ class DistillSettings:
         " differ by rounding",
         choices=KERNEL_NAMES,
     )
+    compile: str = option(
+        "off",
+        "both networks by torch.compile, in this mode; results differ by rounding",
+        choices=("off", "default", "reduce-overhead", "max-autotune"),
+    )
+    cuda_graph: bool = option(False, "launch a whole step as one CUDA graph")
+    cache_logits: str = option(
+        "auto",
+        "ask the teacher once for every image instead of in every step; auto: where views and mixtures are none;"
+        " results differ by rounding at most",
+        choices=("auto", "on", "off"),
+    )
     loader: str = option(
         "auto",
         "resident: every image on the device; torch: decoded from the shards by workers; auto: resident where it fits",
-        choices=("auto", "resident", "torch"),
+        choices=SOURCES,
     )
     workers: int = option(2, "processes that decode images for --loader torch", low=0)
+    tensorboard: bool = option(False, "also log to OUT/tensorboard; needs the package tensorboard")
+    wandb: str | None = option(None, "also log to this project of Weights & Biases; needs the package wandb")
     resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
 
     def __post_init__(self) -> None:
@@ -97,6 +119,19 @@ class DistillSettings:
                 "--msarc-maps, --msarc-teacher-stages and --msarc-student-stages act with --msarc-weight above 0",
                 todo="give a weight, or leave them out",
             )
+        for flag, given in (("--compile", self.compile != "off"), ("--cuda-graph", self.cuda_graph)):
+            if given and self.msarc_weight:
+                raise UsageError(
+                    f"--msarc-weight with {flag}",
+                    "maps are taken inside of the networks, and Grad-CAMs are differentiated twice",
+                    "leave one of the two out",
+                )
+        if self.sync_bn == "on" and self.msarc_weight and self.msarc_maps != "cam":
+            raise UsageError(
+                "--msarc-weight with --sync-bn on",
+                "torch's SyncBatchNorm has no second derivative, which Grad-CAMs need",
+                "use --sync-bn off, or --msarc-maps cam",
+            )
         if self.msarc_maps == "cam" and stages:
             raise UsageError(
                 "--msarc-maps cam takes no stages",
@@ -110,7 +145,10 @@ class DistillSettings:
 
 
 # How a run is computed, not what: these may differ between the beginning of a run and its resumption.
-COMPUTATION = ("device", "kernels", "loader", "workers", "resume")
+COMPUTATION = (
+    *("device", "kernels", "compile", "cuda_graph", "cache_logits", "loader", "workers"),
+    *("tensorboard", "wandb", "resume"),
+)
 
 
 def _part(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Supervised training of a classifier from scratch, on images that live on the device.
+"""Supervised training of a classifier from scratch, on batches of a loader.
 
 SGD with Nesterov momentum on the cross-entropy. All randomness comes from one seed, so a run repeats itself, also
 where it was stopped between two epochs and goes on.
@@ -6,7 +6,7 @@ where it was stopped between two epochs and goes on.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.distillation.augment import augment
-from dfkd.distillation.randomness import derived_seed, seed_global
+from dfkd.loader import Form, Source, Step, draw
+from dfkd.randomness import derived_seed, seed_global
 from dfkd.teachers.classifier import Classifier
 
 SCHEDULES = ("multistep", "cosine", "onecycle")
@@ -27,7 +27,7 @@ AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 @dataclass(frozen=True)
 class Recipe:
-    """lr is the highest rate; schedule one of SCHEDULES; augment a kind of distillation.augment; amp off|bf16|fp16."""
+    """lr is the highest rate; schedule one of SCHEDULES; augment a kind of dfkd.loader.views; amp off|bf16|fp16."""
 
     epochs: int
     batch_size: int
@@ -108,61 +108,68 @@ class State:
 
 def train(
     classifier: Classifier,
-    images: Tensor,
-    labels: Tensor,
+    source: Source,
+    count: int,
     recipe: Recipe,
     after_epoch: Callable[[Epoch], None],
     state: State | None = None,
 ) -> None:
     """Train classifier.module in place, on the device that it is on, until it has had recipe.epochs epochs.
 
-    images uint8 [N, 3, H, W], labels int64 [N]. The last, partial batch of an epoch is left out, since BatchNorm
-    wants batches of one size; the shuffle leaves out others each time. state: of that module, where to go on; by
-    default the beginning. It is complete whenever after_epoch is called.
+    source: batches of ``count`` images in the form that form_of states. The last, partial batch of an epoch is left
+    out, since BatchNorm wants batches of one size; the shuffle leaves out others each time. state: of that module,
+    where to go on; by default the beginning. It is complete whenever after_epoch is called.
     """
     state = state or State(classifier.module, recipe)
-    images, labels = images.to(state.device), labels.to(state.device)
     started = time.perf_counter() - state.seconds
     with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
         while state.epoch < recipe.epochs:
-            loss, right = _one_epoch(state, classifier, images, labels, recipe)
+            loss, right = _one_epoch(state, classifier, source, count, recipe)
             state.epoch, state.seconds = state.epoch + 1, time.perf_counter() - started
             lr = float(state.optimizer.param_groups[0]["lr"])
             after_epoch(Epoch(state.epoch, loss, right, lr, state.seconds))
     state.network.eval()
 
 
-def _one_epoch(
-    state: State, classifier: Classifier, images: Tensor, labels: Tensor, recipe: Recipe
-) -> tuple[float, float]:
+def form_of(classifier: Classifier, recipe: Recipe) -> Form:
+    """What classifier.module takes in training, where it is."""
+    device = next(classifier.module.parameters()).device
+    return Form(classifier.input_size, classifier.mean, classifier.std, device, AMP_DTYPES[recipe.amp])
+
+
+def _one_epoch(state: State, classifier: Classifier, source: Source, count: int, recipe: Recipe) -> tuple[float, float]:
     """Mean loss and accuracy on the views of the epoch after state.epoch."""
-    device, optimizer, scaler, generator = state.device, state.optimizer, state.scaler, state.generator
+    device, optimizer, scaler = state.device, state.optimizer, state.scaler
     state.network.train()
     # Layers such as dropout draw from torch's global generator, which a resumed run would find in another state.
     seed_global(derived_seed(recipe.seed, "dropout", state.epoch), device)
-    batch_size = min(recipe.batch_size, len(images))
-    per_epoch = len(images) // batch_size
-    order = torch.randperm(len(images), generator=generator).to(device)
+    batch_size = min(recipe.batch_size, count)
+    per_epoch = count // batch_size
     # Kept on the device: reading them every step would make it wait.
     loss_sum = torch.zeros((), device=device)
     right = torch.zeros((), device=device)
-    for index in range(per_epoch):
+    steps = _steps(state.generator, count, batch_size, recipe.augment, classifier.input_size)
+    for index, batch in enumerate(source.batches(steps)):
         done = (state.epoch * per_epoch + index) / (per_epoch * recipe.epochs)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * rate(done, recipe.schedule)
-        rows = order[index * batch_size : (index + 1) * batch_size]
-        views = augment(images[rows].float() / 255, recipe.augment, generator)
-        views = views.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, AMP_DTYPES[recipe.amp], enabled=recipe.amp != "off"):
-            logits = classifier.logits(views)
-        loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=recipe.label_smoothing)
+            logits = classifier.module(batch.images)
+        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(scaler.scale(loss))
         scaler.step(optimizer)
         scaler.update()
         loss_sum += loss.detach()
-        right += (logits.argmax(1) == labels[rows]).sum()
+        right += (logits.argmax(1) == batch.labels).sum()
     return float(loss_sum) / per_epoch, float(right) / (per_epoch * batch_size)
+
+
+def _steps(generator: torch.Generator, count: int, batch_size: int, kind: str, size: int) -> Iterator[Step]:
+    """One epoch's. A source that asks ahead draws no more than the epoch, so the generator ends where it should."""
+    order = torch.randperm(count, generator=generator)
+    for start in range(0, count - batch_size + 1, batch_size):
+        yield Step(order[start : start + batch_size], draw(kind, batch_size, size, size, generator))
 
 
 @torch.no_grad()

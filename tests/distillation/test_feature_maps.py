@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd import teachers
-from dfkd.distillation.consistency import Consistency, consistency
+from dfkd.distillation.consistency import compared
 from dfkd.distillation.feature_maps import ZOO, Head, find, tapped
 from dfkd.errors import UsageError
 from tests.distillation.small_run import settings
@@ -114,12 +114,8 @@ def test_what_has_no_maps_is_refused_in_words() -> None:
         find(Unpooled(5), 32, "student", cam=False)
     assert find(Unpooled(5), 32, "student", cam=False, stages=("features.0",)).stages == ("features.0",)
     with pytest.raises(UsageError, match="2 stages of the teacher and 3 of the student"):
-        Consistency(
-            build("resnet8"),
-            build("resnet20"),
-            32,
-            settings(msarc_weight=1.0, msarc_teacher_stages=("layer1", "layer2")),
-        )
+        options = settings(msarc_weight=1.0, msarc_teacher_stages=("layer1", "layer2"))
+        compared(build("resnet8"), build("resnet20"), 32, options)
 
 
 def test_a_transformer_and_a_convolutional_network_of_transformers(tmp_path: Path) -> None:
@@ -144,7 +140,7 @@ def test_a_transformer_and_a_convolutional_network_of_transformers(tmp_path: Pat
 
 def test_a_weight_of_0_looks_for_nothing() -> None:
     """Not even a pass: these are no networks."""
-    assert consistency(nn.Identity(), nn.Identity(), 32, settings()) is None
+    assert compared(nn.Identity(), nn.Identity(), 32, settings()) is None
 
 
 def test_options_that_would_not_act_are_refused() -> None:
@@ -152,5 +148,9 @@ def test_options_that_would_not_act_are_refused() -> None:
         settings(msarc_maps="cam")
     with pytest.raises(UsageError, match="act with --msarc-weight above 0"):
         settings(msarc_student_stages=("layer1",))
+    for other in ({"compile": "default"}, {"cuda_graph": True}, {"sync_bn": "on"}):
+        with pytest.raises(UsageError, match="--msarc-weight with --"):
+            settings(msarc_weight=1.0, **other)
+    assert settings(msarc_weight=1.0, msarc_maps="cam", sync_bn="on").sync_bn == "on"
     with pytest.raises(UsageError, match="--msarc-maps cam takes no stages"):
         settings(msarc_weight=1.0, msarc_maps="cam", msarc_teacher_stages=("layer1",))

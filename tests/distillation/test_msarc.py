@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd.distillation.consistency import Consistency
+from dfkd.distillation.consistency import Consistency, compared
 from dfkd.distillation.msarc import Maps, class_activation_maps, grad_cams, msarc_loss
 from tests.distillation.small_run import settings
 
@@ -45,7 +45,10 @@ def pair(student_sides: tuple[int, int, int] = (8, 4, 2)) -> tuple[Small, Small,
 
 
 def compare(teacher: nn.Module, student: nn.Module, size: int = 8, **changes: object) -> Consistency:
-    return Consistency(teacher, student, size, settings(**{"msarc_weight": 1.0, **changes}))
+    options = settings(**{"msarc_weight": 1.0, **changes})
+    places = compared(teacher, student, size, options)
+    assert places is not None
+    return Consistency(teacher, student, places, options.msarc_weight)
 
 
 def loss_of(teacher: nn.Module, student: nn.Module, images: Tensor, **changes: object) -> Tensor:
@@ -90,7 +93,7 @@ def test_the_loss_is_the_reference_image_by_image() -> None:
             into.append((mine - theirs).square())
     wanted = torch.stack(cams).mean() + sum(torch.stack(part).mean() for part in grads)
     both = compare(teacher, student)
-    assert both.places[0].stages == STAGES and both.places[1].head.last == "stage2"
+    assert both.places.teacher.stages == STAGES and both.places.student.head.last == "stage2"
     torch.testing.assert_close(both.loss(both.look(teacher, student, images)), wanted, rtol=1e-12, atol=0)
     parts = [loss_of(teacher, student, images, msarc_maps=maps) for maps in ("cam", "gradcam")]
     torch.testing.assert_close(sum(parts), wanted, rtol=1e-12, atol=0)
@@ -196,7 +199,7 @@ def test_half_precision_looks_at_the_same_places() -> None:
     loss = both.loss(seen)
     loss.backward()
     assert seen.student.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(wanted), rel=0.05)  # 8 bits: 0.4 % an operation, a dozen of them
+    assert loss.item() == pytest.approx(wanted.item(), rel=0.05)  # 8 bits: 0.4 % an operation, a dozen of them
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 

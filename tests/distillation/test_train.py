@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         run(tmp_path, options)
     text = str(stop.value)
     assert "the loss of step 2 is nan" in text or "the loss of step 2 is inf" in text
-    assert "images of that step: " in text and str(tmp_path / "checkpoint.pt") in text
+    assert "images of step 2: " in text and str(tmp_path / "checkpoint.pt") in text
 
 
 def test_the_average_of_the_weights_replaces_them(tmp_path: Path) -> None:

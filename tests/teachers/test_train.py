@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from dfkd import teachers
+from dfkd.loader.resident import Resident
+from dfkd.shards import Pool
 from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.train import SCHEDULES, Recipe, State, _parameter_groups, accuracy, rate, train
+from dfkd.teachers.train import SCHEDULES, Recipe, State, _parameter_groups, accuracy, form_of, rate, train
 
 RECIPE = Recipe(
     epochs=3,
@@ -34,6 +36,12 @@ def dark_and_light() -> tuple[torch.Tensor, torch.Tensor]:
     return images + (labels * 120).to(torch.uint8).view(-1, 1, 1, 1), labels
 
 
+def source(classifier: Classifier, recipe: Recipe = RECIPE) -> tuple[Resident, int]:
+    images, labels = dark_and_light()
+    pool = Pool(images, labels, torch.arange(len(labels)), classifier.class_names)
+    return Resident(pool, pool.ids, form_of(classifier, recipe)), len(labels)
+
+
 @functools.cache
 def fit(run: int):
     """The classifier and its epochs; ``run`` only tells repetitions apart."""
@@ -41,7 +49,7 @@ def fit(run: int):
     network = teachers.build("resnet8", 2)
     classifier = Classifier(network, "resnet8", ("dark", "light"), 8, (0.4,) * 3, (0.3,) * 3)
     epochs = []
-    train(classifier, *dark_and_light(), RECIPE, epochs.append)
+    train(classifier, *source(classifier), RECIPE, epochs.append)
     return classifier, epochs
 
 
@@ -75,7 +83,7 @@ def with_dropout(seed: int) -> Classifier:
 def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
     recipe = replace(RECIPE, **changes)
     whole, whole_epochs = with_dropout(0), []
-    train(whole, *dark_and_light(), recipe, whole_epochs.append)
+    train(whole, *source(whole, recipe), recipe, whole_epochs.append)
 
     stopped, epochs, kept = with_dropout(0), [], io.BytesIO()
     state = State(stopped.module, recipe)
@@ -88,14 +96,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
         kept.seek(0)
 
     with pytest.raises(Killed):
-        train(stopped, *dark_and_light(), recipe, after_epoch, state)
+        train(stopped, *source(stopped, recipe), recipe, after_epoch, state)
     resumed = with_dropout(99)
     state = State(resumed.module, recipe)
     kept.seek(0)
     state.load(torch.load(kept, weights_only=True))
     assert state.epoch == killed and state.seconds == epochs[-1].seconds
     torch.rand(7)  # whatever else the new process draws
-    train(resumed, *dark_and_light(), recipe, epochs.append, state)
+    train(resumed, *source(resumed, recipe), recipe, epochs.append, state)
 
     mine, theirs = resumed.module.state_dict(), whole.module.state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
@@ -106,7 +114,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
 def test_training_leaves_torchs_generator_alone():
     classifier = with_dropout(0)
     before = torch.get_rng_state()
-    train(classifier, *dark_and_light(), RECIPE, lambda epoch: None)
+    train(classifier, *source(classifier), RECIPE, lambda epoch: None)
     assert torch.equal(torch.get_rng_state(), before)
 
 

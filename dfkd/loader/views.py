@@ -1,13 +1,13 @@
-"""Tensor augmentations, vectorised over the batch.
+"""Random views of images: drawn here as numbers, applied here by torch or elsewhere by whatever decodes.
 
-Every function takes images as float [B, 3, H, W] in 0..1 and returns the same shape, dtype, range and device.
-Random numbers come from a CPU generator alone, so one generator state gives one result on every device.
-Distances are stated for 32x32 images and grow with the image.
+Functions on images take float [B, 3, H, W] in 0..1 and return the same shape, dtype, range and device, vectorised over
+the batch. Random numbers come from a CPU generator alone, so one generator state gives one result on every device and
+in every loader. Distances are stated for 32x32 images and grow with the image.
 """
 
 import math
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -15,7 +15,6 @@ from torch import Generator, Tensor
 from dfkd.errors import UsageError
 
 KINDS = ("none", "crop-flip", "shift", "affine", "affine-colour", "rrc-flip")
-MIXES = ("none", "mixup", "cutmix", "both")
 
 PADDING = 4 / 32
 ROTATION = math.radians(15)
@@ -28,8 +27,26 @@ CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
 
-def augment(images: Tensor, kind: str, generator: Generator) -> Tensor:
-    """One random view of every image; rows are independent.
+@dataclass(frozen=True)
+class Views:
+    """What is done to each of B images, in this order; None is nothing of the kind.
+
+    window  int64 [B, 3]: top and left in the image padded with zeros by padding(H, W), and 1 where it is mirrored
+    matrix  float32 [B, 2, 3]: output to input positions, both in -1..1; bilinear, reflected at the border
+    colour  float32 [B, 5]: contrast, brightness and a gain for each channel
+    """
+
+    window: Tensor | None = None
+    matrix: Tensor | None = None
+    colour: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Views":
+        """Those of some of the images."""
+        return Views(*(None if part is None else part[rows] for part in (self.window, self.matrix, self.colour)))
+
+
+def draw(kind: str, batch: int, height: int, width: int, generator: Generator) -> Views:
+    """Random views of ``batch`` images of height x width; rows are independent.
 
     kind: none; crop-flip (zero padding of 4, random crop, horizontal flip); shift (the same without the flip);
     affine (rotation of +-15 degrees, scale .85 to 1.15, shift of +-3 pixels, reflected at the border, no flip);
@@ -37,42 +54,40 @@ def augment(images: Tensor, kind: str, generator: Generator) -> Tensor:
     area and of ratio 3/4 to 4/3, enlarged to the full size, and a flip).
     Raises UsageError for another kind.
     """
-    batch, _, height, width = images.shape
     if kind == "none":
-        return images
+        return Views()
     if kind in ("crop-flip", "shift"):
-        pad = (max(1, round(height * PADDING)), max(1, round(width * PADDING)))
+        pad = padding(height, width)
         top = torch.randint(0, 2 * pad[0] + 1, (batch,), generator=generator)
         left = torch.randint(0, 2 * pad[1] + 1, (batch,), generator=generator)
-        flip = _coin(batch, generator) if kind == "crop-flip" else torch.zeros(batch, dtype=torch.bool)
-        return crop(images, top, left, flip, pad)
-    if kind in ("affine", "affine-colour"):
-        moved = warp(images, _affine_matrix(batch, height, width, generator))
-        return moved if kind == "affine" else colour(moved, *_colour_change(batch, generator))
+        flip = coin(batch, generator) if kind == "crop-flip" else torch.zeros(batch, dtype=torch.bool)
+        return Views(window=torch.stack((top, left, flip.long()), dim=1))
+    if kind == "affine":
+        return Views(matrix=_affine_matrix(batch, height, width, generator))
+    if kind == "affine-colour":
+        matrix = _affine_matrix(batch, height, width, generator)
+        return Views(matrix=matrix, colour=_colour_change(batch, generator))
     if kind == "rrc-flip":
-        return warp(images, _crop_matrix(batch, generator))
+        return Views(matrix=_crop_matrix(batch, generator))
     raise UsageError(f"augmentation {kind!r} is unknown", f"known are {', '.join(KINDS)}", "choose one of them")
 
 
-def mix(images: Tensor, kind: str, alpha: float, generator: Generator) -> Tensor:
-    """Mixtures of each image with its neighbour in the batch (the loader has shuffled them).
+def apply(images: Tensor, views: Views) -> Tensor:
+    """The views of the images."""
+    if views.window is not None:
+        top, left, flip = views.window.unbind(1)
+        images = crop(images, top, left, flip.bool(), padding(*images.shape[-2:]))
+    if views.matrix is not None:
+        images = warp(images, views.matrix)
+    if views.colour is not None:
+        contrast, brightness, gain = torch.split(views.colour.view(-1, 5, 1, 1), [1, 1, 3], dim=1)
+        images = colour(images, contrast, brightness, gain)
+    return images
 
-    lam ~ Beta(alpha, alpha) for every image. mixup: lam x + (1 - lam) x'; cutmix: a box of W sqrt(1 - lam) by
-    H sqrt(1 - lam) with uniform centre, clipped at the border, comes from x'; both: a fair coin for every image.
-    Labels are not mixed: in distillation the teacher labels the mixture. Raises UsageError for another kind.
-    """
-    if kind not in MIXES:
-        raise UsageError(f"mix {kind!r} is unknown", f"known are {', '.join(MIXES)}", "choose one of them")
-    if kind == "none":
-        return images
-    batch, _, height, width = images.shape
-    lam = _beta(batch, alpha, generator)
-    weight = lam.view(-1, 1, 1, 1).expand(batch, 1, height, width)
-    if kind != "mixup":
-        pasted = _box_mask(lam, height, width, generator)
-        use_mixup = _coin(batch, generator) if kind == "both" else torch.zeros(batch, dtype=torch.bool)
-        weight = torch.where(use_mixup.view(-1, 1, 1, 1), weight, 1 - pasted)
-    return torch.lerp(images.roll(1, 0), images, weight.to(images.device, images.dtype))
+
+def padding(height: int, width: int) -> tuple[int, int]:
+    """Zeros above and below, and left and right."""
+    return max(1, round(height * PADDING)), max(1, round(width * PADDING))
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: tuple[int, int]) -> Tensor:
@@ -123,36 +138,22 @@ def _crop_matrix(batch: int, generator: Generator) -> Tensor:
     high = (area / ratio).sqrt().clamp(max=1)
     centre_x = (1 - wide) * _uniform(batch, -1, 1, generator)
     centre_y = (1 - high) * _uniform(batch, -1, 1, generator)
-    mirrored = torch.where(_coin(batch, generator), -wide, wide)
+    mirrored = torch.where(coin(batch, generator), -wide, wide)
     zero = torch.zeros(batch)
     return torch.stack((mirrored, zero, centre_x, zero, high, centre_y), dim=1).view(-1, 2, 3)
 
 
-def _colour_change(batch: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    contrast = _uniform(batch, *CONTRAST, generator).view(-1, 1, 1, 1)
-    brightness = _uniform(batch, -BRIGHTNESS, BRIGHTNESS, generator).view(-1, 1, 1, 1)
-    gain = _uniform(3 * batch, *CHANNEL_GAIN, generator).view(-1, 3, 1, 1)
-    return contrast, brightness, gain
-
-
-def _box_mask(lam: Tensor, height: int, width: int, generator: Generator) -> Tensor:
-    """1 inside the box, [B, 1, H, W]."""
-    side = (1 - lam).sqrt()[:, None]
-    centre = torch.rand(2, len(lam), 1, generator=generator)
-    row = (torch.arange(height) + 0.5 - centre[0] * height).abs() < side * height / 2
-    column = (torch.arange(width) + 0.5 - centre[1] * width).abs() < side * width / 2
-    return (row[:, None, :, None] & column[:, None, None, :]).float()
-
-
-def _beta(count: int, alpha: float, generator: Generator) -> Tensor:
-    # torch's own Beta takes no generator.
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    return torch.from_numpy(np.random.default_rng(seed).beta(alpha, alpha, count)).float()
+def _colour_change(batch: int, generator: Generator) -> Tensor:
+    contrast = _uniform(batch, *CONTRAST, generator)[:, None]
+    brightness = _uniform(batch, -BRIGHTNESS, BRIGHTNESS, generator)[:, None]
+    gain = _uniform(3 * batch, *CHANNEL_GAIN, generator).view(-1, 3)
+    return torch.cat((contrast, brightness, gain), dim=1)
 
 
 def _uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def _coin(count: int, generator: Generator) -> Tensor:
+def coin(count: int, generator: Generator) -> Tensor:
+    """bool [count], fair."""
     return torch.rand(count, generator=generator) < 0.5

@@ -2,12 +2,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd.distillation.augment import KINDS, MIXES, augment, colour, crop, mix, warp
 from dfkd.errors import UsageError
+from dfkd.loader.views import KINDS, Views, apply, colour, crop, draw, warp
 
 
 def images(batch: int = 16, height: int = 32, width: int = 32) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def augment(before: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    return apply(before, draw(kind, len(before), *before.shape[-2:], generator))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -93,37 +97,18 @@ def test_colour_is_its_formula() -> None:
     assert torch.allclose(colour(before, contrast, brightness, gain), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", MIXES)
-def test_mixtures_are_of_an_image_and_its_neighbour(kind: str) -> None:
-    before = images(64)
-    after = mix(before, kind, 1.0, seeded())
-    other = before.roll(1, 0)
-    pasted = ((after == before) | (after == other)).flatten(1).all(1)
-    blended = ~pasted
-    assert torch.all((after >= torch.minimum(before, other) - 1e-6) & (after <= torch.maximum(before, other) + 1e-6))
-    if kind == "none":
-        assert torch.equal(after, before)
-    elif kind == "mixup":
-        assert blended.all()
-    elif kind == "cutmix":
-        assert pasted.all() and not torch.equal(after, before)
-    else:
-        assert 10 < int(blended.sum()) < 54
-    assert torch.equal(after, mix(before, kind, 1.0, seeded()))
-
-
-def test_cutmix_boxes_have_the_area_of_lam_on_average() -> None:
-    white = torch.zeros(2000, 1, 32, 32)
-    white[::2] = 1  # neighbours are black and white, so a pasted pixel shows
-    after = mix(white, "cutmix", 1.0, seeded())
-    pasted = (after != white).float().mean((1, 2, 3))
-    # Beta(1, 1) is uniform: a mean of 1/2 unclipped; clipping at the border takes (with a side uniform in area) some.
-    assert 0.25 < float(pasted.mean()) < 0.5
-    assert pasted.max() > 0.8 and pasted.min() < 0.05
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_of_some_rows_are_those_of_the_whole(kind: str) -> None:
+    before, views = images(), draw(kind, 16, 32, 32, seeded())
+    whole = apply(before, views)
+    assert torch.equal(apply(before[5:9], views.rows(slice(5, 9))), whole[5:9])
+    assert (
+        views.rows(slice(0, 16)) == Views()
+        if kind == "none"
+        else any(part is not None for part in vars(views).values())
+    )
 
 
 def test_unknown_kinds_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="crop-flop"):
         augment(images(), "crop-flop", seeded())
-    with pytest.raises(UsageError, match="cutmax"):
-        mix(images(), "cutmax", 1.0, seeded())

@@ -1,0 +1,130 @@
+"""Every source gives the same batches."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd.errors import UsageError
+from dfkd.loader import KINDS, Batch, Form, LoaderChoice, Order, Source, choose, open_source, steps
+from dfkd.shards import Pool, open_folder, read_folder
+from tests.shard_folders import make
+
+CPU = torch.device("cpu")
+ROWS = torch.tensor([0, 1, 3, 4, 5, 7, 8, 9])
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NAMES = ("resident", "torch")
+
+
+def form(size: int = 8, dtype: torch.dtype = torch.float32) -> Form:
+    return Form(size, MEAN, STD, CPU, dtype)
+
+
+def opened(name: str, path: Path, kind: str = "none", wanted: Form | None = None, workers: int = 2) -> Source:
+    return open_source(LoaderChoice(name, ""), open_folder(path), ROWS, wanted or form(), kind, 100, workers)
+
+
+def batches(source: Source, order: Order, kind: str = "none", start: int = 0) -> Iterator[Batch]:
+    return source.batches(steps(order, kind, source.form.size, start))  # type: ignore[attr-defined]
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("images", "labels", "ids"))
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Levels 0 to 255 as they were before normalisation."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (images.float() * std + mean) * 255
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_are_the_images_of_their_ids(tmp_path: Path, name: str) -> None:
+    pool = read_folder(make(tmp_path))
+    found = list(batches(opened(name, tmp_path), Order(0, 8, 4, 8)))
+    assert sorted(torch.cat([batch.ids for batch in found]).tolist()) == ROWS.tolist()
+    for batch in found:
+        # (x / 255 - mean) / std and back: a few roundings of numbers below 4, times 255.
+        assert (pixels(batch.images) - pool.images[batch.ids]).abs().max() < 1e-3
+        assert torch.equal(batch.labels, pool.labels[batch.ids])
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_gives_what_the_resident_one_gives_from_any_step(tmp_path: Path, name: str, kind: str) -> None:
+    make(tmp_path)
+    order = Order(seed=3, count=8, batch_size=3, length=23)
+    whole = list(batches(opened("resident", tmp_path, kind), order, kind))
+    assert len(whole) == 8
+    source = opened(name, tmp_path, kind)
+    for start in (5, 0):
+        assert all(map(same, whole[start:], batches(source, order, kind, start)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_source_that_was_left_in_the_middle_begins_again(tmp_path: Path, name: str) -> None:
+    source, order = opened(name, make(tmp_path)), Order(seed=3, count=8, batch_size=2, length=24)
+    first = batches(source, order)
+    kept = [next(first) for _ in range(3)]
+    first.close()  # type: ignore[attr-defined]
+    again = list(batches(source, order))
+    assert len(again) == 12 and all(map(same, kept, again))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_share_out_what_one_has(tmp_path: Path, name: str) -> None:
+    make(tmp_path)
+    whole, *ranks = (
+        batches(opened(name, tmp_path, "shift"), Order(1, 8, 5, 16, rank, world), "shift")
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    )
+    for one, *parts in zip(whole, *ranks, strict=True):
+        for field in ("images", "labels", "ids"):
+            assert torch.equal(getattr(one, field), torch.cat([getattr(part, field) for part in parts]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_rounding_of_float32(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    make(tmp_path)
+    order = Order(0, 8, 8, 8)
+    (exact,) = batches(opened(name, tmp_path, "affine", workers=0), order, "affine")
+    (half,) = batches(opened(name, tmp_path, "affine", form(dtype=dtype), workers=0), order, "affine")
+    assert half.images.dtype == dtype and half.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(half.images, exact.images.to(dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_are_brought_to_the_size_of_the_networks(tmp_path: Path, name: str) -> None:
+    pool = read_folder(make(tmp_path))
+    (one,) = batches(opened(name, tmp_path, wanted=form(4), workers=0), Order(0, 8, 8, 8))
+    wanted = F.interpolate(pool.images[one.ids].float(), size=[4, 4], mode="bicubic").clamp(0, 255)
+    assert (pixels(one.images) - wanted).abs().max() <= 0.501  # rounded to a level
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_in_memory_need_no_folder(tmp_path: Path, name: str) -> None:
+    images = torch.randint(0, 256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pool = Pool(images, torch.arange(8) % 2, torch.arange(8) + 100, ("a", "b"))
+    source = open_source(LoaderChoice(name, ""), pool, torch.arange(8), form(), "none", 8, 0)
+    (batch,) = batches(source, Order(0, 8, 8, 8))
+    assert (pixels(batch.images) - images[batch.ids - 100]).abs().max() < 1e-3
+
+
+def test_a_damaged_shard_is_named_through_the_workers(tmp_path: Path) -> None:
+    source = opened("torch", make(tmp_path), workers=1)
+    (tmp_path / "shard-00001.tar").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"^\S*shard-00001\.tar: image \d"):
+        list(batches(source, Order(0, 8, 4, 8)))
+
+
+def test_the_choice_is_by_size_and_says_why() -> None:
+    assert choose("auto", 1000, 32, CPU).name == "resident"
+    choice = choose("auto", 10**9, 512, CPU)
+    assert choice.name == "torch" and "MB" in choice.why
+    assert choose("torch", 10, 32, CPU).name == "torch"
