@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.bench_engines import markdown as engines_table
 from benchmarks.guidance_paths import markdown as guidance_table
+from benchmarks.msarc import markdown as msarc_table
 from benchmarks.quantised_unet import markdown as quantised_table
 from benchmarks.sd15_engines import markdown as sd15_engines_table
 
@@ -60,6 +61,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "guidance-table": ("guidance_paths-cpu.json", guidance_table),
     "engines-table": ("engines-cpu.json", largest_engines_table),
     "sd15-engines-table": ("sd15-engines-cpu.json", sd15_engines_table),
+    "msarc-table": ("msarc-cpu.json", msarc_table),
     "quantised-table": ("quantised-unet-cpu.json", quantised_table),
 }
 README = "README.md"

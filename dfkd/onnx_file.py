@@ -31,7 +31,7 @@ class _Deployed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        logits: Tensor = self.module((images - self.mean) / self.std)
+        logits: Tensor = self.module((images - self.get_buffer("mean")) / self.get_buffer("std"))
         return logits
 
 
