@@ -59,8 +59,8 @@ def logits_table(
     """The teacher's logits [n, C] of the images at positions int64 [n], on the device, in the dtype of a step's.
 
     They are taken as a step takes them, ``rows`` at a time and under autocast (float32: none), the last call filled up:
-    a library may round rows of a smaller call differently. So they differ from a step's by no bit on a CPU as long as
-    a row's rounding does not depend on its neighbours, and by rounding elsewhere.
+    libraries round rows of a smaller call differently. Some round a row by its place in the call too, so they are a
+    step's but for rounding.
     """
     parts = []
     for part in torch.split(positions, rows):

@@ -3,7 +3,6 @@
 A process that torchrun did not start is alone, and then nothing here communicates.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dfkd.device import resolve_device
+from dfkd.device import device_of, resolve_device
 from dfkd.errors import UsageError
+from dfkd.ranks import Rank, own_rank
 
 T = TypeVar("T")
 
@@ -97,31 +97,14 @@ def join(device: str) -> Iterator[World]:
     device: by name, as dfkd.device takes it; auto and cuda are the GPU of this process's local rank.
     Raises UsageError for a device that all ranks of a machine would share, or that is not there.
     """
-    size = int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
-    if size == 1:
+    rank = own_rank() if dist.is_available() else Rank()
+    if rank.count == 1:
         yield World(resolve_device(device))
         return
-    place = _own_device(device, int(os.environ["LOCAL_RANK"]))
+    place = device_of(device, rank.local, rank.neighbours)
     on_gpu = place.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
-    yield World(place, dist.get_rank(), size, dist.new_group(backend="gloo"))
+    yield World(place, dist.get_rank(), rank.count, dist.new_group(backend="gloo"))
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
-
-
-def _own_device(name: str, local_rank: int) -> torch.device:
-    device = resolve_device(name)
-    if device.type != "cuda":
-        return device
-    if device.index is not None:
-        raise UsageError(
-            f"--device {name} with several processes", "each takes the GPU of its own rank", "use --device cuda"
-        )
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"torchrun starts {local_rank + 1} processes or more here",
-            f"torch sees {torch.cuda.device_count()} GPUs, and each process takes one",
-            "lower --nproc-per-node, or use --device cpu",
-        )
-    return torch.device("cuda", local_rank)
