@@ -45,6 +45,8 @@ EQUAL: dict[str, dict[str, object]] = {
         "augment": "shift",
         "checkpoint_every": 1,
         "batch_size": 9,
+        "lr": 0.005,
+        "steps": 6,
         "msarc_weight": 5.0,
         "msarc_maps": "gradcam",
         "msarc_teacher_stages": ("4",),
