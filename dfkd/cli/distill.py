@@ -60,10 +60,11 @@ class Options(DistillSettings, _Paths):
 def run(options: Options) -> dict[str, Any] | None:
     """Check, train what is not trained yet, test, write OUT/result.json; None in all processes but the first."""
     with join(options.device) as world:
-        return _run(options, world)
+        return run_in(world, options)
 
 
-def _run(options: Options, world: World) -> dict[str, Any] | None:
+def run_in(world: World, options: Options) -> dict[str, Any] | None:
+    """The same as one of the processes of a run."""
     teachers.check(options.student)
     _check_test(options.test)
     kernels = choose_kernels(options.kernels, world.device)

@@ -163,7 +163,7 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
         options.images_per_shard,
         rank,
     ) as folder:
-        own, others = folder.missing(), folder.missing_of_others()
+        own, others = folder.missing(), folder.missing_of_others() if rank.first else []
         remaining = sum(len(folder.layout.ids(index)) for index in own)
         written = remaining + sum(len(folder.layout.ids(index)) for index in others)
         copies = options.count if options.format == "imagefolder" else 0

@@ -3,6 +3,7 @@
 A process that torchrun did not start is alone, and then nothing here communicates.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from dfkd.device import device_of, resolve_device
@@ -105,6 +107,25 @@ def join(device: str) -> Iterator[World]:
     on_gpu = place.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=(store := _store_of_this_life()),
+        rank=rank.number if store else -1,
+        world_size=rank.count if store else -1,
+        device_id=place if on_gpu else None,
+    )
     yield World(place, dist.get_rank(), rank.count, dist.new_group(backend="gloo"))
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
+
+
+def _store_of_this_life() -> Any:
+    """Where processes find one another, apart from what those of before a restart have left there.
+
+    On one machine torchrun's store outlives a restart, and a new process may read the address of a dead one. None where
+    torch's own way is left: on several machines, whose counts of restarts may differ.
+    """
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if not own:
+        return None
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return PrefixStore(f"dfkd/life-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

@@ -90,8 +90,11 @@ class ShardFolder:
 
     def wait_for_others(self) -> None:
         """Return when every shard of the other processes is there; torchrun ends this process if one of them fails."""
-        while self.missing_of_others():
+        pending = self.missing_of_others()
+        while pending:
             time.sleep(WAIT)
+            self._read_manifest()
+            pending = [index for index in pending if not self._whole(index)]
 
     def write(self, index: int, images: npt.NDArray[np.uint8], records: Sequence[Record], seconds: float = 0.0) -> Path:
         """Commit one shard: images uint8 [n, H, W, 3] and their records, both in the order of the shard's ids."""

@@ -146,6 +146,37 @@ def test_a_killed_command_goes_on_to_the_same_student(inputs: Path, tmp_path: Pa
         assert weights[0] == weights[1]
 
 
+def test_a_signal_leaves_a_checkpoint_and_its_status(inputs: Path, tmp_path: Path) -> None:
+    given = ["--steps", "24", "--checkpoint-every", "100"]
+    call(*arguments(inputs, tmp_path / "whole", *given))
+    # The signal comes from within, in the fifth step: one from outside might come before the first or after the last.
+    code = """
+import os, signal
+from dfkd.cli import distill as cli
+own, calls = cli.distill, []
+def distill(*given, watch, **named):
+    def watched(done, total):
+        calls.append(done)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        watch(done, total)
+    return own(*given, watch=watched, **named)
+cli.distill = distill
+cli.main()
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    stopped = tmp_path / "stopped"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments(inputs, stopped, *given)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (143, ""), done.stderr
+    assert done.stderr.endswith("stopped after step 5 of 24; started again it goes on\n")
+    assert call(*arguments(inputs, stopped, *given)) == 0
+    weights = [(tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
 def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_teacher(tmp_path / "other", ("zero", "one"))
     (tmp_path / "file").touch()
@@ -154,6 +185,8 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
         (["--teacher-checkpoint", str(tmp_path / "other")], "it has 2, the images have 3"),
         (["--epochs", "2", "--steps", "3"], "--steps 3 and --epochs 2 are both given"),
         (["--amp", "fp16"], "fp16 on a CPU"),
+        (["--cuda-graph"], "CUDA graphs are for GPUs"),
+        (["--cache-logits", "on"], "--cache-logits on: with --augment shift"),
         (["--student", "resnet9"], "resnet8"),
         (["--data", str(tmp_path)], "cannot read"),
         (["--teacher-checkpoint", str(tmp_path / "none")], "no checkpoint"),

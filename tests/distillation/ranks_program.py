@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dfkd.cli.distill import COMMAND, Options
-from dfkd.cli.distill import run as run_command
+from dfkd.cli.distill import COMMAND, Options, run_in
 from dfkd.cli.options import command
 from dfkd.distillation.settings import DistillSettings
 from dfkd.distillation.train import distill
@@ -76,9 +76,8 @@ def train(world: World, out: Path, options: DistillSettings, student: nn.Module,
 
 
 def main(out: Path, arguments: list[str]) -> None:
-    status = command(Options, run_command, COMMAND, arguments)
-    assert status == 0
     with join("cpu") as world:
+        assert command(Options, partial(run_in, world), COMMAND, arguments) == 0
         for name, options in EQUAL.items():
             train(world, out / name, settings(**options), plain_network())
         train(world, out / "normalised", settings(**NORMALISED), normalised_network())
