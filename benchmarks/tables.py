@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_distill import markdown as distill_table
 from benchmarks.bench_engines import markdown as engines_table
 from benchmarks.guidance_paths import markdown as guidance_table
 from benchmarks.msarc import markdown as msarc_table
@@ -58,6 +59,7 @@ def largest_engines_table(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo-table": ("quality-demo-cpu.json", quality_table),
+    "distill-table": ("distill-cpu.json", distill_table),
     "guidance-table": ("guidance_paths-cpu.json", guidance_table),
     "engines-table": ("engines-cpu.json", largest_engines_table),
     "sd15-engines-table": ("sd15-engines-cpu.json", sd15_engines_table),

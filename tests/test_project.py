@@ -97,7 +97,8 @@ def test_make_gpu_report_measures_paths_and_launches() -> None:
     """And make gpu-test selects the tests that need a GPU wherever they lie."""
     lines = make("-n", "gpu-report").stdout.splitlines()
     wanted = ["guidance_paths --device cuda --record", "bench_guided_step --record", "bench_soft_kl --record"]
-    assert [line.partition("benchmarks.")[2] for line in lines[-3:]] == wanted
+    wanted += ["bench_distill --record --accuracy --device cuda"]
+    assert [line.partition("benchmarks.")[2] for line in lines[-4:]] == wanted
     assert make("-n", "gpu-test").stdout.splitlines()[-1].endswith("-m pytest -m gpu ")
     listed = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/kernels", "tests/benchmarks"],

@@ -59,7 +59,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
 
 
 # Every file is flushed twice, itself and then its folder's entry: flushes 1 and 2 are the manifest's, 3 and 4 the first
-# shard's, 5 and 6 the manifest's again, and so on. One child per moment dies just before that flush.
+# shard's, 5 and 6 its index's, 7 and 8 the manifest's again, and so on. One child per moment dies before that flush.
 KILLED_WRITERS = """
 import os, signal, sys
 from pathlib import Path
@@ -85,7 +85,8 @@ for moment in map(int, sys.argv[2:]):
 
 
 def test_a_killed_writer_leaves_nothing_half_done(tmp_path: Path) -> None:
-    missing_after = {1: [0, 1, 2], 3: [0, 1, 2], 4: [0, 1, 2], 5: [0, 1, 2], 7: [1, 2], 12: [2]}
+    whole = [0, 1, 2]
+    missing_after = {1: whole, 3: whole, 4: whole, 5: whole, 7: whole, 9: [1, 2], 16: [2]}
     subprocess.run(
         [sys.executable, "-c", KILLED_WRITERS, str(tmp_path), *map(str, missing_after)], cwd=ROOT, check=True
     )

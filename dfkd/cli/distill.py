@@ -26,6 +26,7 @@ from dfkd.files import make_writable
 from dfkd.kernel_choice import choose_kernels
 from dfkd.resume import RESULT, read_checkpoint, read_result, write_result
 from dfkd.shards import open_folder
+from dfkd.shards.damage import in_words
 from dfkd.teachers.classifier import Classifier
 
 COMMAND = "dfkd-distill"
@@ -69,7 +70,9 @@ def run_in(world: World, options: Options) -> dict[str, Any] | None:
     _check_test(options.test)
     kernels = choose_kernels(options.kernels, world.device)
     check_computation(options, world)
-    data = open_folder(options.data)
+    data = open_folder(options.data, options.on_bad_sample)
+    if data.left_out and world.first:
+        _say(f"left out: {len(data.left_out)} of {data.layout.count} images: {in_words(data.left_out)}")
     teacher = load_teacher(options.teacher, options.teacher_checkpoint, options.normalisation, data.class_names)
     this_run = plain(identity(data, teacher, options.student, options))
     if (known := world.from_first(lambda: _begin(options, this_run))) is not None:
@@ -91,6 +94,7 @@ def run_in(world: World, options: Options) -> dict[str, Any] | None:
         "steps": trained.steps,
         "skipped": trained.skipped,
         "images": trained.images,
+        "left_out": [sample.id for sample in data.left_out],
         "seconds": trained.seconds,
         "device": str(world.device),
         "processes": world.size,

@@ -1,6 +1,5 @@
 """dfkd-train-teacher: real images -> a teacher. The only command, beside the final test, that reads real images."""
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -14,20 +13,20 @@ from dfkd import teachers
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
 from dfkd.device import resolve_device
-from dfkd.evaluation.real_data import LabelledImages, load
+from dfkd.evaluation.real_data import open_images
 from dfkd.files import folder_lock, make_writable, remove_partials
-from dfkd.loader import KINDS, choose, open_source
+from dfkd.loader import KINDS, SOURCES, Images, Source, choose, open_source
 from dfkd.log import Log
 from dfkd.resume import CHECKPOINT, RESULT, read_checkpoint, read_result, refuse_other, write_checkpoint, write_result
-from dfkd.shards import Pool
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
 from dfkd.teachers.train import AMP_DTYPES, SCHEDULES, Epoch, Recipe, State, accuracy, form_of, train
 
 COMMAND = "dfkd-train-teacher"
 LOG = "log.jsonl"
+STATISTICS = 10_000  # images that mean and standard deviation are taken from, at most
 # Where and how a run is computed, not what: these may differ between the beginning of a run and its resumption.
-COMPUTATION = ("out", "device", "resume")
+COMPUTATION = ("out", "device", "loader", "workers", "resume")
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,13 @@ class Options:
     label_smoothing: float = option(0.0, "share of the target spread over all classes", low=0, high=1)
     amp: str = option("off", "mixed precision", choices=tuple(AMP_DTYPES))
     device: str = option("auto", "auto (the GPU where there is one), cpu, cuda or cuda:N")
+    loader: str = option(
+        "auto",
+        "resident: every image on the device; dali, torch: decoded as they are needed, by NVIDIA DALI or by worker"
+        " processes; auto: resident where it fits, else dali where it is installed",
+        choices=SOURCES,
+    )
+    workers: int = option(2, "threads (dali) or processes (torch) that decode images", low=0)
     seed: int = option(0, "fixes initial weights, order and augmentation", low=0)
     resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
 
@@ -101,13 +107,14 @@ def _run(options: Options, device: torch.device) -> dict[str, Any]:
     # Read before the images, which take long, so that another run's folder is refused at once.
     saved = read_checkpoint(out, this_run, device)
     size = options.input_size or teachers.input_size(options.architecture)
-    learning, validation = (load(options.data, split, size) for split in ("train", "validation"))
+    learning, validation = (open_images(options.data, split, size) for split in ("train", "validation"))
     classifier = _untrained(options, learning, device)
     state = State(classifier.module, _recipe(options))
     data = _content(learning)
     if saved is not None:
         refuse_other(out, saved["data"], data)
         state.load(saved)
+    source = _source(options, classifier, learning)
     before = state.seconds
     save_settings(options, out, COMMAND)
     done = f", {state.epoch} of {options.epochs} epochs done" if state.epoch else ""
@@ -117,13 +124,14 @@ def _run(options: Options, device: torch.device) -> dict[str, Any]:
         classifier,
         learning,
         validation,
+        source,
         state,
         lambda: write_checkpoint(out, this_run, {**state.content(), "data": data}),
     )
-    testing = load(options.data, "test", size)
+    testing = open_images(options.data, "test", size)
     result = {
-        "accuracy": accuracy(classifier, testing.images, testing.labels),
-        "validation_accuracy": accuracy(classifier, validation.images, validation.labels),
+        "accuracy": accuracy(classifier, testing),
+        "validation_accuracy": accuracy(classifier, validation),
         "seconds": before + time.perf_counter() - started,
         "test_images": len(testing.labels),
         "device": str(device),
@@ -141,11 +149,17 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _content(images: LabelledImages) -> dict[str, str]:
+def _content(images: Images) -> dict[str, str]:
     """Images and labels by content: a name may stand for other files by the time that a run goes on."""
-    digest = hashlib.sha256(images.images.contiguous().numpy().data)
-    digest.update(images.labels.contiguous().numpy().data)
-    return {"training images": digest.hexdigest()[:16]}
+    return {"training images": images.digest[:16]}
+
+
+def _source(options: Options, classifier: Classifier, learning: Images) -> Source:
+    form, count = form_of(classifier, _recipe(options)), len(learning.labels)
+    choice = choose(options.loader, count, form.size, form.device)
+    print(f"loader: {choice.name} ({choice.why})", file=sys.stderr)
+    rows = min(options.batch_size, count)
+    return open_source(choice, learning, torch.arange(count), form, options.augment, rows, options.workers)
 
 
 def _recipe(options: Options) -> Recipe:
@@ -166,8 +180,9 @@ def _recipe(options: Options) -> Recipe:
 def _fit(
     options: Options,
     classifier: Classifier,
-    learning: LabelledImages,
-    validation: LabelledImages,
+    learning: Images,
+    validation: Images,
+    source: Source,
     state: State,
     keep: Callable[[], None],
 ) -> None:
@@ -177,7 +192,7 @@ def _fit(
         bar.initial = bar.n = state.epoch
 
         def after_epoch(epoch: Epoch) -> None:
-            measured = accuracy(classifier, validation.images, validation.labels)
+            measured = accuracy(classifier, validation)
             # The log first: a line too many is dropped when the run goes on, a line too few would stay missing.
             line = plain({**asdict(epoch), "validation_accuracy": measured})
             log.write(line.pop("number"), **line)
@@ -185,25 +200,26 @@ def _fit(
             bar.set_postfix(loss=f"{epoch.loss:.3f}", validation=f"{measured:.1%}")
             bar.update()
 
-        recipe, count = _recipe(options), len(learning.labels)
-        form = form_of(classifier, recipe)
-        pool = Pool(learning.images, learning.labels, torch.arange(count), learning.class_names)
-        choice = choose("auto", count, form.size, form.device)
-        source = open_source(choice, pool, pool.ids, form, recipe.augment, recipe.batch_size, 2)
-        train(classifier, source, count, recipe, after_epoch, state)
+        train(classifier, source, len(learning.labels), _recipe(options), after_epoch, state)
 
 
-def _untrained(options: Options, learning: LabelledImages, device: torch.device) -> Classifier:
+def _untrained(options: Options, learning: Images, device: torch.device) -> Classifier:
     torch.manual_seed(options.seed)
     module = teachers.build(options.architecture, len(learning.class_names)).to(device)
-    mean, std = _statistics(learning.images)
-    side = learning.images.shape[-1]
+    mean, std = _statistics(learning)
+    side = int(learning.read(torch.tensor([0])).shape[-1])
     return Classifier(module, options.architecture, learning.class_names, side, mean, std)
 
 
-def _statistics(images: torch.Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel of uint8 images [N, 3, H, W], in 0..1."""
-    counts = torch.stack([torch.bincount(images[:, channel].flatten(), minlength=256) for channel in range(3)]).double()
+def _statistics(images: Images) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation per channel, of images in 0..1; of STATISTICS evenly spaced ones where more exist."""
+    count = len(images.labels)
+    chosen = torch.arange(count) if count <= STATISTICS else torch.arange(STATISTICS) * count // STATISTICS
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for part in torch.split(chosen, 500):
+        pixels = images.read(part)
+        for channel in range(3):
+            counts[channel] += torch.bincount(pixels[:, channel].flatten(), minlength=256)
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels

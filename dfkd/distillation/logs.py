@@ -47,7 +47,7 @@ def check_logs(settings: DistillSettings) -> None:
     for package, asked in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
             raise UsageError(
-                f"--{package} needs the package {package}", "it is not installed", f"pip install {package}"
+                f"--{package} needs the package {package}", "it is not installed", "pip install 'dfkd[logs]'"
             )
 
 

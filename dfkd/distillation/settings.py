@@ -87,12 +87,18 @@ class DistillSettings:
     )
     loader: str = option(
         "auto",
-        "resident: every image on the device; torch: decoded from the shards by workers; auto: resident where it fits",
+        "resident: every image on the device; dali: decoded from the shards by NVIDIA DALI, ahead of the steps; torch:"
+        " by worker processes; auto: resident where it fits, else dali where it is installed",
         choices=SOURCES,
     )
-    workers: int = option(2, "processes that decode images for --loader torch", low=0)
     tensorboard: bool = option(False, "also log to OUT/tensorboard; needs the package tensorboard")
     wandb: str | None = option(None, "also log to this project of Weights & Biases; needs the package wandb")
+    workers: int = option(2, "threads (dali) or processes (torch) that decode images", low=0)
+    on_bad_sample: str = option(
+        "fail",
+        "an image that is damaged: fail ends the run before it begins; skip leaves those out that damaged shards hold",
+        choices=("fail", "skip"),
+    )
     resume: bool = option(True, "take up an unfinished run of the same settings; --no-resume starts over")
 
     def __post_init__(self) -> None:
@@ -145,8 +151,9 @@ class DistillSettings:
 
 
 # How a run is computed, not what: these may differ between the beginning of a run and its resumption.
+# Images that are left out are told by the digest of the data.
 COMPUTATION = (
-    *("device", "kernels", "compile", "cuda_graph", "cache_logits", "loader", "workers"),
+    *("device", "kernels", "compile", "cuda_graph", "cache_logits", "loader", "workers", "on_bad_sample"),
     *("tensorboard", "wandb", "resume"),
 )
 

@@ -1,11 +1,13 @@
-"""Labelled image files of a folder tree, a list file or Parquet files: list them, then decode them into one array."""
+"""Labelled image files of a folder tree, a list file or Parquet files: list them, then decode them, all or some."""
 
+import hashlib
 import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -24,6 +26,35 @@ class Listing:
 
     def take(self, indices: NDArray[np.int64]) -> "Listing":
         return Listing([self.images[i] for i in indices], [self.labels[i] for i in indices], self.class_names)
+
+
+class ImageFiles:
+    """A listing's images, size x size, read and decoded when they are asked for: dfkd.loader's Images and Encoded.
+
+    Their ids are their places in the listing; the digest is that of the files' bytes and the labels, read once.
+    """
+
+    image_format = ""  # they may be of several, and of any size
+
+    def __init__(self, listing: Listing, size: int) -> None:
+        self.image_size, self.class_names = size, listing.class_names
+        self.labels, self.ids = torch.tensor(listing.labels), torch.arange(len(listing.labels))
+        self._images = listing.images
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(self.labels.numpy().data)
+        for source in self._images:
+            digest.update(hashlib.sha256(_bytes(source)).digest())
+        return digest.hexdigest()
+
+    def read(self, positions: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, size, size] at int64 [n] positions; raises UsageError naming a file that cannot be read."""
+        return torch.from_numpy(decode([self._images[i] for i in positions.tolist()], self.image_size))
+
+    def encoded(self, positions: torch.Tensor) -> list[NDArray[np.uint8]]:
+        """The files' bytes; raises UsageError naming one that cannot be read."""
+        return [np.frombuffer(_bytes(self._images[i]), np.uint8) for i in positions.tolist()]
 
 
 def read_folder(root: Path) -> Listing:
@@ -106,11 +137,20 @@ def decode(images: list[Path | bytes], size: int | None) -> NDArray[np.uint8]:
     return stack
 
 
+def _bytes(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {source}", error.strerror or str(error)) from error
+
+
 def _open(source: Path | bytes, size: int | None) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             image = opened.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # the second for some damaged PNG files
         name = "an image in the Parquet file" if isinstance(source, bytes) else str(source)
         raise UsageError(f"cannot read {name}", str(error)) from error
     if size is not None and image.size != (size, size):

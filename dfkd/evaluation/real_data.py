@@ -21,8 +21,10 @@ import torch.nn.functional as F
 
 from dfkd.errors import UsageError
 from dfkd.evaluation.digits_on_photos import digits_on_photos
-from dfkd.evaluation.image_files import Listing, decode, read_folder, read_list, read_parquet
+from dfkd.evaluation.image_files import ImageFiles, Listing, decode, read_folder, read_list, read_parquet
 from dfkd.evaluation.split import SPLITS, stratified
+from dfkd.loader import Images
+from dfkd.shards import Pool
 
 READERS: dict[str, Callable[[Path], Listing]] = {"imagefolder": read_folder, "list": read_list, "parquet": read_parquet}
 
@@ -36,21 +38,42 @@ class LabelledImages:
     class_names: tuple[str, ...]
 
 
-def load(name: str, split: str, size: int | None = None) -> LabelledImages:
-    """The images of one split, the same ones in the same order at every call.
+def open_images(name: str, split: str, size: int) -> Images:
+    """The images of one split, the same ones in the same order at every call; files are decoded when they are read.
 
-    size: side in pixels; the shorter side is resized to it (bicubic, antialiased) and the centre cut out. None keeps
-    images as they are.
-    Raises UsageError for an unknown name or split, a missing file, images of different sizes with size=None.
+    size: side in pixels; the shorter side is resized to it (bicubic, antialiased) and the centre cut out.
+    Raises UsageError for an unknown name or split and a missing file.
     """
-    if split not in SPLITS:
-        raise UsageError(f"unknown split '{split}'", todo=f"choose one of {', '.join(SPLITS)}")
+    _check_split(split)
+    if name == "digits-on-photos":
+        drawn = load(name, split, size)
+        return Pool(drawn.images, drawn.labels, torch.arange(len(drawn.labels)), drawn.class_names)
+    return ImageFiles(_listed(name, split), size)
+
+
+def load(name: str, split: str, size: int | None = None) -> LabelledImages:
+    """As open_images, all in memory. size None keeps images as they are.
+
+    Raises UsageError, also for images of different sizes with size=None.
+    """
+    _check_split(split)
     if name == "digits-on-photos":
         pixels, labels, class_names = digits_on_photos(split)
         images = torch.from_numpy(pixels)
         if size not in (None, images.shape[-1]):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         return LabelledImages(images, torch.from_numpy(labels), class_names)
+    listing = _listed(name, split)
+    images = torch.from_numpy(decode(listing.images, size))
+    return LabelledImages(images, torch.tensor(listing.labels), listing.class_names)
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UsageError(f"unknown split '{split}'", todo=f"choose one of {', '.join(SPLITS)}")
+
+
+def _listed(name: str, split: str) -> Listing:
     kind, _, path = name.partition(":")
     if kind not in READERS or not path:
         known = ", ".join(["digits-on-photos", *(f"{kind}:PATH" for kind in READERS)])
@@ -58,8 +81,7 @@ def load(name: str, split: str, size: int | None = None) -> LabelledImages:
     listing = _listing(READERS[kind], path, split)
     if not listing.images:
         raise UsageError(f"no image for split '{split}' in '{name}'", todo="check the path and the number of images")
-    images = torch.from_numpy(decode(listing.images, size))
-    return LabelledImages(images, torch.tensor(listing.labels), listing.class_names)
+    return listing
 
 
 def _listing(read: Callable[[Path], Listing], pattern: str, split: str) -> Listing:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
 
@@ -28,6 +30,20 @@ class Images(Protocol):
 
     def read(self, positions: Tensor) -> Tensor:
         """uint8 [n, 3, H, W] at int64 [n] positions; raises UsageError naming file and id of one that is damaged."""
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """Images that lie in files, whose bytes something else may decode; dfkd.shards' ShardPool is such.
+
+    image_format: png, jpg or npy, or "" where files differ; image_size: the side in pixels that all of them have.
+    """
+
+    image_format: str
+    image_size: int
+
+    def encoded(self, positions: Tensor) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of the files; raises UsageError naming file and id of one that cannot be read whole."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ SHIFT = 3 / 32
 CONTRAST = (0.6, 1.4)
 BRIGHTNESS = 0.2
 CHANNEL_GAIN = (0.8, 1.2)
+# How far outside the image an affine view looks, in parts of a side: a corner, moved, turned and scaled.
+REACH = ((1 + 2 * SHIFT) * (math.cos(ROTATION) + math.sin(ROTATION)) / SCALE[0] - 1) / 2
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 

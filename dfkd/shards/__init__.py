@@ -2,6 +2,7 @@
 
     DIR/manifest.json      version, settings, class_names, image_size, image_format, count, shard_size,
                            shards: [{file, first_id, count, sha256, seconds}]
+    DIR/shard-00000.idx    where each file of the shard begins, as DALI's reader wants to know: index.py
     DIR/shard-00000.tar    <id:08d>.png|jpg|npy (pixels), <id:08d>.cls (label), <id:08d>.json (record), ids ascending
 
 The shard is the unit of commit: it is written beside, flushed, renamed, and counts once the manifest has its hash.

@@ -33,6 +33,12 @@ class Record:
     teacher_probability: float = 0.0
 
 
+def record_of(fields: Mapping[str, Any]) -> Record:
+    """A record from its JSON object; raises TypeError or KeyError for another object."""
+    box = fields["box"]
+    return Record(**{**fields, "box": None if box is None else (box[0], box[1], box[2], box[3])})
+
+
 @dataclass(frozen=True)
 class Layout:
     """What every shard of a folder has in common; two runs may share a folder only when theirs are equal."""

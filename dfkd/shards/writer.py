@@ -18,6 +18,7 @@ from dfkd.errors import UsageError
 from dfkd.files import PARTIAL, folder_lock, locked, make_writable, remove_partials, replace_file, replace_text, sha256
 from dfkd.ranks import Rank
 from dfkd.shards.codec import encode
+from dfkd.shards.index import repair_index, write_index
 from dfkd.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest
 
 WAIT = 0.5  # seconds between two looks at what the other processes have done
@@ -62,7 +63,7 @@ class ShardFolder:
             with _committing(path):
                 if rank.count == 1:
                     remove_partials(path)
-                for name in ("shard-*.tar", MANIFEST):  # those that nobody is writing now
+                for name in ("shard-*", MANIFEST):  # those that nobody is writing now
                     for leftover in path.glob(name + PARTIAL):
                         leftover.unlink()
                 shards: list[dict[str, Any]] = []
@@ -76,6 +77,8 @@ class ShardFolder:
                 folder = cls(path, wanted, shards, rank, lock)
                 if not (path / MANIFEST).exists():
                     folder._write_manifest()
+                for file in folder._shards if rank.first else ():  # an index that is absent or damaged costs no image
+                    repair_index(path / file)
             folder._lock = lock.pop_all()
             return folder
 
@@ -107,6 +110,7 @@ class ShardFolder:
         path = self.path / file
         with _committing(self.path):
             replace_file(path, lambda out: _write_tar(out, images, records, self.layout.image_format))
+            write_index(path)
             self._read_manifest()
             self._shards[file] = {
                 "file": file,

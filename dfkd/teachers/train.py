@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from dfkd.loader import Form, Source, Step, draw
+from dfkd.loader import Form, Images, Source, Step, draw
 from dfkd.randomness import derived_seed, seed_global
 from dfkd.teachers.classifier import Classifier
 
@@ -173,15 +173,15 @@ def _steps(generator: torch.Generator, count: int, batch_size: int, kind: str, s
 
 
 @torch.no_grad()
-def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Share, in 0..1, of uint8 images [N, 3, H, W] that the classifier puts in their class, in evaluation mode."""
+def accuracy(classifier: Classifier, data: Images, batch_size: int = 500) -> float:
+    """Share, in 0..1, of the images that the classifier puts in their class, in evaluation mode."""
     classifier.module.eval()
     device = next(classifier.module.parameters()).device
     right = 0
-    for part, truth in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
-        logits = classifier.logits(part.to(device).float() / 255)
-        right += int((logits.argmax(1) == truth.to(device)).sum())
-    return right / len(labels)
+    for positions in torch.split(torch.arange(len(data.labels)), batch_size):
+        logits = classifier.logits(data.read(positions).to(device).float() / 255)
+        right += int((logits.argmax(1) == data.labels[positions].to(device)).sum())
+    return right / len(data.labels)
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -178,6 +178,24 @@ def workers(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     assert given == [0, 1]
 
 
+def on_bad_sample(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    """What it does to damaged shards: tests/test_shard_damage.py."""
+    from dfkd.cli import distill as cli
+
+    opened = []
+
+    def open_folder(path: Path, wanted: str) -> Any:
+        opened.append(wanted)
+        raise UsageError("enough")
+
+    patch.setattr(cli, "open_folder", open_folder)
+    for wanted in ("fail", "skip"):
+        paths = {"data": tmp_path, "student": "resnet8", "out": tmp_path / "out"}
+        with pytest.raises(UsageError, match="enough"):
+            cli.run(cli.Options(**paths, device="cpu", on_bad_sample=wanted))
+    assert opened == ["fail", "skip"]
+
+
 class Writer:
     """Stands in for tensorboard's SummaryWriter and for a run of wandb."""
 
@@ -273,7 +291,7 @@ EFFECTS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     function.__name__: function
     for function in (
         *(checkpoint_every, msarc_maps, sync_bn, device, kernels, compile, cuda_graph, cache_logits, loader, workers),
-        *(tensorboard, wandb, resume),
+        *(on_bad_sample, tensorboard, wandb, resume),
     )
 }
 

@@ -9,8 +9,10 @@ from PIL import Image
 
 from dfkd.errors import UsageError
 from dfkd.evaluation import digits_on_photos as world
-from dfkd.evaluation.real_data import load
+from dfkd.evaluation.image_files import ImageFiles, read_folder
+from dfkd.evaluation.real_data import load, open_images
 from dfkd.evaluation.split import SPLITS, stratified
+from dfkd.loader import Form, LoaderChoice, Step, Views, dali, open_source
 
 COUNTS = {"train": 3500, "validation": 500, "test": 1000}
 
@@ -148,3 +150,36 @@ def test_images_of_different_sizes_need_a_size(folder):
 def test_errors_before_work(name, split, message):
     with pytest.raises(UsageError, match=message):
         load(name, split)
+
+
+def test_files_are_read_when_asked_for(folder):
+    files, whole = (read(f"imagefolder:{folder}", "train", 8) for read in (open_images, load))
+    positions = torch.tensor([5, 0, 41])
+    assert torch.equal(files.read(positions), whole.images[positions])
+    assert torch.equal(files.labels, whole.labels) and files.class_names == whole.class_names
+    before = files.digest
+    assert open_images(f"imagefolder:{folder}", "train", 8).digest == before
+    for name in files.class_names:
+        for file in (folder / name).iterdir():
+            Image.new("RGB", (8, 8)).save(file)
+    assert files.digest != before
+
+
+@pytest.mark.dali
+@pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed")
+def test_dali_fits_files_of_any_size_as_pillow_does(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "a").mkdir()
+    sizes = [(40, 40), (64, 40), (40, 57), (91, 133), (20, 31), (24, 24)]
+    for index, (width, height) in enumerate(sizes):
+        coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(
+            tmp_path / "a" / f"{index}.{('png', 'jpg')[index % 2]}"
+        )
+    files = ImageFiles(read_folder(tmp_path), 24)
+    form = Form(24, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"))
+    source = open_source(LoaderChoice("dali", ""), files, torch.arange(6), form, "none", 6, 1)
+    (batch,) = source.batches([Step(torch.arange(6), Views())])
+    difference = (batch.images * 255 - files.read(torch.arange(6))).abs()
+    assert difference.max() <= 1.01, "Pillow rounds to a level between its two passes"
+    assert difference[5].max() < 1e-3, "of the right size: not touched"

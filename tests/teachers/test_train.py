@@ -36,10 +36,13 @@ def dark_and_light() -> tuple[torch.Tensor, torch.Tensor]:
     return images + (labels * 120).to(torch.uint8).view(-1, 1, 1, 1), labels
 
 
+def pool(images: torch.Tensor, labels: torch.Tensor) -> Pool:
+    return Pool(images, labels, torch.arange(len(labels)), ("dark", "light"))
+
+
 def source(classifier: Classifier, recipe: Recipe = RECIPE) -> tuple[Resident, int]:
-    images, labels = dark_and_light()
-    pool = Pool(images, labels, torch.arange(len(labels)), classifier.class_names)
-    return Resident(pool, pool.ids, form_of(classifier, recipe)), len(labels)
+    data = pool(*dark_and_light())
+    return Resident(data, data.ids, form_of(classifier, recipe)), len(data.ids)
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def test_learns_and_reports():
     assert [epoch.number for epoch in epochs] == [1, 2, 3]
     assert epochs[-1].loss < epochs[0].loss
     assert epochs[-1].lr < epochs[0].lr < RECIPE.lr
-    assert accuracy(classifier, *dark_and_light(), batch_size=32) == 1.0
+    assert accuracy(classifier, pool(*dark_and_light()), batch_size=32) == 1.0
 
 
 def test_same_seed_same_weights():
@@ -121,8 +124,8 @@ def test_training_leaves_torchs_generator_alone():
 def test_accuracy_counts():
     classifier, _ = fit(0)
     images, labels = dark_and_light()
-    assert accuracy(classifier, images, 1 - labels) == 0.0
-    assert accuracy(classifier, images, torch.zeros_like(labels)) == 0.5
+    assert accuracy(classifier, pool(images, 1 - labels)) == 0.0
+    assert accuracy(classifier, pool(images, torch.zeros_like(labels))) == 0.5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
