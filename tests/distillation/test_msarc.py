@@ -213,5 +213,5 @@ def test_descent_brings_the_maps_together() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] / 10
