@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dfkd.distillation.settings import DistillSettings
 from dfkd.distillation.train import distill
 from dfkd.distillation.world import World, join
 from dfkd.errors import Stopped, UsageError
-from tests.distillation.small_run import network, pool, settings, teacher
+from tests.distillation.small_run import network, pool, sending, settings, teacher
 
 FIRST_LIFE = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
 
@@ -57,18 +56,6 @@ EQUAL: dict[str, dict[str, object]] = {
 NORMALISED: dict[str, object] = {"augment": "shift", "checkpoint_every": 1, "steps": 12, "batch_size": 32}
 STOPPED: dict[str, object] = {"augment": "shift", "checkpoint_every": 5}
 KILLED: dict[str, object] = {"augment": "affine", "checkpoint_every": 3, "ema": 0.9, "mix": "mixup"}
-
-
-def sending(number: int, step: int) -> Callable[[int, int], None]:
-    calls = 0
-
-    def watch(done: int, total: int) -> None:
-        nonlocal calls
-        if calls == step:
-            os.kill(os.getpid(), number)
-        calls += 1
-
-    return watch
 
 
 def train(world: World, out: Path, options: DistillSettings, student: nn.Module, **more: object) -> None:
