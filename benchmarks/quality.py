@@ -78,12 +78,14 @@ class Run:
             "--out", out, *self.generate, *more,
         )  # fmt: skip
 
-    def student(self, name: str, data: Path, out: Path) -> float:
-        result = self.stage(
+    def distilled(self, name: str, data: Path, out: Path, *more: object) -> dict[str, Any]:
+        return self.stage(
             name, "dfkd-distill", "--preset", "demo", "--data", data, "--teacher-checkpoint", self.teacher,
-            "--out", out, "--seed", self.seed, "--test", DATA, "--test-split", self.split, *self.distill,
+            "--out", out, "--seed", self.seed, "--test", DATA, "--test-split", self.split, *self.distill, *more,
         )  # fmt: skip
-        return float(result["accuracy"])
+
+    def student(self, name: str, data: Path, out: Path) -> float:
+        return float(self.distilled(name, data, out)["accuracy"])
 
     def baseline(self, name: str, count: int, guided_seconds: float) -> float:
         folder = self.folder / "baselines" / name

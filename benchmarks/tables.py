@@ -15,6 +15,7 @@ from benchmarks.bench_distill import markdown as distill_table
 from benchmarks.bench_engines import markdown as engines_table
 from benchmarks.bench_loader import markdown as loader_table
 from benchmarks.guidance_paths import markdown as guidance_table
+from benchmarks.msarc import markdown as msarc_table
 from benchmarks.quantised_unet import markdown as quantised_table
 from benchmarks.sd15_engines import markdown as sd15_engines_table
 
@@ -64,6 +65,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "engines-table": ("engines-cpu.json", largest_engines_table),
     "sd15-engines-table": ("sd15-engines-cpu.json", sd15_engines_table),
     "loader-table": ("loader-cpu.json", loader_table),
+    "msarc-table": ("msarc-cpu.json", msarc_table),
     "quantised-table": ("quantised-unet-cpu.json", quantised_table),
 }
 README = "README.md"

@@ -9,7 +9,16 @@ from typing import NoReturn
 from dfkd.errors import UsageError
 from engine.files import PARTIAL, locked, remove_partials, replace_file, replace_text, sha256
 
-__all__ = ["PARTIAL", "folder_lock", "make_writable", "remove_partials", "replace_file", "replace_text", "sha256"]
+__all__ = [
+    "PARTIAL",
+    "folder_lock",
+    "locked",
+    "make_writable",
+    "remove_partials",
+    "replace_file",
+    "replace_text",
+    "sha256",
+]
 
 
 def make_writable(folder: Path) -> None:

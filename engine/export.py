@@ -58,7 +58,7 @@ def to_onnx(graph: Graph, path: Path) -> None:
     """
     program, narrow = to_program(graph, by_layer=True), is_quantised(graph)
     try:
-        with _quiet():
+        with quiet():
             model = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -156,7 +156,7 @@ def _rename(onnx_graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> N
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's notes on its own insides."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

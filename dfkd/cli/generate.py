@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import command, plain, save_settings
 from dfkd.cli.prepare import prepare
 from dfkd.cli.progress import progress
-from dfkd.device import resolve_device
+from dfkd.device import device_of
 from dfkd.engines.choose import Choice, apply, choose, in_words
 from dfkd.engines.requests import gradient_rows
 from dfkd.engines.sources import sources_of
@@ -28,6 +29,7 @@ from dfkd.planning.seconds import predict
 from dfkd.planning.smaller import Smaller
 from dfkd.planning.words import as_json
 from dfkd.planning.words import in_words as plan_in_words
+from dfkd.ranks import own_rank
 from dfkd.shards import ShardFolder, open_folder, read_manifest, require_space
 from dfkd.shards.layout import MANIFEST
 from dfkd.synthesis.run import Synthesis, synthesise
@@ -110,32 +112,46 @@ def quieten_libraries() -> None:
     disable_progress_bars()
 
 
-def run(options: GenerateOptions) -> dict[str, Any]:
-    """Check, plan, synthesise what is missing, write OUT/result.json; with --plan-only the plan alone."""
+def run(asked: GenerateOptions) -> dict[str, Any] | None:
+    """Check, plan, synthesise what is missing, write OUT/result.json; with --plan-only the plan alone.
+
+    Of the processes of torchrun each does this for its own shards; the first alone speaks, waits for all shards, and
+    has a result, None in the others.
+    """
+    rank = own_rank()
+    if asked.plan_only and not rank.first:
+        return None
+    device = device_of(asked.device, rank.local, rank.neighbours)
+    options = asked if rank.neighbours == 1 else replace(asked, device=str(device))
+
+    def say(text: str) -> None:
+        if rank.first:
+            print(text, file=sys.stderr)
+
     if not options.plan_only:
         make_writable(options.out)
-    if not sys.stderr.isatty():
+    if not (rank.first and sys.stderr.isatty()):
         quieten_libraries()
-    kernels = choose_kernels(options.kernels, resolve_device(options.device))  # before the networks are loaded
+    kernels = choose_kernels(options.kernels, device)  # before the networks are loaded
     synthesis = prepare(options, kernels.name)
     remembered = Remembered.of(options, synthesis)
     if remembered.problem:
-        print(remembered.problem, file=sys.stderr)
-    plan = make_plan(options, synthesis, remembered.images())
+        say(remembered.problem)
+    plan = make_plan(options, synthesis, remembered.images(), rank.neighbours)
     # whether a group is cut, and so which networks it needs, may be decided by short memory
     cut = plan.rows.gradient < gradient_rows(options)
     fitting = replace(options, micro_batch=plan.rows.gradient) if cut else options
     choices = choose(fitting, EngineStore(options.engines), build_command(fitting), engines_before(options.out))
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
     for line in in_words(choices):
-        print(line, file=sys.stderr)
-    print(f"kernels: {kernels.name} ({kernels.why})", file=sys.stderr)
-    timings = predict(synthesis, plan, choices, EngineStore(options.engines))
+        say(line)
+    say(f"kernels: {kernels.name} ({kernels.why})")
+    timings = predict(synthesis, plan, choices, EngineStore(options.engines)) if rank.first else {}
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     if options.plan_only:
         images = options.count - sum(int(shard["count"]) for shard in shards_before(options.out))
         amount = -(-images // options.group), images
-        print(plan_in_words(plan, timings, *amount), file=sys.stderr)
+        say(plan_in_words(plan, timings, *amount))
         return {"out": options.out, "images": options.count, "plan": as_json(plan, timings, *amount)}
     with ShardFolder.create_or_open(
         options.out,
@@ -145,36 +161,50 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         options.image_format,
         options.count,
         options.images_per_shard,
+        rank,
     ) as folder:
-        remaining = sum(len(folder.layout.ids(index)) for index in folder.missing())
+        own, others = folder.missing(), folder.missing_of_others() if rank.first else []
+        remaining = sum(len(folder.layout.ids(index)) for index in own)
+        written = remaining + sum(len(folder.layout.ids(index)) for index in others)
         copies = options.count if options.format == "imagefolder" else 0
-        require_space(options.out, remaining + copies, size, options.image_format)
-        save_settings(options, options.out, COMMAND)
-        dropped = -options.count % options.group if folder.missing() else 0
-        print(
-            f"{options.count} images of {size}x{size}, {remaining} to compute on {synthesis.device} in {options.dtype};"
-            f" groups of {options.group}"
-            + (f"; {dropped} more complete the last group and are dropped" if dropped else ""),
-            file=sys.stderr,
+        require_space(options.out, written + copies, size, options.image_format)
+        if rank.first:
+            save_settings(asked, options.out, COMMAND)
+        dropped = -options.count % options.group if own or others else 0
+        say(
+            f"{options.count} images of {size}x{size}, {written} to compute on {synthesis.device}"
+            f" in {options.dtype}; groups of {options.group}"
+            + (f"; {dropped} more complete the last group and are dropped" if dropped else "")
         )
+        if rank.count > 1:
+            say(
+                f"{rank.count} processes share {folder.layout.shard_count()} shards;"
+                f" {remaining} images are of the first, whose plan and progress follow"
+            )
         amount = -(-remaining // options.group), remaining
-        print(plan_in_words(plan, timings, *amount), file=sys.stderr)
+        say(plan_in_words(plan, timings, *amount))
         smaller = Smaller(options, choices, remembered, build_command)
-        with progress(remaining, "synthesis", "img") as bar:
+        started = time.perf_counter()
+        with progress(remaining, "synthesis", "img", shown=rank.first) as bar:
             try:
                 done = synthesise(folder, synthesis, plan.rows, bar.update, smaller)
             except FloatingPointError as error:
                 raise UsageError(str(error), todo="lower --guidance-step, or use --dtype fp32") from None
+        if not rank.first:
+            return None
+        folder.wait_for_others()
+        seconds = time.perf_counter() - started
     if options.format == "imagefolder":
         export_imagefolder(options.out, options.out / IMAGE_FOLDER)
     result = {
         "out": options.out,
         "images": options.count,
-        "images_written": done.images,
-        "shards_written": done.shards,
-        "shards_before": done.shards_before,
-        "seconds": round(done.seconds, 3),
-        "images_per_second": round(done.images / done.seconds, 3) if done.images else None,
+        "images_written": written,
+        "shards_written": len(own) + len(others),
+        "shards_before": folder.layout.shard_count() - len(own) - len(others),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(written / seconds, 3) if written else None,
+        "processes": rank.count,
         "plan": as_json(plan, timings, *amount),
         "rows": asdict(done.rows),  # of the last group: fewer than planned after an out-of-memory error
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},

@@ -29,7 +29,8 @@ class GenerateOptions:
 
     Writes OUT/shard-*.tar (WebDataset), OUT/manifest.json, OUT/settings.json and OUT/result.json. Started again on the
     same folder it computes what is missing or damaged and nothing else. The same --seed and image id give the same
-    image for any --batch, in any order.
+    image for any --batch, in any order. Several processes share the shards out, and end with the same bytes:
+    torchrun --nproc-per-node N --no-python dfkd-generate ...
     """
 
     out: Path = option(MISSING, "folder to write")

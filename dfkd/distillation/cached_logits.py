@@ -25,7 +25,9 @@ class CacheChoice:
 def check_cache(settings: DistillSettings) -> None:
     """Raise UsageError: "on" where the images of a step are not those of the pool."""
     if settings.cache_logits == "on" and (why := _changing(settings)):
-        raise UsageError("--cache-logits on", why, "use --augment none --mix none, or leave it out")
+        raise UsageError(
+            "--cache-logits on", why, "leave it out, or use --augment none --mix none and no --msarc-weight"
+        )
 
 
 def choose_cache(settings: DistillSettings, images: int, classes: int) -> CacheChoice:
@@ -42,7 +44,9 @@ def choose_cache(settings: DistillSettings, images: int, classes: int) -> CacheC
 
 
 def _changing(settings: DistillSettings) -> str:
-    """Why the teacher sees other images at every step; empty where it does not."""
+    """Why the teacher is asked at every step; empty where it need not be."""
+    if settings.msarc_weight:
+        return "mSARC compares the teacher's feature maps in every step"
     given = {"augment": settings.augment, "mix": settings.mix}
     changing = [f"--{name} {value}" for name, value in given.items() if value != "none"]
     return f"with {' and '.join(changing)} the teacher sees other images at every step" if changing else ""

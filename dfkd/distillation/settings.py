@@ -29,6 +29,21 @@ class DistillSettings(LoaderOptions):
     warmup: int = option(0, "linear rise of the learning rate at the start", low=0, unit="steps")
     temperature: float = option(30.0, "of the softened distributions", low=1e-3)
     ce_weight: float = option(0.0, "weight of the cross-entropy with the labels beside the KL divergence", low=0)
+    msarc_weight: float = option(
+        0.0,
+        "weight of mSARC: the student's activation maps shall be the teacher's (SpaceshipNet); theirs is the number of"
+        " classes; 0: off",
+        low=0,
+    )
+    msarc_maps: str = option(
+        "both",
+        "which maps it compares: class activation maps of the last features, Grad-CAMs of three stages, or both",
+        choices=("both", "cam", "gradcam"),
+    )
+    msarc_teacher_stages: tuple[str, ...] = option(
+        (), "modules of the teacher whose outputs the Grad-CAMs are of, instead of the three found by resolution"
+    )
+    msarc_student_stages: tuple[str, ...] = option((), "the student's, as many and in the same order")
     augment: str = option("crop-flip", "random views; both networks see the same one", choices=KINDS)
     mix: str = option("none", "mixtures of two images, labelled by the teacher", choices=MIXES)
     mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha) of the mixtures", low=1e-3)
@@ -93,7 +108,36 @@ class DistillSettings(LoaderOptions):
                 "a mixture of two images has no single label",
                 "use one of the two",
             )
+        self._check_msarc()
         self.milestone_parts()
+
+    def _check_msarc(self) -> None:
+        """Raise UsageError for settings of mSARC that would not act."""
+        stages = self.msarc_teacher_stages or self.msarc_student_stages
+        if (self.msarc_maps != "both" or stages) and not self.msarc_weight:
+            raise UsageError(
+                "--msarc-maps, --msarc-teacher-stages and --msarc-student-stages act with --msarc-weight above 0",
+                todo="give a weight, or leave them out",
+            )
+        for flag, given in (("--compile", self.compile != "off"), ("--cuda-graph", self.cuda_graph)):
+            if given and self.msarc_weight:
+                raise UsageError(
+                    f"--msarc-weight with {flag}",
+                    "maps are taken inside of the networks, and Grad-CAMs are differentiated twice",
+                    "leave one of the two out",
+                )
+        if self.sync_bn == "on" and self.msarc_weight and self.msarc_maps != "cam":
+            raise UsageError(
+                "--msarc-weight with --sync-bn on",
+                "torch's SyncBatchNorm has no second derivative, which Grad-CAMs need",
+                "use --sync-bn off, or --msarc-maps cam",
+            )
+        if self.msarc_maps == "cam" and stages:
+            raise UsageError(
+                "--msarc-maps cam takes no stages",
+                "class activation maps are of the last features",
+                "leave --msarc-teacher-stages and --msarc-student-stages out, or compare Grad-CAMs too",
+            )
 
     def milestone_parts(self) -> tuple[float, ...]:
         """The milestones as parts of the run, ascending."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dfkd.distillation.checks import AMP_DTYPES
 from dfkd.distillation.compiled import GRAPHS, Network, compiled
+from dfkd.distillation.consistency import Compared, Consistency
 from dfkd.distillation.cuda_graph import Captured
 from dfkd.distillation.losses import distillation_loss
 from dfkd.distillation.settings import DistillSettings
@@ -15,15 +16,23 @@ from dfkd.distillation.world import World
 class Step:
     """The networks as they are called in training: compiled, captured, shared between processes, as settings say.
 
-    rows: of a batch of this process; kernels: "torch" or "triton".
+    rows: of a batch of this process; kernels: "torch" or "triton"; maps: what mSARC compares, None without it.
     """
 
     def __init__(
-        self, teacher: torch.nn.Module, state: State, settings: DistillSettings, world: World, rows: int, kernels: str
+        self,
+        teacher: torch.nn.Module,
+        state: State,
+        settings: DistillSettings,
+        world: World,
+        rows: int,
+        kernels: str,
+        maps: Compared | None = None,
     ) -> None:
         self.settings, self.state, self.device, self.kernels = settings, state, world.device, kernels
         self._teacher: Network = compiled(teacher, settings.compile, rows)
         self._student: Network = compiled(world.shared(state.student), settings.compile, rows)
+        self._msarc = Consistency(teacher, state.student, maps, settings.msarc_weight) if maps else None
         self._descent = Captured(self._descend, rows) if settings.cuda_graph else self._descend
 
     def __call__(self, images: Tensor, labels: Tensor, wanted: Tensor | None, lr: float, share: float = 1.0) -> Tensor:
@@ -49,10 +58,15 @@ class Step:
         return loss.detach()
 
     def _loss(self, images: Tensor, labels: Tensor, wanted: Tensor | None) -> Tensor:
-        settings = self.settings
+        settings, seen = self.settings, None
         with torch.autocast(self.device.type, AMP_DTYPES[settings.amp], enabled=settings.amp != "off"):
-            if wanted is None:
-                with torch.no_grad():
-                    wanted = self._teacher(images)
-            answers = self._student(images)
-        return distillation_loss(answers, wanted, settings.temperature, labels, settings.ce_weight, self.kernels)
+            if self._msarc is not None:
+                seen = self._msarc.look(self._teacher, self._student, images)
+                wanted, answers = seen.teacher, seen.student
+            else:
+                if wanted is None:
+                    with torch.no_grad():
+                        wanted = self._teacher(images)
+                answers = self._student(images)
+        loss = distillation_loss(answers, wanted, settings.temperature, labels, settings.ce_weight, self.kernels)
+        return loss if self._msarc is None or seen is None else loss + self._msarc.loss(seen)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dfkd.device import resolve_device
 from dfkd.distillation.cached_logits import choose_cache, logits_table
 from dfkd.distillation.checks import AMP_DTYPES, check, check_last_batch
+from dfkd.distillation.consistency import Compared, compared
 from dfkd.distillation.guard import Guard
 from dfkd.distillation.held_out import split
 from dfkd.distillation.identity import identity
@@ -73,6 +74,7 @@ def distill(
     world = world or World(resolve_device(settings.device))
     kernels = choose_kernels(settings.kernels, world.device)
     check(data, teacher, student, settings, world)
+    maps = compared(teacher.module, student, teacher.input_size, settings)
     devices = [world.device] if world.device.type == "cuda" else []
     with ExitStack() as held, torch.random.fork_rng(devices=devices):
         name = architecture or type(student).__name__
@@ -80,7 +82,9 @@ def distill(
         run.begin(held, say)
         if run.state.step < run.order.steps:
             say(f"kernels: {kernels.name} ({kernels.why})")
-            run.train(run.source(say), run.known_logits(say), kernels.name, watch)
+            if maps is not None:
+                say(maps.in_words())
+            run.train(run.source(say), run.known_logits(say), kernels.name, watch, maps)
         return run.result()
 
 
@@ -97,7 +101,8 @@ class _Run:
     ) -> None:
         self.data, self.settings, self.out, self.world, self.device = data, settings, out, world, world.device
         self.identity = identity(data, teacher, architecture, settings)
-        student = synchronised(student, settings.sync_bn, world)
+        twice = settings.msarc_weight and settings.msarc_maps != "cam"  # no SyncBatchNorm is differentiated twice
+        student = synchronised(student, "off" if twice else settings.sync_bn, world)
         self.teacher = replace(teacher, module=_place(teacher.module, self.device).eval())
         self.pupil = replace(teacher, module=_place(student, self.device), architecture=architecture)
         self.rows, self.held = split(data.ids, settings.held_out)
@@ -154,14 +159,21 @@ class _Run:
         amp, rows = AMP_DTYPES[self.settings.amp], len(self.order.batch(0))
         return logits_table(self.teacher, self.data, self.rows, self.form, rows, amp)
 
-    def train(self, source: Source, known: Tensor | None, kernels: str, watch: Callable[[int, int], object]) -> None:
-        """From the state's step to the run's last; ``known``: of known_logits."""
+    def train(
+        self,
+        source: Source,
+        known: Tensor | None,
+        kernels: str,
+        watch: Callable[[int, int], object],
+        maps: Compared | None,
+    ) -> None:
+        """From the state's step to the run's last; ``known``: of known_logits; ``maps``: what mSARC compares."""
         settings, order, state, world = self.settings, self.order, self.state, self.world
         held_out = None
         if world.first and len(self.held):
             images = read_all(self.data, self.held, self.form.size)
             held_out = HeldOut(images, self.teacher, settings.temperature)
-        step = Step(self.teacher.module, state, settings, world, len(order.batch(0)), kernels)
+        step = Step(self.teacher.module, state, settings, world, len(order.batch(0)), kernels, maps)
         guard, agreed = self.guard(), Agreement(world)
         started, first = time.perf_counter() - state.seconds, state.step
         watch(first * order.batch_size, order.length)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from dfkd.device import resolve_device
+from dfkd.device import device_of, resolve_device
 from dfkd.errors import UsageError
+from dfkd.ranks import Rank, own_rank
 
 T = TypeVar("T")
 
@@ -98,22 +99,22 @@ def join(device: str) -> Iterator[World]:
     device: by name, as dfkd.device takes it; auto and cuda are the GPU of this process's local rank.
     Raises UsageError for a device that all ranks of a machine would share, or that is not there.
     """
-    size = int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
-    if size == 1:
+    rank = own_rank() if dist.is_available() else Rank()
+    if rank.count == 1:
         yield World(resolve_device(device))
         return
-    place = _own_device(device, int(os.environ["LOCAL_RANK"]))
+    place = device_of(device, rank.local, rank.neighbours)
     on_gpu = place.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(place)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=(store := _store_of_this_life()),
-        rank=int(os.environ["RANK"]) if store else -1,
-        world_size=size if store else -1,
+        rank=rank.number if store else -1,
+        world_size=rank.count if store else -1,
         device_id=place if on_gpu else None,
     )
-    yield World(place, dist.get_rank(), size, dist.new_group(backend="gloo"))
+    yield World(place, dist.get_rank(), rank.count, dist.new_group(backend="gloo"))
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
 
 
@@ -128,20 +129,3 @@ def _store_of_this_life() -> Any:
         return None
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return PrefixStore(f"dfkd/life-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def _own_device(name: str, local_rank: int) -> torch.device:
-    device = resolve_device(name)
-    if device.type != "cuda":
-        return device
-    if device.index is not None:
-        raise UsageError(
-            f"--device {name} with several processes", "each takes the GPU of its own rank", "use --device cuda"
-        )
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"torchrun starts {local_rank + 1} processes or more here",
-            f"torch sees {torch.cuda.device_count()} GPUs, and each process takes one",
-            "lower --nproc-per-node, or use --device cpu",
-        )
-    return torch.device("cuda", local_rank)

@@ -47,15 +47,17 @@ class Plan:
         return Rows(unet, decode, self.calls["gradient"].rows if "gradient" in self.calls else decode)
 
 
-def make_plan(options: GenerateOptions, synthesis: Synthesis, remembered: Mapping[str, int]) -> Plan:
+def make_plan(
+    options: GenerateOptions, synthesis: Synthesis, remembered: Mapping[str, int], processes: int = 1
+) -> Plan:
     """The plan of a synthesis on eager networks; engines of the same networks are taken to need no more.
 
-    remembered: most images a call, by network, from out-of-memory errors.
+    remembered: most images a call, by network, from out-of-memory errors. processes: that share the memory of a CPU.
     """
     networks = [synthesis.prior.unet, synthesis.prior.vae, synthesis.prior.text_encoder, synthesis.teacher.module]
     if synthesis.guidance and synthesis.guidance.student:
         networks.append(synthesis.guidance.student.module)
-    memory = device_bytes(synthesis.device)
+    memory = device_bytes(synthesis.device) // (processes if synthesis.device.type == "cpu" else 1)
     return plan_of(options, footprints_of(synthesis), copies_of(synthesis), held_bytes(synthesis, networks), memory,
                    usable_bytes(memory, synthesis.device), remembered)  # fmt: skip
 

@@ -1,10 +1,11 @@
-"""The writing side of a folder of shards: atomic, resumable, one writer at a time."""
+"""The writing side of a folder of shards: atomic, resumable, one run at a time, of one process or several."""
 
 import io
 import json
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -14,17 +15,24 @@ import numpy.typing as npt
 
 from dfkd.choices import IMAGE_FORMATS
 from dfkd.errors import UsageError
-from dfkd.files import folder_lock, make_writable, remove_partials, replace_file, replace_text, sha256
+from dfkd.files import PARTIAL, folder_lock, locked, make_writable, remove_partials, replace_file, replace_text, sha256
+from dfkd.ranks import Rank
 from dfkd.shards.codec import encode
 from dfkd.shards.index import repair_index, write_index
 from dfkd.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest
 
+WAIT = 0.5  # seconds between two looks at what the other processes have done
+
 
 class ShardFolder:
-    """The writing side of a folder of shards; holds its lock until closed, best by ``with``."""
+    """The writing side of a folder of shards; holds its lock until closed, best by ``with``.
 
-    def __init__(self, path: Path, layout: Layout, shards: list[dict[str, Any]], lock: ExitStack) -> None:
-        self.path, self.layout = path, layout
+    The processes of a run share a folder: each has the shards whose index is its rank modulo their number, the first
+    holds the lock, and what one writes it commits alone, under a lock of that moment.
+    """
+
+    def __init__(self, path: Path, layout: Layout, shards: list[dict[str, Any]], rank: Rank, lock: ExitStack) -> None:
+        self.path, self.layout, self.rank = path, layout, rank
         self._shards = {entry["file"]: entry for entry in shards}
         self._lock = lock
 
@@ -38,6 +46,7 @@ class ShardFolder:
         image_format: str,
         count: int,
         shard_size: int,
+        rank: Rank = Rank(),  # noqa: B008 (frozen)
     ) -> Self:
         """Start a folder, or take up one that a run of the same settings has begun.
 
@@ -49,27 +58,46 @@ class ShardFolder:
         wanted = Layout(_plain(settings), tuple(class_names), image_size, image_format, count, shard_size)
         make_writable(path)
         with ExitStack() as lock:
-            lock.enter_context(folder_lock(path))
-            remove_partials(path)
-            shards: list[dict[str, Any]] = []
-            if (path / MANIFEST).exists():
-                found, shards = read_manifest(path)
-                _refuse_other(path, found, wanted)
-            elif any(path.glob("shard-*.tar")):
-                raise UsageError(
-                    f"{path} holds shards without {MANIFEST}", "they would be overwritten", "choose another --out"
-                )
-            folder = cls(path, wanted, shards, lock)
-            if not (path / MANIFEST).exists():
-                folder._write_manifest()
-            for file in folder._shards:  # an index that is absent or damaged costs no image
-                repair_index(path / file)
+            if rank.first:
+                lock.enter_context(folder_lock(path))
+            with _committing(path):
+                if rank.count == 1:
+                    remove_partials(path)
+                for name in ("shard-*", MANIFEST):  # those that nobody is writing now
+                    for leftover in path.glob(name + PARTIAL):
+                        leftover.unlink()
+                shards: list[dict[str, Any]] = []
+                if (path / MANIFEST).exists():
+                    found, shards = read_manifest(path)
+                    _refuse_other(path, found, wanted)
+                elif any(path.glob("shard-*.tar")):
+                    raise UsageError(
+                        f"{path} holds shards without {MANIFEST}", "they would be overwritten", "choose another --out"
+                    )
+                folder = cls(path, wanted, shards, rank, lock)
+                if not (path / MANIFEST).exists():
+                    folder._write_manifest()
+                for file in folder._shards if rank.first else ():  # an index that is absent or damaged costs no image
+                    repair_index(path / file)
             folder._lock = lock.pop_all()
             return folder
 
     def missing(self) -> list[int]:
-        """Indices of the shards that are absent or whose bytes are not those that the manifest has on record."""
-        return [i for i in range(self.layout.shard_count()) if not self._whole(i)]
+        """This process's shards that are absent or whose bytes are not those that the manifest has on record."""
+        return [i for i in range(self.layout.shard_count()) if self.rank.owns(i) and not self._whole(i)]
+
+    def missing_of_others(self) -> list[int]:
+        """The same of the other processes, by the manifest as it is now."""
+        self._read_manifest()
+        return [i for i in range(self.layout.shard_count()) if not self.rank.owns(i) and not self._whole(i)]
+
+    def wait_for_others(self) -> None:
+        """Return when every shard of the other processes is there; torchrun ends this process if one of them fails."""
+        pending = self.missing_of_others()
+        while pending:
+            time.sleep(WAIT)
+            self._read_manifest()
+            pending = [index for index in pending if not self._whole(index)]
 
     def write(self, index: int, images: npt.NDArray[np.uint8], records: Sequence[Record], seconds: float = 0.0) -> Path:
         """Commit one shard: images uint8 [n, H, W, 3] and their records, both in the order of the shard's ids."""
@@ -80,16 +108,18 @@ class ShardFolder:
             raise ValueError(f"images are {images.dtype} {images.shape}; want uint8 {(len(ids), size, size, 3)}")
         file = _file_name(index)
         path = self.path / file
-        replace_file(path, lambda out: _write_tar(out, images, records, self.layout.image_format))
-        write_index(path)
-        self._shards[file] = {
-            "file": file,
-            "first_id": ids.start,
-            "count": len(ids),
-            "sha256": sha256(path),
-            "seconds": round(seconds, 3),
-        }
-        self._write_manifest()
+        with _committing(self.path):
+            replace_file(path, lambda out: _write_tar(out, images, records, self.layout.image_format))
+            write_index(path)
+            self._read_manifest()
+            self._shards[file] = {
+                "file": file,
+                "first_id": ids.start,
+                "count": len(ids),
+                "sha256": sha256(path),
+                "seconds": round(seconds, 3),
+            }
+            self._write_manifest()
         return path
 
     def close(self) -> None:
@@ -105,10 +135,18 @@ class ShardFolder:
         entry, path = self._shards.get(_file_name(index)), self.path / _file_name(index)
         return entry is not None and path.is_file() and sha256(path) == entry["sha256"]
 
+    def _read_manifest(self) -> None:
+        self._shards = {entry["file"]: entry for entry in read_manifest(self.path)[1]}
+
     def _write_manifest(self) -> None:
         shards = [self._shards[file] for file in sorted(self._shards)]
         manifest = {"version": VERSION, **asdict(self.layout), "shards": shards}
         replace_text(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _committing(path: Path) -> AbstractContextManager[None]:
+    """Alone among the processes that commit to the folder; waits for its turn."""
+    return locked(path / ".commit", lambda owner: None)
 
 
 def _write_tar(out: BinaryIO, images: npt.NDArray[np.uint8], records: Sequence[Record], image_format: str) -> None:

@@ -30,7 +30,7 @@ class VGG(nn.Module):
         # The zoo halves three times, and a fourth time for 64x64 images only.
         pools = 4 if x.shape[2] == 64 else 3
         for index in range(len(WIDTHS)):
-            x = F.relu(self.get_submodule(f"block{index}")(x))
+            x = self.get_submodule(f"block{index}")(x)
             if index < pools:
                 x = F.max_pool2d(x, 2)
         logits: Tensor = self.classifier(x.mean((2, 3)))
@@ -38,8 +38,8 @@ class VGG(nn.Module):
 
 
 def _block(channels: int, width: int, count: int) -> nn.Sequential:
-    """Convolution and BatchNorm, count times, ReLU between: the ReLU behind the last belongs to forward()."""
+    """Convolution, BatchNorm and ReLU, count times."""
     layers: list[nn.Module] = []
     for index in range(count):
         layers += [nn.Conv2d(width if index else channels, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("accelerate", "diffusers", "jinja2", "matplotlib", "mlxtend", "scipy", "sklearn", "transformers")
 
 
-@pytest.mark.parametrize("module", ["train_teacher", "generate", "distill", "report", "engines"])
+@pytest.mark.parametrize("module", ["train_teacher", "generate", "distill", "report", "engines", "export"])
 def test_a_command_starts_light(module: str) -> None:
     code = f"import sys, dfkd.cli.{module}; print(*sorted({{*sys.modules}} & {{*{HEAVY!r}}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -39,6 +39,18 @@ def normalised_network() -> nn.Module:
 EQUAL: dict[str, dict[str, object]] = {
     "even": {"augment": "affine", "checkpoint_every": 1, "steps": 12},
     "uneven": {"augment": "crop-flip", "checkpoint_every": 1, "batch_size": 9, "epochs": 1, "held_out": 0.05},
+    # Grad-CAMs behind the last ReLU: in front of one a gradient jumps where rounding moves a value across 0.
+    "maps": {
+        "augment": "shift",
+        "checkpoint_every": 1,
+        "batch_size": 9,
+        "lr": 0.005,
+        "steps": 6,
+        "msarc_weight": 5.0,
+        "msarc_maps": "gradcam",
+        "msarc_teacher_stages": ("4",),
+        "msarc_student_stages": ("2",),
+    },
     "labels": {"augment": "none", "checkpoint_every": 1, "ce_weight": 1.0, "clip_norm": 0.2, "ema": 0.9},
 }
 NORMALISED: dict[str, object] = {"augment": "shift", "checkpoint_every": 1, "steps": 12, "batch_size": 32}

@@ -24,6 +24,14 @@ from dfkd.errors import UsageError
 from tests.distillation.small_run import network, settings, teacher
 from tests.distillation.test_train import equal, run
 
+# mSARC of networks that have a feature map and no global average.
+GRAD_CAMS: dict[str, object] = {
+    "msarc_weight": 1.0,
+    "msarc_maps": "gradcam",
+    "msarc_teacher_stages": ("0",),
+    "msarc_student_stages": ("0",),
+}
+
 # By field: another value, and what a run needs for the field to matter.
 OTHER_STUDENT: dict[str, tuple[object, dict[str, object]]] = {
     "steps": (14, {}),
@@ -37,6 +45,9 @@ OTHER_STUDENT: dict[str, tuple[object, dict[str, object]]] = {
     "warmup": (4, {}),
     "temperature": (2.0, {}),
     "ce_weight": (1.0, {}),
+    "msarc_weight": (2.0, GRAD_CAMS),
+    "msarc_teacher_stages": (("2",), GRAD_CAMS),
+    "msarc_student_stages": (("1",), GRAD_CAMS),
     "augment": ("affine", {}),
     "mix": ("mixup", {}),
     "mix_alpha": (0.2, {"mix": "mixup"}),
@@ -94,6 +105,14 @@ def checkpoint_every(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     for every, checks in ((3, 4), (6, 2)):
         run(tmp_path / str(every), settings(checkpoint_every=every))
         assert (tmp_path / str(every) / "log.jsonl").read_text().count("agreement") == checks
+
+
+def msarc_maps(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    assert "mSARC: Grad-CAMs of 0 (teacher) and 0 (student)" in said(tmp_path, **GRAD_CAMS)
+    for maps in ("both", "cam"):
+        named = GRAD_CAMS if maps == "both" else {"msarc_weight": 1.0}
+        with pytest.raises(UsageError, match="the teacher has no class activation maps"):
+            run(tmp_path / maps, settings(**{**named, "msarc_maps": maps}))
 
 
 def sync_bn(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -271,7 +290,7 @@ def resume(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
 EFFECTS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     function.__name__: function
     for function in (
-        *(checkpoint_every, sync_bn, device, kernels, compile, cuda_graph, cache_logits, loader, workers),
+        *(checkpoint_every, msarc_maps, sync_bn, device, kernels, compile, cuda_graph, cache_logits, loader, workers),
         *(on_bad_sample, tensorboard, wandb, resume),
     )
 }

@@ -146,9 +146,10 @@ def test_batch_norm_is_synchronised_where_that_acts() -> None:
 
 def test_gpus_of_several_processes_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+    ranks = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", **ranks}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="torchrun starts 3 processes or more here: torch sees 2 GPUs"), join("cuda"):
+    with pytest.raises(UsageError, match="torchrun starts 3 processes here: torch sees 2 GPUs"), join("cuda"):
         pass
     with pytest.raises(UsageError, match="--device cuda:1 with several processes"), join("cuda:1"):
         pass
