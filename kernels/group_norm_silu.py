@@ -21,8 +21,13 @@ from torch import Tensor
 
 from kernels.group_norm_backward import launch_backward
 from kernels.group_norm_forward import launch_forward
-from kernels.group_norm_tiles import accumulated, like, triton
+from kernels.group_norm_tiles import accumulated, like
 from kernels.guided_clean import interpreted
+
+try:
+    import triton
+except ModuleNotFoundError:  # a CPU-only installation needs the reference alone
+    triton = None
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,7 +37,7 @@ def group_norm_silu_ref(
 ) -> Tensor:
     """As `group_norm_silu`, in PyTorch, by autograd differentiable as often as wanted."""
     wide = accumulated(x)
-    v = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    v = torch.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
     return (F.silu(v) if silu else v).to(x.dtype)
 
 
@@ -100,6 +105,10 @@ def _backward(ctx: Any, dy: Tensor, *of_statistics: object) -> tuple[Tensor | No
 
 
 _operator.register_autograd(_backward, setup_context=_setup)
+
+# What stands in a traced graph
+forward_operation = torch.ops.dfkd.group_norm_silu.default
+backward_operation = torch.ops.dfkd.group_norm_silu_backward.default
 
 
 def _affine(xh: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from dfkd.planning.words import in_words as plan_in_words
 from dfkd.shards import ShardFolder, open_folder, read_manifest, require_space
 from dfkd.shards.layout import MANIFEST
 from dfkd.synthesis.run import Synthesis, synthesise
+from engine.group_norms import group_norms
 from engine.store import EngineStore
 
 COMMAND = "dfkd-generate"
@@ -71,7 +72,7 @@ def identity(options: GenerateOptions, synthesis: Synthesis, choices: Sequence[C
 
 def build_command(options: GenerateOptions) -> str:
     """The command that builds the engines of a run with these options."""
-    own = ("out", "count", "backend", "engines", "kernels", "seed", "format", "image_format", "shard_size", "only")
+    own = ("out", "count", "backend", "engines", "seed", "format", "image_format", "shard_size", "only")
     words = []
     for field in fields(options):
         value = getattr(options, field.name)
@@ -118,6 +119,10 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         quieten_libraries()
     kernels = choose_kernels(options.kernels, resolve_device(options.device))  # before the networks are loaded
     synthesis = prepare(options, kernels.name)
+    prior = synthesis.prior
+    norms = (
+        {part: str(group_norms(getattr(prior, part))) for part in ("unet", "vae")} if kernels.name == "triton" else {}
+    )
     remembered = Remembered.of(options, synthesis)
     if remembered.problem:
         print(remembered.problem, file=sys.stderr)
@@ -130,6 +135,8 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     for line in in_words(choices):
         print(line, file=sys.stderr)
     print(f"kernels: {kernels.name} ({kernels.why})", file=sys.stderr)
+    for part, found in norms.items():
+        print(f"{part}, where it runs eagerly: {found}", file=sys.stderr)
     timings = predict(synthesis, plan, choices, EngineStore(options.engines))
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     if options.plan_only:
@@ -178,7 +185,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         "plan": as_json(plan, timings, *amount),
         "rows": asdict(done.rows),  # of the last group: fewer than planned after an out-of-memory error
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
-        "kernels": {"name": kernels.name, "why": kernels.why},
+        "kernels": {"name": kernels.name, "why": kernels.why, **({"group_norms": norms} if norms else {})},
         "class_names": synthesis.teacher.class_names,
         "class_counts": torch.bincount(
             open_folder(options.out).labels, minlength=len(synthesis.teacher.class_names)
