@@ -15,6 +15,7 @@ from engine.backends import get
 from engine.group_norms import group_norms, set_group_norms
 from engine.spec import EngineSpec, TensorSpec, differing
 from engine.store import EngineStore
+from engine.tracing.operations import KERNELS
 from tests.engines.small_engines import options_of, recipes
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -96,24 +97,60 @@ def test_networks_come_plain_and_the_judge_stays_plain(prior, teacher):
     assert group_norms(doubled.prior.unet).fused == 0 < group_norms(sources.prior.unet).fused
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(get("inductor").unusable("cpu") is not None, reason="inductor cannot be used here")
-def test_an_engine_that_calls_the_kernel(prior, teacher, tmp_path, capsys):
-    """Compiled both ways, judged against float64, listed with what was kept; and the networks are as they were."""
-    options = options_of(prior, teacher, "--kernels", "triton")
+class Unchanged:
+    """Inductor's place, taken by graphs that run as they were traced: seconds instead of minutes."""
+
+    name, stored, fixed_rows, targets = "inductor", True, False, ()
+
+    def __init__(self):
+        self.graphs = {}
+
+    def unusable(self, device, dtype="float32"):
+        return None
+
+    def compile(self, graph, spec, folder):
+        number = str(len(self.graphs))
+        self.graphs[number] = graph
+        (folder / "engine").write_text(number)
+
+    def load(self, folder, spec, device):
+        return self.graphs[(folder / "engine").read_text()]
+
+
+SMALL = ("--group", "2", "--batch", "2", "--cfg", "1", "--kernels", "triton")  # two rows: the kernel is interpreted
+
+
+def test_both_are_built_and_the_quicker_is_judged_and_listed(prior, teacher, tmp_path, monkeypatch, capsys):
+    instead = Unchanged()
+    monkeypatch.setattr(build, "get", lambda name: instead)
+    options = options_of(prior, teacher, *SMALL)
     request = recipes(options, "inductor", tmp_path)["unet"]
     request.recipe["flags.group_norm"] = "quicker"
     loaded = load_sources(options, ["unet"])
     store = EngineStore(tmp_path / "engines")
     state, manifest = Workshop(store, lambda: loaded, kernels="triton").build(request)
+    plain, fused = instead.graphs.values()
+    used = [bool(KERNELS & {node.target for node in graph.module.graph.nodes}) for graph in (plain, fused)]
+    assert state == "built" and used == [False, True]
     measured = manifest.facts["group_norm"]
-    assert state == "built" and set(measured["milliseconds"]) == {"torch", "triton"}
     assert measured["kept"] == min(measured["milliseconds"], key=measured["milliseconds"].get)
-    assert dict(manifest.spec.flags)["group_norm"] == "quicker" and group_norms(loaded.prior.unet).fused == 0
+    assert set(measured["milliseconds"]) == {"torch", "triton"}
+    assert dict(manifest.spec.flags)["group_norm"] == "quicker" and manifest.facts["parity"]["relative"] < 1e-5
+    assert manifest.spec.graph not in (plain.structure(), fused.structure())
+    assert group_norms(loaded.prior.unet).fused == 0  # though eager was timed with the kernel
     engines.listing(engines.ListOptions(engines=tmp_path / "engines"), ())
     assert f"{measured['kept']} (torch " in capsys.readouterr().err
-    request.recipe["flags.group_norm"] = "triton"
-    state, manifest = Workshop(store, lambda: loaded).build(request)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(get("inductor").unusable("cpu") is not None, reason="inductor cannot be used here")
+def test_an_engine_that_calls_the_kernel(prior, teacher, tmp_path, capsys):
+    """Compiled around the kernel by inductor itself, and judged against float64."""
+    options = options_of(prior, teacher, *SMALL)
+    request = recipes(options, "inductor", tmp_path)["unet"]
+    store = EngineStore(tmp_path / "engines")
+    state, manifest = Workshop(store, lambda: load_sources(options, ["unet"])).build(request)
     assert state == "built" and manifest.facts["parity"]["relative"] < 1e-5
+    assert dict(manifest.spec.flags)["group_norm"] == "triton"
     engines.listing(engines.ListOptions(engines=tmp_path / "engines"), ())
     assert " triton " in capsys.readouterr().err
