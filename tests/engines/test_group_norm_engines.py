@@ -1,5 +1,7 @@
 """Inductor's engines with the kernel's group norms: asked for, or the quicker of two; no other backend sees any."""
 
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +13,14 @@ from dfkd.engines import build
 from dfkd.engines.build import Workshop
 from dfkd.engines.requests import group_norm_of
 from dfkd.engines.sources import load_sources
+from dfkd.shards import read_folder
 from engine.backends import get
 from engine.group_norms import group_norms, set_group_norms
 from engine.spec import EngineSpec, TensorSpec, differing
 from engine.store import EngineStore
 from engine.tracing.operations import KERNELS
-from tests.engines.small_engines import options_of, recipes
+from tests.cli.small_generate import status_of
+from tests.engines.small_engines import options_of, recipes, words
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -140,6 +144,28 @@ def test_both_are_built_and_the_quicker_is_judged_and_listed(prior, teacher, tmp
     assert group_norms(loaded.prior.unet).fused == 0  # though eager was timed with the kernel
     engines.listing(engines.ListOptions(engines=tmp_path / "engines"), ())
     assert f"{measured['kept']} (torch " in capsys.readouterr().err
+
+
+def test_generate_runs_with_the_kernel_and_says_so(prior, teacher, tmp_path, capsys):
+    images = {}
+    for kernels in ("torch", "triton"):
+        out = tmp_path / kernels
+        more = ("--out", out, "--count", 2, *SMALL, "--steps", 1, "--backend", "eager", "--kernels", kernels)
+        assert status_of(generate.main, *words(prior, teacher, *more)) == 0
+        printed = capsys.readouterr()
+        said = [line for line in printed.err.splitlines() if "group norms" in line]
+        found = json.loads((out / "result.json").read_text())["kernels"].get("group_norms")
+        if kernels == "torch":
+            assert not said and found is None
+        else:
+            count = re.fullmatch(
+                r"unet, where it runs eagerly: (\d+) of (\d+) group norms, (\d+) with their SiLU", said[0]
+            )
+            assert count and count[1] == count[2] and 0 < int(count[3]) <= int(count[1])
+            assert said[1] == "vae, where it runs eagerly: 0 of 0 group norms, 0 with their SiLU"
+            assert found == {line.partition(",")[0]: line.partition(": ")[2] for line in said}
+        images[kernels] = read_folder(out).images.int()
+    assert (images["torch"] - images["triton"]).abs().max() <= 2  # of 255: rounding, one step on
 
 
 @pytest.mark.slow
