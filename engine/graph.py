@@ -35,7 +35,7 @@ from engine.errors import GraphError
 from engine.spec import DTYPES, TensorSpec
 from engine.tracing.interception import Interception
 from engine.tracing.module_paths import ModulePaths, networks_of
-from engine.tracing.operations import ALLOWED, KERNELS
+from engine.tracing.operations import ALLOWED
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -100,7 +100,7 @@ def trace(
     device: torch.device | str = "cpu",
     batch: int = 6,
     live: bool = False,
-    kernels: bool = False,
+    also: Collection[Any] = (),
 ) -> Graph:
     """Trace a function of tensors into a graph.
 
@@ -113,7 +113,8 @@ def trace(
         goes with so many.
     live: weights may change in place after tracing, and the graph follows them. Otherwise what depends on weights alone
         is worked out now, such as a flipped kernel.
-    kernels: fused kernels may stand in the graph; only backends that run them in this process can take it then.
+    also: operations beside the plain ones that may stand in the graph, such as KERNELS of engine/group_norms.py: only
+        backends that run them in this process can take it then.
 
     Raises:
         GraphError: an operation that no plain ones stand for, with the layer it comes from; a result that depends on
@@ -146,7 +147,7 @@ def trace(
             raise GraphError(f"{paths.failed or 'the function'} decides by a value", why, "Use a mask") from error
     rewrites.simplify(module, _weights(networks) if live else frozenset())
     rewrites.name_constants(module, networks)
-    _check(module, inputs, examples, env, ALLOWED | KERNELS if kernels else ALLOWED)
+    _check(module, inputs, examples, env, ALLOWED | set(also))
     outputs = tuple(_spec(*pair, examples) for pair in zip(names, _results(module), strict=True))
     return Graph(_finished(module, inputs), tuple(inputs), outputs)
 

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import EngineError
-from kernels.group_norm_silu import group_norm_silu
+from kernels.group_norm_silu import backward_operation, forward_operation, group_norm_silu
 
 NAMES = ("torch", "triton")
+# What a graph holds in the place of such layers. They run in this process: no ONNX file, and no compiler but torch's
+# own, knows them.
+KERNELS = frozenset({forward_operation, backward_operation})
 
 
 @dataclass(frozen=True)

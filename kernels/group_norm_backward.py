@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError:  # a CPU-only installation needs the reference alone
     triton = None
 else:
-    from kernels.group_norm_tiles import corner, of_channels, of_groups, place, within
+    from kernels.group_norm_tiles import corner, group_of, of_channels, of_groups, place, within
 
 if triton is not None:
 
@@ -48,19 +48,14 @@ if triton is not None:
         WIDE: tl.constexpr,
     ):
         DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
-        WIDTH: tl.constexpr = CHANNELS // GROUPS
-        group, image = tl.program_id(0) % GROUPS, (tl.program_id(0) // GROUPS).to(tl.int64)
-        row, column = tl.arange(0, HIGH), tl.arange(0, WIDE)
-        live = (row < PIXELS)[:, None] & (column < WIDTH)[None, :]
-        at = corner(image, 0, group * WIDTH, PIXELS, CHANNELS, NHWC) + within(row, column, PIXELS, CHANNELS, NHWC)
+        at, live, channel = group_of(tl.program_id(0), PIXELS, CHANNELS, GROUPS, NHWC, HIGH, WIDE)
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(DTYPE)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(DTYPE)  # 0 where nothing is, and so are its products
         mean, rstd = tl.load(mean_ptr + tl.program_id(0)), tl.load(rstd_ptr + tl.program_id(0))
-        channel = group * WIDTH + column
         w, b = of_channels(weight_ptr, channel, CHANNELS, DTYPE), of_channels(bias_ptr, channel, CHANNELS, DTYPE)
         xh = (x - mean) * rstd
         g = before_affine(dy, xh, w, b, SILU)
-        COUNT: tl.constexpr = PIXELS * WIDTH * 1.0
+        COUNT: tl.constexpr = PIXELS * (CHANNELS // GROUPS) * 1.0
         plain, along = tl.sum(tl.sum(g, 1), 0) / COUNT, tl.sum(tl.sum(g * xh, 1), 0) / COUNT
         dx = (g - plain - xh * along) * rstd
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)

@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError:  # a CPU-only installation needs the reference alone
     triton = None
 else:
-    from kernels.group_norm_tiles import corner, of_channels, of_groups, place, within
+    from kernels.group_norm_tiles import corner, group_of, of_channels, of_groups, place, within
 
 if triton is not None:
 
@@ -42,19 +42,14 @@ if triton is not None:
         WIDE: tl.constexpr,
     ):
         DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
-        WIDTH: tl.constexpr = CHANNELS // GROUPS
-        group, image = tl.program_id(0) % GROUPS, (tl.program_id(0) // GROUPS).to(tl.int64)
-        row, column = tl.arange(0, HIGH), tl.arange(0, WIDE)
-        live = (row < PIXELS)[:, None] & (column < WIDTH)[None, :]
-        at = corner(image, 0, group * WIDTH, PIXELS, CHANNELS, NHWC) + within(row, column, PIXELS, CHANNELS, NHWC)
+        at, live, channel = group_of(tl.program_id(0), PIXELS, CHANNELS, GROUPS, NHWC, HIGH, WIDE)
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(DTYPE)
-        COUNT: tl.constexpr = PIXELS * WIDTH * 1.0
+        COUNT: tl.constexpr = PIXELS * (CHANNELS // GROUPS) * 1.0
         mean = tl.sum(tl.sum(x, 1), 0) / COUNT
         x = tl.where(live, x - mean, 0.0)
         rest = tl.sum(tl.sum(x, 1), 0) / COUNT  # what the rounding of a large mean left
         x = tl.where(live, x - rest, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / COUNT + EPS)
-        channel = group * WIDTH + column
         w = of_channels(weight_ptr, channel, CHANNELS, DTYPE)
         y = activated(x * rstd * w + of_channels(bias_ptr, channel, CHANNELS, DTYPE), SILU)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)

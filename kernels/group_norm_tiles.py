@@ -129,6 +129,24 @@ if triton is not None:
             return column[None, :] * PIXELS + row[:, None]
 
     @triton.jit  # type: ignore[untyped-decorator]
+    def group_of(  # type: ignore[no-untyped-def]
+        program,
+        PIXELS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        GROUPS: tl.constexpr,
+        NHWC: tl.constexpr,
+        HIGH: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Of the program that has a whole group: where its values lie, which places of the tile have one, channels."""
+        WIDTH: tl.constexpr = CHANNELS // GROUPS
+        first, image = program % GROUPS * WIDTH, (program // GROUPS).to(tl.int64)
+        row, column = tl.arange(0, HIGH), tl.arange(0, WIDE)
+        live = (row < PIXELS)[:, None] & (column < WIDTH)[None, :]
+        at = corner(image, 0, first, PIXELS, CHANNELS, NHWC) + within(row, column, PIXELS, CHANNELS, NHWC)
+        return at, live, first + column
+
+    @triton.jit  # type: ignore[untyped-decorator]
     def place(program, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
         """Block of channels, chunk of pixels and image of a program: neighbours read neighbouring memory."""
         return program % BLOCKS, program // BLOCKS % CHUNKS, (program // (BLOCKS * CHUNKS)).to(tl.int64)

@@ -17,7 +17,7 @@ from engine.backends import Backend, Tunable, get
 from engine.compiled import Engine
 from engine.errors import EngineError
 from engine.graph import Graph, trace
-from engine.group_norms import running
+from engine.group_norms import KERNELS, running
 from engine.networks import Prior
 from engine.parity import TOLERANCE, measure
 from engine.quantise import Amax, quantised
@@ -151,11 +151,11 @@ class Workshop:
 
     def _traced(self, network: str, group_norm: str) -> tuple[Function, Graph]:
         if (network, group_norm) not in self._graphs:
-            sources, fused = self.sources(), group_norm == "triton"
+            sources, also = self.sources(), KERNELS if group_norm == "triton" else ()
             made = function(network, sources)
             device = sources.prior.device
             with running((sources.prior.unet, sources.prior.vae), group_norm):
-                graph = trace(made.call, made.inputs, output_names=made.outputs, device=device, kernels=fused)
+                graph = trace(made.call, made.inputs, output_names=made.outputs, device=device, also=also)
             self._graphs[network, group_norm] = made, graph
         return self._graphs[network, group_norm]
 

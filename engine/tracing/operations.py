@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from kernels.group_norm_silu import backward_operation, forward_operation
-
 aten = torch.ops.aten
 
 _SHAPE = """
@@ -43,9 +41,5 @@ def _overload(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(aten, packet), overload or "default")
 
-
-# Fused kernels that networks call which engine/group_norms.py has changed over. They run in this process alone: no ONNX
-# file, and no compiler but torch's own, knows them.
-KERNELS = frozenset({forward_operation, backward_operation})
 
 ALLOWED = frozenset(map(_overload, " ".join((_SHAPE, _ELEMENTWISE, _REDUCTION, _LAYER)).split())) | set(_ON_SIZES)

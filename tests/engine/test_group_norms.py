@@ -11,10 +11,9 @@ from torch import nn
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
 from engine.errors import EngineError, GraphError
 from engine.graph import trace
-from engine.group_norms import KernelGroupNorm, Swapped, group_norms, running, set_group_norms
+from engine.group_norms import KERNELS, KernelGroupNorm, Swapped, group_norms, running, set_group_norms
 from engine.networks import load_prior
 from engine.spec import TensorSpec
-from engine.tracing.operations import KERNELS
 from tests.tiny_sd import TINY_VAE, UNET, VAE
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -201,9 +200,9 @@ def test_a_graph_has_the_kernel_only_where_it_is_asked_for():
     with running((network,), "triton"):
         with pytest.raises(GraphError, match="group_norm_silu"):
             trace(gradient, spec, device=DEVICE)
-        fused = trace(gradient, spec, device=DEVICE, kernels=True)
+        fused = trace(gradient, spec, device=DEVICE, also=KERNELS)
         assert {node.target for node in fused.module.graph.nodes} >= KERNELS
         for rows in (1, 2, 7):
             x = torch.randn(rows, 3, 5, 5, device=DEVICE)
             close(fused(x), gradient(x))
-    assert trace(gradient, spec, device=DEVICE, kernels=True).structure() == plain.structure() != fused.structure()
+    assert trace(gradient, spec, device=DEVICE, also=KERNELS).structure() == plain.structure() != fused.structure()

@@ -15,10 +15,9 @@ from dfkd.engines.requests import group_norm_of
 from dfkd.engines.sources import load_sources
 from dfkd.shards import read_folder
 from engine.backends import get
-from engine.group_norms import group_norms, set_group_norms
+from engine.group_norms import KERNELS, group_norms, set_group_norms
 from engine.spec import EngineSpec, TensorSpec, differing
 from engine.store import EngineStore
-from engine.tracing.operations import KERNELS
 from tests.cli.small_generate import status_of
 from tests.engines.small_engines import options_of, recipes, words
 
