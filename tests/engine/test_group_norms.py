@@ -92,6 +92,7 @@ def test_a_tiny_pipeline_and_the_way_back(tiny):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_the_demos_networks(demo):
     torch.manual_seed(1)
     z = torch.randn(1, demo.latent_channels, *demo.latent_size, device=DEVICE)
