@@ -54,11 +54,8 @@ gpu-test: $(SETUP) ## the tests that need a CUDA device
 	  || { echo "error: torch finds no CUDA device: gpu-test needs one (driver, and a CUDA build of torch)." >&2; exit 2; }
 	@$(PY) -m pytest -m gpu $(ARGS)
 
-gpu-report: $(SETUP) ## time guidance paths and fused launches on a CUDA device, record them in benchmarks/results
-	@$(PY) -m benchmarks.guidance_paths --device cuda --record
-	@$(PY) -m benchmarks.bench_guided_step --record
-	@$(PY) -m benchmarks.bench_soft_kl --record
-	@$(PY) -m benchmarks.bench_group_norm_silu --record
+gpu-report: $(SETUP) ## measure all that only a CUDA device can tell, record it in benchmarks/results (eight minutes)
+	@$(PY) -m benchmarks.gpu_report $(ARGS)
 
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) runs dist build/engines .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

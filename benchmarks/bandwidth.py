@@ -3,7 +3,8 @@
 Bytes that must move are those of tensors read once or written once; a launch that moves more has a smaller share.
 Shares and ratios are taken within a turn. Small launches are over before Python has begun the next one, and show its
 time instead. Without a GPU nothing of it can be measured, since Triton's interpreter
-executes Python: then there are the floors on GPUs of known bandwidth, and the resources of the compiled kernels.
+executes Python: then there are the floors on GPUs of known bandwidth, and the resources of the compiled kernels. With
+TRITON_INTERPRET=1, --rehearse runs every way there nevertheless, to see that it does.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 
 from benchmarks.flops import in_turns
 from benchmarks.kernel_resources import markdown as table
-from benchmarks.machine import describe
+from benchmarks.machine import describe, name_of
 from dfkd.files import replace_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,27 +41,28 @@ class Launch:
     ways: Mapping[str, Callable[[], object]]
 
 
-def bench(launches: Iterable[Launch], turns: int, device: torch.device) -> dict[str, Any]:
-    """Rows of the table, and what could not be run, with the reason."""
-    source = torch.empty(COPY_BYTES // 2, dtype=torch.uint8, device=device)
+def bench(launches: Iterable[Launch], turns: int, device: torch.device, rehearse: bool = False) -> dict[str, Any]:
+    """Rows of the table, and what could not be run, with the reason. rehearse: one call each, and a copy of a page."""
+    copy_bytes, calls_each = (2**12, 1) if rehearse else (COPY_BYTES, CALLS)
+    source = torch.empty(copy_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     rows, failures, copies = [], [], []
     for launch in launches:
-        calls = {way: repeated(call) for way, call in launch.ways.items()}
-        calls["copy"] = repeated(lambda: target.copy_(source))
+        calls = {way: repeated(call, calls_each) for way, call in launch.ways.items()}
+        calls["copy"] = repeated(lambda: target.copy_(source), calls_each)
         with torch.no_grad():
             seconds, failed = in_turns(calls, turns, device)
         failures += [{**launch.labels, "way": way, "why": why} for way, why in failed.items()]
-        copy = [COPY_BYTES * CALLS / s for s in seconds["copy"]]
+        copy = [copy_bytes * calls_each / s for s in seconds["copy"]]
         copies += copy
         eager = seconds.get("eager")
         for way in launch.ways:
             if way in failed:
                 continue
-            speed = [launch.moved * CALLS / s for s in seconds[way]]
+            speed = [launch.moved * calls_each / s for s in seconds[way]]
             found = {
                 **launch.labels, "way": way,
-                "microseconds": 1e6 * median(seconds[way]) / CALLS,
+                "microseconds": 1e6 * median(seconds[way]) / calls_each,
                 "bytes": launch.moved, "bytes_per_second": median(speed),
                 "share_of_copy": median(s / c for s, c in zip(speed, copy, strict=True)),
                 "ratio": median(e / s for e, s in zip(eager, seconds[way], strict=True)) if eager else None,
@@ -69,9 +71,9 @@ def bench(launches: Iterable[Launch], turns: int, device: torch.device) -> dict[
     return {"turns": turns, "copy_bytes_per_second": median(copies), "rows": rows, "failures": failures}
 
 
-def repeated(call: Callable[[], object]) -> Callable[[], None]:
+def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
     def run() -> None:
-        for _ in range(CALLS):
+        for _ in range(times):
             call()
 
     return run
@@ -114,17 +116,20 @@ def report(
 ) -> None:
     """Floors and resources, on a GPU the measurement too; tables on stderr, JSON on stdout's last line.
 
-    a.record writes results/<name>-<device>.json.
+    a.record writes results/<name>-<device>.json. a.rehearse: on a CPU, only to see that it runs.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result: dict[str, Any] = {"machine": describe(device), "floors": floors, "resources": resources()}
-    print(table(result["floors"]), "", table(result["resources"]), sep="\n", file=sys.stderr)
-    if device.type == "cuda":
-        result |= bench(launches(device), a.repeats, device)
+    if a.record and a.rehearse:
+        sys.exit("error: a rehearsal is not recorded")
+    device = torch.device("cuda" if torch.cuda.is_available() and not a.rehearse else "cpu")
+    result: dict[str, Any] = {"machine": describe(device), "floors": floors}
+    if not a.rehearse:
+        result["resources"] = resources()
+        print(table(result["floors"]), "", table(result["resources"]), sep="\n", file=sys.stderr)
+    if device.type == "cuda" or a.rehearse:
+        result |= bench(launches(device), a.repeats, device, a.rehearse)
         print("", markdown(result), sep="\n", file=sys.stderr)
         if a.record:
-            where = "-".join(result["machine"]["device"].lower().split())
-            replace_text(RESULTS / f"{name}-{where}.json", json.dumps(result, indent=1) + "\n")
+            replace_text(RESULTS / f"{name}-{name_of(result['machine'])}.json", json.dumps(result, indent=1) + "\n")
     else:
         result["not_measured"] = "no GPU: neither times nor the copy's bandwidth, and so no share and no ratio"
         print("", f"Not measured: {result['not_measured']}.", sep="\n", file=sys.stderr)
@@ -134,6 +139,7 @@ def report(
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--repeats", type=int, default=11, help="turns (default 11)")
+    found.add_argument("--rehearse", action="store_true", help="run it all on a CPU, where times mean nothing")
     found.add_argument("--record", action="store_true", help=f"write benchmarks/results/{name}-<device>.json")
     return found
 

@@ -3,6 +3,7 @@
     python -m benchmarks.bench_engines --teacher runs/demo/teacher                        the demo's networks, CPU
     python -m benchmarks.bench_engines --teacher T --device cuda --dtype fp16 --rows 16,64 \\
         --prior stable-diffusion-v1-5/stable-diffusion-v1-5 --generate "--size 512"
+    python -m benchmarks.bench_engines --sd15 512 --device cuda --dtype fp16 --rows 4,16  random weights, no download
 
 Networks are those of dfkd/engines/functions.py with the losses of the `demo` preset. All ways to run one are timed in
 turns in one process, with a square matmul in every turn; ratios to eager and shares of the matmul are taken within a
@@ -21,13 +22,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from benchmarks.engine_ways import WAYS, Way, make_ways, without_grad
-from benchmarks.flops import counted, in_turns, matmuls, precision, reason
-from benchmarks.machine import describe
+from benchmarks.flops import counted, in_turns, matmuls, peak, precision, reason
+from benchmarks.machine import describe, name_of
 from benchmarks.quality import call
 from dfkd.choices import DTYPES
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
+from dfkd.cli.prepare import TORCH_DTYPES
 from dfkd.engines.functions import NETWORKS, Sources, function, samples
 from dfkd.engines.sources import load_sources
 from dfkd.errors import UsageError
@@ -49,6 +53,7 @@ def bench(sources: Sources, networks: Sequence[str], names: Sequence[str], rows:
     result: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "precision": precision(device, dtype),
+        "peak_flop_per_second": peak(device, dtype),
         "prior": sources.prior.source,
         "teacher": sources.teacher.architecture if sources.teacher else None,
         "image_size": sources.prior.vae_scale_factor * sources.latent_size[0],
@@ -153,6 +158,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table of a recorded result, with what could not run below it."""
     heads = ["network", "rows", "backend", "ms: median (min to max)", "ratio", "FLOP", "FLOP/s", "of matmul", "error"]
     heads += ["compile s"]
+    limit = result.get("peak_flop_per_second")
+    heads += ["MFU"] if limit else []
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for r in result["rows"]:
         cells = [
@@ -162,6 +169,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{100 * r['share_of_matmul']:.0f} %", _or_dash(r["relative_error"], "{:.1e}"),
             _or_dash(r["compile_seconds"], "{:.0f}"),
         ]  # fmt: skip
+        cells += [f"{100 * r['flop_per_second'] / limit:.0f} %"] if limit else []
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     machine = result["machine"]
     ceilings = ", ".join(f"{name} {_giga(speed)}FLOP/s" for name, speed in result["matmul_flop_per_second"].items())
@@ -221,6 +229,8 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, help="folder of dfkd-train-teacher; trained here when absent")
     parser.add_argument("--prior", help="folder or hub id (default: the embedded prior)")
+    parser.add_argument("--sd15", type=int, metavar="SIZE", help="Stable Diffusion 1.5 at this size, random weights")
+    parser.add_argument("--thin", action="store_true", help="of --sd15, with few channels: a rehearsal, never recorded")
     parser.add_argument("--rows", type=_rows, default=[25, 100, 200], help="micro-batches (default 25,100,200)")
     parser.add_argument("--backends", type=_names(WAYS), default=list(WAYS), help=f"default {','.join(WAYS)}")
     networks = ["unet", "decode", "gradient", "pixel_gradient"]
@@ -234,8 +244,15 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    a = arguments_parser().parse_args()
+def sd15_sources(a: argparse.Namespace) -> Sources:
+    """Networks of Stable Diffusion 1.5's sizes with random weights, and a ResNet-34."""
+    from benchmarks import sd15  # it needs diffusers, which a machine that measures kernels may lack
+
+    return sd15.placed(sd15.make_sources(a.sd15, a.thin), torch.device(a.device), TORCH_DTYPES[a.dtype])
+
+
+def run_sources(a: argparse.Namespace) -> Sources:
+    """The networks of a dfkd-generate with these options."""
     with tempfile.TemporaryDirectory() as scratch:
         if a.teacher is None:
             a.teacher = Path(scratch) / "teacher"
@@ -243,16 +260,24 @@ def main() -> None:
         words = ["--preset", "demo", "--teacher-checkpoint", str(a.teacher), "--device", a.device, "--dtype", a.dtype]
         words += ["--out", scratch, *(["--prior", a.prior] if a.prior else []), *shlex.split(a.generate)]
         try:
-            sources = load_sources(parse(GenerateOptions, words, "dfkd-generate", PRESETS), a.networks)
+            return load_sources(parse(GenerateOptions, words, "dfkd-generate", PRESETS), a.networks)
         except UsageError as error:
             sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    a = arguments_parser().parse_args()
+    if a.thin and (a.record or not a.sd15):
+        sys.exit("error: --thin is of --sd15, and not recorded")
+    sources = sd15_sources(a) if a.sd15 else run_sources(a)
     machine = describe(sources.prior.device)  # before the work: what fails here must not lose it
     result = {"machine": machine, **bench(sources, a.networks, a.backends, a.rows, a.repeats)}
     print(markdown(result), file=sys.stderr)
     if a.record:
-        kind = "cpu" if sources.prior.device.type == "cpu" else "-".join(machine["device"].lower().split())
+        kind = "cpu" if sources.prior.device.type == "cpu" else name_of(machine)
         dtype = "" if a.dtype == "fp32" else f"-{a.dtype}"
-        replace_text(RESULTS / f"engines-{kind}{dtype}.json", json.dumps(result, indent=1) + "\n")
+        prior = f"-sd15-{a.sd15}" if a.sd15 else ""
+        replace_text(RESULTS / f"engines-{kind}{dtype}{prior}.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, name_of
 from benchmarks.quality import DATA, call
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
@@ -188,13 +188,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generate", default="", help="more options of dfkd-generate, as one string")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/guidance_paths-<device>.json")
+    parser.add_argument("--rehearse", action="store_true", help="a teacher of one epoch, groups of 16: to see it run")
     a = parser.parse_args()
+    if a.record and a.rehearse:
+        parser.error("a rehearsal is not recorded")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if a.teacher is None:
             a.teacher = folder / "teacher"
-            call("dfkd-train-teacher", "--preset", "demo", "--out", a.teacher, "--seed", a.seed)
-        more = a.generate.split()
+            quick = ["--epochs", 1] if a.rehearse else []
+            call("dfkd-train-teacher", "--preset", "demo", "--out", a.teacher, "--seed", a.seed, *quick)
+        more = [
+            *a.generate.split(),
+            *(["--group", "16", "--batch", "16", "--shard-size", "16", "--steps", "3"] if a.rehearse else []),
+        ]
         rows = {name: make(a.teacher, a.device, folder, overrides, more) for name, overrides in ROWS.items()}
         seconds = speeds(rows, a.singles, a.repeats)
         result: dict[str, Any] = {
@@ -220,7 +227,7 @@ def main() -> None:
             }
     print(markdown(result), file=sys.stderr)
     if a.record:
-        kind = "cpu" if a.device == "cpu" else "-".join(result["machine"]["device"].lower().split())
+        kind = "cpu" if a.device == "cpu" else name_of(result["machine"])
         RESULTS.mkdir(exist_ok=True)
         replace_text(RESULTS / f"guidance_paths-{kind}.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -6,6 +6,7 @@ half precision holds the activations.
 
 import math
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def make_sources(size: int, thin: bool = False, seed: int = 0) -> Sources:
         unet=unet,
         vae=vae,
         text_encoder=None,
-        tokenizer=None,  # type: ignore[arg-type]  # no prompt but the empty one is asked for
+        tokenizer=None,  # type: ignore[arg-type]  # no prompts but these are asked for
         scheduler_config={},
         prediction_type="epsilon",
         latent_channels=UNET["in_channels"],
@@ -94,11 +95,23 @@ def make_sources(size: int, thin: bool = False, seed: int = 0) -> Sources:
         scaling_factor=VAE["scaling_factor"],
         source="random weights in the sizes of Stable Diffusion 1.5",
         weights_digest="",
-        _encoded={"": torch.zeros(TOKENS, width, dtype=torch.float16)},
+        _encoded={text: torch.zeros(TOKENS, width, dtype=torch.float16) for text in ("", "a photo")},
     )
     return Sources(
         prior, teacher(widths.get("teacher", {}), seed + 2), LossWeights(1.0, 1.0), latent_size, FP16_LOSS_SCALE
     )
+
+
+def placed(sources: Sources, device: torch.device, dtype: torch.dtype) -> Sources:
+    """The same networks there, UNet and decoder in `dtype`, with the loss scale that it wants."""
+    prior, classifier = sources.prior, sources.teacher
+    assert classifier is not None
+    for network in (prior.unet, prior.vae):
+        network.to(device, dtype, memory_format=torch.channels_last)
+    encoded = {text: embedding.to(device, dtype) for text, embedding in prior._encoded.items()}
+    scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+    own = replace(prior, _encoded=encoded)
+    return replace(sources, prior=own, teacher=on_device(classifier, device), loss_scale=scale)
 
 
 def teacher(widths: dict[str, Any], seed: int) -> Classifier:

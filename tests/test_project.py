@@ -93,16 +93,9 @@ def test_make_lists_its_targets() -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()] == wanted.split()
 
 
-def test_make_gpu_report_measures_paths_and_launches() -> None:
+def test_make_gpu_report_is_one_command() -> None:
     """And make gpu-test selects the tests that need a GPU wherever they lie."""
-    lines = make("-n", "gpu-report").stdout.splitlines()
-    wanted = [
-        "guidance_paths --device cuda --record",
-        "bench_guided_step --record",
-        "bench_soft_kl --record",
-        "bench_group_norm_silu --record",
-    ]
-    assert [line.partition("benchmarks.")[2] for line in lines[-len(wanted) :]] == wanted
+    assert make("-n", "gpu-report").stdout.splitlines()[-1].endswith("-m benchmarks.gpu_report ")
     assert make("-n", "gpu-test").stdout.splitlines()[-1].endswith("-m pytest -m gpu ")
     listed = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/kernels", "tests/benchmarks"],

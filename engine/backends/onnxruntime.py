@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from engine.spec import EngineSpec
 
 MODEL = "model.onnx"
+# Of the messages of an arena, the C++ library, CUDA and cuBLAS: it has no type of exception for this.
+SHORT_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "ALLOC_FAILED")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -84,7 +86,12 @@ class OnnxRuntime:
                 binding.bind_output(result.name, *bound(tensor))
             if place.type == "cuda":  # ONNX Runtime works on a stream of its own and waits for that at the end of a run
                 torch.cuda.current_stream(place).synchronize()
-            session.run_with_iobinding(binding)
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # its exceptions share no other base
+                if any(words in str(error) for words in SHORT_MEMORY):
+                    raise torch.OutOfMemoryError(f"{spec.network}: {_in_short(error)}") from error
+                raise
             return results
 
         run.binds_out = True  # type: ignore[attr-defined]
@@ -121,6 +128,11 @@ def _session(path: Path, spec: "EngineSpec", device: "torch.device") -> Any:
         why = f"ONNX Runtime fell back to {', '.join(used)}: the libraries of {provider} do not load here"
         raise EngineError(what, why, "install the CUDA and cuDNN that onnxruntime-gpu was built for")
     return session
+
+
+def _in_short(error: Exception) -> str:
+    """The end of a message of ONNX Runtime, past the node and its own source files."""
+    return str(error).strip().partition("\n")[0].rpartition(") ")[2]
 
 
 def _element(dtype: "torch.dtype") -> type:

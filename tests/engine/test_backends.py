@@ -232,6 +232,27 @@ def test_onnxruntime_says_what_it_misses(monkeypatch):
 
 
 @pytest.mark.skipif("onnxruntime" not in USABLE, reason="needs the extra onnx")
+def test_onnxruntime_short_of_memory_is_torchs_error(tmp_path):
+    """A model that wants 2^44 bytes between its input and its output."""
+    onnx = pytest.importorskip("onnx")
+    h, own = onnx.helper, spec("decode", "onnxruntime")
+    wide = h.make_tensor("wide", onnx.TensorProto.INT64, [1], [2**42])
+    nodes = [
+        h.make_node("Constant", [], ["size"], value=wide),
+        h.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        h.make_node("ReduceSum", ["zeros"], ["zero"], keepdims=0),
+        h.make_node("Add", [own.inputs[0].name, "zero"], [own.outputs[0].name]),
+    ]
+    ends = [[h.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, ["n", *tensor.shape[1:]])]
+            for tensor in (own.inputs[0], own.outputs[0])]  # fmt: skip
+    model = h.make_model(h.make_graph(nodes, "wide", *ends), opset_imports=[h.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / MODEL)
+    run = get("onnxruntime").load(tmp_path, own, "cpu")
+    with pytest.raises(torch.OutOfMemoryError, match="decode: Failed to allocate memory for requested buffer of size"):
+        run(*arguments("decode", 1))
+
+
+@pytest.mark.skipif("onnxruntime" not in USABLE, reason="needs the extra onnx")
 def test_onnxruntime_does_not_fall_back_to_the_cpu(payload):
     import onnxruntime
 

@@ -1,0 +1,188 @@
+"""Everything that only a GPU can tell, by one command: kernels, engines, sampling, training steps and loaders.
+
+    python -m benchmarks.gpu_report                 on a CUDA device: under eight minutes on an H100, no network needed
+    python -m benchmarks.gpu_report --only soft_kl,engines
+    python -m benchmarks.gpu_report --rehearse      the same code on tiny sizes on a CPU: proves that it runs, no more
+
+Each section is a benchmark of its own in a process of its own, so that one that fails, hangs or lacks a package costs
+its rows and no others; the reason stands in the report. Sections that a spent --minutes does not reach are named too.
+Writes benchmarks/results/gpu-report-<device>.json with what every section measured, and the same as tables in .md; a
+rehearsal writes nothing. The last line of stdout is the JSON.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe, name_of
+from dfkd.files import replace_text
+
+RESULTS = Path(__file__).parent / "results"
+REHEARSAL = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """module: of benchmarks, a command with JSON in its last line. tables: of benchmarks, with its `markdown(result)`.
+
+    given, rehearsed: its arguments on a GPU, and for a rehearsal. seconds: the most that it may take.
+    """
+
+    title: str
+    module: str
+    tables: str
+    given: str
+    rehearsed: str
+    seconds: int
+
+
+SECTIONS: Mapping[str, Section] = {
+    "guided_step": Section(
+        "Launches of a guided step", "bench_guided_step", "bandwidth", "", "--rehearse --batches 2 --repeats 1", 60
+    ),
+    "soft_kl": Section(
+        "Distillation's loss", "bench_soft_kl", "bandwidth", "", "--rehearse --batches 2 --classes 10 --repeats 1", 60
+    ),
+    "group_norm_silu": Section(
+        "Group normalisation with SiLU",
+        "bench_group_norm_silu",
+        "bandwidth",
+        "--maps 512x64,128x512,1280x8 --batches 4",
+        "--rehearse --maps 64x2 --batches 1 --repeats 1",
+        120,
+    ),
+    "engines": Section(
+        "Networks of Stable Diffusion 1.5 at 512x512, random weights",
+        "bench_engines",
+        "bench_engines",
+        "--sd15 512 --device cuda --dtype fp16 --rows 4,16 --networks unet,decode,gradient --repeats 3"
+        " --backends eager,channels_last,torch.compile,tensorrt",
+        "--sd15 64 --thin --device cpu --rows 2 --networks unet,decode,gradient --backends eager,channels_last"
+        " --repeats 1",
+        240,
+    ),
+    "sampling": Section(
+        "Guided sampling of Stable Diffusion 1.5, ours beside the published loop",
+        "sd15_sampling",
+        "sd15_sampling",
+        "--device cuda",
+        "--thin --size 64 --device cpu --dtype fp32 --batches 2 --steps 2 --repeats 1",
+        90,
+    ),
+    "paths": Section(
+        "Guidance paths of the demo",
+        "guidance_paths",
+        "guidance_paths",
+        "--device cuda",
+        "--rehearse --repeats 1 --singles 1",
+        120,
+    ),
+}
+
+
+def run(section: Section, rehearse: bool, seconds: float) -> dict[str, Any]:
+    """What a section measured, {"seconds", "result"}, or {"seconds", "why"} where it measured nothing."""
+    arguments = section.rehearsed if rehearse else section.given
+    command = [sys.executable, "-m", f"benchmarks.{section.module}", *arguments.split()]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, cwd=RESULTS.parents[1], capture_output=True, text=True, timeout=seconds, env=environment(rehearse)
+        )
+    except subprocess.TimeoutExpired:
+        return {"seconds": round(seconds, 1), "why": f"it was stopped after {seconds:.0f} s"}
+    spent = {"seconds": round(time.perf_counter() - started, 1)}
+    if done.returncode:
+        return {**spent, "why": reason(done.stderr) or f"it ended with exit status {done.returncode}"}
+    try:
+        return {**spent, "result": json.loads(done.stdout.strip().splitlines()[-1])}
+    except (IndexError, ValueError):
+        return {**spent, "why": "its last line is no JSON"}
+
+
+def environment(rehearse: bool) -> dict[str, str]:
+    """A rehearsal's kernels are interpreted and torch.compile compiles nothing; on a GPU neither is so."""
+    own = {name: value for name, value in os.environ.items() if name not in REHEARSAL}
+    return own | (REHEARSAL if rehearse else {})
+
+
+def reason(stderr: str) -> str:
+    """Why a process failed, from the end of what it said."""
+    if absent := re.findall(r"No module named '([\w.]+)'", stderr):
+        return f"{absent[-1]} is not installed"
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def report(names: Sequence[str], rehearse: bool, minutes: float) -> dict[str, Any]:
+    """By section what `run` returns, in order; those that the time does not reach have a reason too."""
+    ends = time.perf_counter() + 60 * minutes
+    found: dict[str, Any] = {}
+    for name in names:
+        section, left = SECTIONS[name], ends - time.perf_counter()
+        print(f"{name}: {section.title}", file=sys.stderr, flush=True)
+        if left <= 0:
+            found[name] = {"seconds": 0.0, "why": f"{minutes:g} minutes were over"}
+        else:
+            found[name] = run(section, rehearse, min(section.seconds, left))
+        print(f"    {found[name].get('why', 'measured')}, {found[name]['seconds']} s", file=sys.stderr, flush=True)
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The report for people: a table a section, or its reason."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    parts = [f"# {machine['device']}", f"{versions}; Python {machine['python']}, commit {machine['commit']}, "
+             f"{machine['date']}: `make gpu-report`."]  # fmt: skip
+    for name, found in result["sections"].items():
+        parts.append(f"## {SECTIONS[name].title}")
+        if "why" in found:
+            parts.append(f"Not measured: {found['why']}.")
+        else:
+            module = importlib.import_module(f"benchmarks.{SECTIONS[name].tables}")
+            parts.append(str(module.markdown(found["result"])).strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def sections(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := [name for name in found if name not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known are {', '.join(SECTIONS)}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=sections, default=list(SECTIONS), help=f"of {', '.join(SECTIONS)} (default all)")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU; writes nothing")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together (default 8)")
+    a = parser.parse_args()
+    if not a.rehearse and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device: gpu_report needs one (--rehearse tries the code on a CPU)")
+    device = torch.device("cpu" if a.rehearse else "cuda")
+    result = {"machine": describe(device), "sections": report(a.only, a.rehearse, a.minutes)}
+    text = markdown(result)
+    print("", text, sep="\n", file=sys.stderr)
+    if not a.rehearse:
+        path = RESULTS / f"gpu-report-{name_of(result['machine'])}"
+        replace_text(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+        replace_text(path.with_suffix(".md"), text)
+    print(json.dumps(result))
+    if not any("result" in found for found in result["sections"].values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

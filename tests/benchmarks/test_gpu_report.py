@@ -1,0 +1,121 @@
+"""The report of a GPU: every section's code run on tiny sizes, and a section that fails costs its own rows alone."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gpu_report
+from benchmarks.gpu_report import REHEARSAL, SECTIONS, Section, environment, markdown, reason, report
+
+KERNELS = ("guided_step", "soft_kl", "group_norm_silu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_section_is_rehearsed(name, monkeypatch):
+    """The same code as on a GPU, with no row left out."""
+    if name in KERNELS:
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    monkeypatch.setitem(SECTIONS, name, replace(SECTIONS[name], seconds=600))  # other tests run beside it
+    found = report([name], rehearse=True, minutes=10)[name]
+    assert "why" not in found, found["why"]
+    assert found["result"]["rows"] and not found["result"].get("failures")
+    text = markdown({"machine": found["result"]["machine"], "sections": {name: found}})
+    assert f"## {SECTIONS[name].title}\n\n| " in text and "Not measured" not in text
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Sections of scripts: text of a module -> a Section that runs it as benchmarks.NAME."""
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(gpu_report, "RESULTS", package / "results")
+
+    def make(name, text, seconds=60):
+        (package / f"{name}.py").write_text(text)
+        return Section(name.title(), name, name, "", "--rehearse", seconds)
+
+    return make
+
+
+def test_a_section_that_fails_costs_no_other(scripts, monkeypatch):
+    sections = {
+        "absent": scripts("absent", "import no_such_package"),
+        "fails": scripts("fails", "raise ValueError('out of luck')"),
+        "exits": scripts("exits", "import sys; sys.exit(3)"),
+        "babbles": scripts("babbles", "print('no JSON')"),
+        "hangs": scripts("hangs", "import time; time.sleep(60)", seconds=1),
+        "works": scripts("works", "print('a line'); print('{\"rows\": [1]}')"),
+    }
+    monkeypatch.setattr(gpu_report, "SECTIONS", sections)
+    found = report(list(sections), rehearse=True, minutes=1)
+    assert found["absent"]["why"] == "no_such_package is not installed"
+    assert found["fails"]["why"] == "ValueError: out of luck"
+    assert found["exits"]["why"] == "it ended with exit status 3"
+    assert found["babbles"]["why"] == "its last line is no JSON"
+    assert found["hangs"]["why"] == "it was stopped after 1 s"
+    assert found["works"]["result"] == {"rows": [1]}
+
+
+def test_what_the_time_does_not_reach_is_named(scripts, monkeypatch):
+    sections = {name: scripts(name, "print('{}')") for name in ("first", "second")}
+    monkeypatch.setattr(gpu_report, "SECTIONS", sections)
+    clock = iter([0.0, 1.0, 61.0, 62.0])
+    monkeypatch.setattr(gpu_report.time, "perf_counter", lambda: next(clock, 100.0))
+    monkeypatch.setattr(gpu_report, "run", lambda *_: {"seconds": 60.0, "result": {}})
+    assert report(list(sections), True, 1.0)["second"] == {"seconds": 0.0, "why": "1 minutes were over"}
+
+
+def test_a_section_gets_what_is_left_of_the_time(scripts, monkeypatch):
+    monkeypatch.setattr(gpu_report, "SECTIONS", {"hangs": scripts("hangs", "import time; time.sleep(60)")})
+    started = time.perf_counter()
+    found = report(["hangs"], True, 1 / 60)
+    assert "stopped" in found["hangs"]["why"] and time.perf_counter() - started < 30
+
+
+def test_a_gpu_never_gets_interpreted_kernels(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not environment(rehearse=False).keys() & REHEARSAL.keys()
+    assert environment(rehearse=True).items() >= REHEARSAL.items()
+
+
+def test_a_reason_is_the_last_line():
+    assert reason("Traceback\n  File\nRuntimeError: no\n\n") == "RuntimeError: no"
+    assert reason("ModuleNotFoundError: No module named 'diffusers.models'\n") == "diffusers.models is not installed"
+    assert reason("") == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it measures")
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_report"])
+    with pytest.raises(SystemExit, match="finds no CUDA device"):
+        gpu_report.main()
+
+
+def test_files_are_written_on_a_gpu_alone(scripts, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report, "SECTIONS", {"works": scripts("works", "print('{\"rows\": []}')")})
+    machine = {"device": "NVIDIA H100 80GB HBM3", "versions": {}, "python": "3", "commit": None, "date": "2026-01-01"}
+    monkeypatch.setattr(gpu_report, "describe", lambda device: machine)
+    monkeypatch.setattr(gpu_report, "markdown", lambda result: "# tables\n")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--only", "works", "--rehearse"])
+    gpu_report.main()
+    assert not gpu_report.RESULTS.exists()
+    gpu_report.RESULTS.mkdir()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--only", "works"])
+    gpu_report.main()
+    stem = gpu_report.RESULTS / "gpu-report-nvidia-h100-80gb-hbm3"
+    assert json.loads(stem.with_suffix(".json").read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert stem.with_suffix(".md").read_text() == "# tables\n"
+
+
+def test_an_unknown_section_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--only", "kernels"])
+    with pytest.raises(SystemExit):
+        gpu_report.main()
+    assert "unknown 'kernels'; known are guided_step, soft_kl" in capsys.readouterr().err
