@@ -54,6 +54,14 @@ SECTIONS: Mapping[str, Section] = {
     "soft_kl": Section(
         "Distillation's loss", "bench_soft_kl", "bandwidth", "", "--rehearse --batches 2 --classes 10 --repeats 1", 60
     ),
+    "group_norm_silu": Section(
+        "Group normalisation with SiLU",
+        "bench_group_norm_silu",
+        "bandwidth",
+        "--maps 512x64,128x512,1280x8 --batches 4",
+        "--rehearse --maps 64x2 --batches 1 --repeats 1",
+        120,
+    ),
     "engines": Section(
         "Networks of Stable Diffusion 1.5 at 512x512, random weights",
         "bench_engines",

@@ -116,8 +116,40 @@ def soft_kl_cases() -> list[Case]:
     return found
 
 
+def group_norm_cases() -> list[Case]:
+    """Feature maps of Stable Diffusion's VAE (512 channels at 64x64 to 128 at 512x512) and UNet, in 32 groups."""
+    import torch
+
+    from kernels import group_norm_backward, group_norm_forward
+    from kernels.group_norm_tiles import Cut
+
+    found = []
+    for channels, side, dtype, nhwc, silu in (
+        (128, 512, "fp16", True, True), (128, 512, "fp32", True, True), (512, 64, "bf16", True, True),
+        (512, 64, "fp16", False, True), (128, 512, "fp32", False, True), (320, 64, "fp16", True, False),
+        (1280, 8, "fp16", True, True), (1280, 8, "fp32", True, True),
+    ):  # fmt: skip
+        cut = Cut(torch.empty(1, channels, side, side, device="meta"), 32, nhwc)
+        maps = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}")
+        sums = dict.fromkeys(("mean_ptr", "rstd_ptr", "plain_ptr", "along_ptr", "part_ptr"), "*fp32")
+        fixed = {"EPS": 1e-6, "SILU": silu, "SPAN": cut.tile.steps * cut.tile.pixels, "GROUPS": 32}
+        launches: list[tuple[Any, dict[str, Any]]] = [(group_norm_forward._whole, cut.whole)]
+        launches += [(group_norm_backward._whole, cut.whole)]
+        if not cut.tile.whole:
+            launches = [(group_norm_forward._moments, cut.tiles), (group_norm_forward._statistics, cut.combining)]
+            launches += [(group_norm_forward._apply, cut.tiles), (group_norm_backward._slopes, cut.tiles)]
+            launches += [(group_norm_backward._sums, cut.combining), (group_norm_backward._gradient, cut.tiles)]
+        for kernel, own in launches:
+            every = {**maps, **sums, **fixed, **own}
+            arguments = {name: every[name] for name in kernel.arg_names}
+            way = kernel.__module__.removeprefix("kernels.group_norm_") + kernel.__name__
+            name = f"group_norm {way} {channels}x{side}x{side} {dtype} {'channels_last' if nhwc else 'contiguous'}"
+            found.append(Case(name, kernel, arguments, own["num_warps"]))
+    return found
+
+
 def cases() -> list[Case]:
-    return [*philox_cases(), *guided_cases(), *soft_kl_cases()]
+    return [*philox_cases(), *guided_cases(), *soft_kl_cases(), *group_norm_cases()]
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ BACKEND_NAMES = ("auto", "eager", *STORED_BACKENDS)
 QUANTISE_NAMES = ("none", "int8", "fp8")  # of the UNet, beside --dtype
 QUANTISING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")  # those of the stored that take 8-bit graphs
 ATTENTION_NAMES = ("auto", "sdpa", "xformers")
-KERNEL_NAMES = ("auto", "triton", "torch")  # of what runs beside the networks
+KERNEL_NAMES = ("auto", "triton", "torch")  # of the fused kernels
 IMAGE_FORMATS = ("png", "jpg", "npy")  # of stored images
 BN_LOSSES = ("norm", "relative")  # dfkd.synthesis.statistics.bn_loss
 

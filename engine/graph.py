@@ -6,7 +6,7 @@ result is an ordinary network that any backend compiles.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -100,6 +100,7 @@ def trace(
     device: torch.device | str = "cpu",
     batch: int = 6,
     live: bool = False,
+    also: Collection[Any] = (),
 ) -> Graph:
     """Trace a function of tensors into a graph.
 
@@ -112,6 +113,8 @@ def trace(
         goes with so many.
     live: weights may change in place after tracing, and the graph follows them. Otherwise what depends on weights alone
         is worked out now, such as a flipped kernel.
+    also: operations beside the plain ones that may stand in the graph, such as KERNELS of engine/group_norms.py: only
+        backends that run them in this process can take it then.
 
     Raises:
         GraphError: an operation that no plain ones stand for, with the layer it comes from; a result that depends on
@@ -144,7 +147,7 @@ def trace(
             raise GraphError(f"{paths.failed or 'the function'} decides by a value", why, "Use a mask") from error
     rewrites.simplify(module, _weights(networks) if live else frozenset())
     rewrites.name_constants(module, networks)
-    _check(module, inputs, examples, env)
+    _check(module, inputs, examples, env, ALLOWED | set(also))
     outputs = tuple(_spec(*pair, examples) for pair in zip(names, _results(module), strict=True))
     return Graph(_finished(module, inputs), tuple(inputs), outputs)
 
@@ -189,10 +192,16 @@ def _spec(name: str, value: Tensor, examples: Sequence[Tensor]) -> TensorSpec:
     return TensorSpec(name, tuple(None if size is None else int(size) for size in shape), dtype)
 
 
-def _check(module: fx.GraphModule, inputs: Sequence[TensorSpec], examples: Sequence[Tensor], env: ShapeEnv) -> None:
+def _check(
+    module: fx.GraphModule,
+    inputs: Sequence[TensorSpec],
+    examples: Sequence[Tensor],
+    env: ShapeEnv,
+    allowed: Collection[Any],
+) -> None:
     """Raises GraphError: an operation that is not plain, float64, or a batch that tracing turned into a number."""
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target not in ALLOWED:
+        if node.op == "call_function" and node.target not in allowed:
             why = "a graph holds plain operations only, and no decomposition is known for it"
             todo = "Write the layer with other operations, or add a decomposition in engine/decompositions"
             raise GraphError(rewrites.describe(node), why, todo)

@@ -102,6 +102,7 @@ def test_make_gpu_report_is_one_command() -> None:
         cwd=ROOT, capture_output=True, text=True,
     ).stdout  # fmt: skip
     folders = ("kernels/test_guided_step", "kernels/test_soft_kl", "benchmarks/test_bench_guided_step")
+    folders += ("kernels/test_group_norm_silu", "benchmarks/test_bench_group_norm_silu")
     assert all(f"tests/{name}.py::test_natively" in listed for name in (*folders, "benchmarks/test_bench_soft_kl"))
 
 

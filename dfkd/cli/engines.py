@@ -14,6 +14,7 @@ from dfkd.engines.requests import DIGESTS, Request, architecture_of, request, ta
 from dfkd.engines.sets import EngineSet, narrowed, read_set, set_of
 from dfkd.engines.text import causes, size, table
 from engine.backends.packages import versions
+from engine.storage.manifest import Manifest
 from engine.store import EngineStore
 from engine.targets import family, targets_of
 
@@ -97,15 +98,23 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
     if missing:
         # Only now: these load torch and the networks, and seconds pass.
         from dfkd.cli.generate import quieten_libraries
+        from dfkd.device import resolve_device
         from dfkd.engines.build import Workshop
         from dfkd.engines.calibration import calibrate
         from dfkd.engines.sources import load_sources
+        from dfkd.kernel_choice import choose_kernels
 
         quieten_libraries()
+        here = (
+            choose_kernels(chosen.options.kernels, resolve_device(chosen.options.device))
+            if not chosen.targets
+            else None
+        )
         workshop = Workshop(
             store,
             lambda: load_sources(chosen.options, [r.network for r in missing]),
             lambda prior, narrow: calibrate(chosen.options, prior, narrow),
+            here.name if here else "torch",  # what is compiled ahead of time is timed on another machine
         )
         for number, one in enumerate(missing, 1):
             print(
@@ -135,7 +144,22 @@ def explain(options: ExplainOptions, more: Sequence[str]) -> dict[str, Any]:
 
 def listing(options: ListOptions, more: Sequence[str]) -> dict[str, Any]:
     found = EngineStore(options.engines).list()
-    rows = [("network", "backend", "for", "rows", "dtype", "ms", "eager ms", "error", "compiled in", "size", "key")]
+    rows = [
+        (
+            "network",
+            "backend",
+            "for",
+            "rows",
+            "dtype",
+            "ms",
+            "eager ms",
+            "error",
+            "group norm",
+            "compiled in",
+            "size",
+            "key",
+        )
+    ]
     for manifest in found:
         facts, spec = manifest.facts, manifest.spec
         judged = not targets_of(spec.device)  # else it was compiled ahead of time, and nothing here can run it
@@ -144,10 +168,21 @@ def listing(options: ListOptions, more: Sequence[str]) -> dict[str, Any]:
             spec.network, spec.backend, " ".join(targets_of(spec.device)) or "here", str(spec.batch[2]),
             dict(spec.flags).get("quantise", spec.dtype),
             str(times["engine"]), str(times["eager"]), f"{facts['parity']['relative']:.1e}" if judged else "-",
-            f"{facts['compile_seconds']:.0f} s", size(manifest.bytes), manifest.key,
+            group_norm(manifest), f"{facts['compile_seconds']:.0f} s", size(manifest.bytes), manifest.key,
         ))  # fmt: skip
     print(table(rows) if found else f"no engines in {options.engines}", file=sys.stderr)
     return {"engines": options.engines, "keys": [manifest.key for manifest in found]}
+
+
+def group_norm(manifest: Manifest) -> str:
+    """Which group norm an engine's graph has, with what was timed where both were; "-" of a backend with its own."""
+    if manifest.spec.backend != "inductor":
+        return "-"
+    measured = manifest.facts.get("group_norm")
+    if measured is None:
+        return dict(manifest.spec.flags).get("group_norm", "torch")
+    spent = ", ".join(f"{name} {milliseconds} ms" for name, milliseconds in measured["milliseconds"].items())
+    return f"{measured['kept']} ({spent})"
 
 
 def verify(options: VerifyOptions, more: Sequence[str]) -> dict[str, Any]:

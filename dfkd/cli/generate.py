@@ -33,6 +33,7 @@ from dfkd.ranks import own_rank
 from dfkd.shards import ShardFolder, open_folder, read_manifest, require_space
 from dfkd.shards.layout import MANIFEST
 from dfkd.synthesis.run import Synthesis, synthesise
+from engine.group_norms import group_norms
 from engine.store import EngineStore
 
 COMMAND = "dfkd-generate"
@@ -73,7 +74,7 @@ def identity(options: GenerateOptions, synthesis: Synthesis, choices: Sequence[C
 
 def build_command(options: GenerateOptions) -> str:
     """The command that builds the engines of a run with these options."""
-    own = ("out", "count", "backend", "engines", "kernels", "seed", "format", "image_format", "shard_size", "only")
+    own = ("out", "count", "backend", "engines", "seed", "format", "image_format", "shard_size", "only")
     words = []
     for field in fields(options):
         value = getattr(options, field.name)
@@ -134,6 +135,10 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
         quieten_libraries()
     kernels = choose_kernels(options.kernels, device)  # before the networks are loaded
     synthesis = prepare(options, kernels.name)
+    prior = synthesis.prior
+    norms = (
+        {part: str(group_norms(getattr(prior, part))) for part in ("unet", "vae")} if kernels.name == "triton" else {}
+    )
     remembered = Remembered.of(options, synthesis)
     if remembered.problem:
         say(remembered.problem)
@@ -146,6 +151,8 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
     for line in in_words(choices):
         say(line)
     say(f"kernels: {kernels.name} ({kernels.why})")
+    for part, found in norms.items():
+        say(f"{part}, where it runs eagerly: {found}")
     timings = predict(synthesis, plan, choices, EngineStore(options.engines)) if rank.first else {}
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     if options.plan_only:
@@ -208,7 +215,7 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
         "plan": as_json(plan, timings, *amount),
         "rows": asdict(done.rows),  # of the last group: fewer than planned after an out-of-memory error
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
-        "kernels": {"name": kernels.name, "why": kernels.why},
+        "kernels": {"name": kernels.name, "why": kernels.why, **({"group_norms": norms} if norms else {})},
         "class_names": synthesis.teacher.class_names,
         "class_counts": torch.bincount(
             open_folder(options.out).labels, minlength=len(synthesis.teacher.class_names)

@@ -16,6 +16,7 @@ from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
 from engine.attention import choose_attention, set_attention
 from engine.errors import EngineError
+from engine.group_norms import set_group_norms
 from engine.networks import Prior, load_prior
 from engine.prior_folder import PriorError
 
@@ -78,8 +79,11 @@ def try_teacher(
         )
 
 
-def load_networks(options: GenerateOptions, device: torch.device) -> Prior:
-    """The prior in --dtype on the device, with the attention that is asked for. Raises UsageError."""
+def load_networks(options: GenerateOptions, device: torch.device, kernels: str = "torch") -> Prior:
+    """The prior in --dtype on the device, with the attention that is asked for; kernels: see `prepare`.
+
+    Raises UsageError.
+    """
     dtype = TORCH_DTYPES[options.dtype]
     # fp32 is meant: TF32, cuDNN's default, keeps 10 bits of a factor, and images would differ between devices.
     torch.backends.cudnn.allow_tf32 = False
@@ -88,6 +92,7 @@ def load_networks(options: GenerateOptions, device: torch.device) -> Prior:
         prior = load_prior(options.prior, dtype, device)
         for network in (prior.unet, prior.vae):
             set_attention(network, attention.name)
+            set_group_norms(network, kernels)
     except (PriorError, EngineError) as error:
         raise UsageError(error.what, error.why, error.todo) from None
     return prior
@@ -116,7 +121,7 @@ def prepare(options: GenerateOptions, kernels: str = "torch") -> Synthesis:
     classes = chosen_classes(teacher.class_names, options.only)
     prompt_of(options.prompt, teacher.class_names[0])
     student = load_student(options, teacher, device)
-    prior = load_networks(options, device)
+    prior = load_networks(options, device, kernels)
     guidance = None
     if options.guides:
         weights = LossWeights(

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from dfkd.engines.functions import OF_DECODER, OF_TEACHER, Function, Sources, function, samples
 from dfkd.engines.requests import Request
-from engine.backends import Tunable, get
+from engine.backends import Backend, Tunable, get
 from engine.compiled import Engine
 from engine.errors import EngineError
 from engine.graph import Graph, trace
+from engine.group_norms import KERNELS, running
 from engine.networks import Prior
 from engine.parity import TOLERANCE, measure
 from engine.quantise import Amax, quantised
@@ -31,6 +32,8 @@ JUDGED_ROWS = (4, 3)  # batches of samples that parity is measured on
 CUT_ROWS = (16, 32, 64)  # rows of calls, to see whether they keep the bits of a larger one
 TIMED_TURNS = 3  # engine and eager in turns, after one warm-up each
 SEED = 0
+# The graphs that an engine is compiled from, by what a request says of its group norms.
+GROUP_NORMS = {"torch": ("torch",), "triton": ("triton",), "quicker": ("torch", "triton")}
 
 
 class Built(NamedTuple):
@@ -45,13 +48,21 @@ class Workshop:
 
     sources: loads the networks; it is called once, and not at all where every recipe is known.
     calibrate: magnitudes in the prior's UNet, for "int8" or "fp8"; called where a request is for such an engine.
+    kernels: the group norms of an eager run, "torch" or "triton": engines are timed beside them. The networks come with
+        torch's, and graphs are traced with those unless a request says otherwise.
     """
 
-    def __init__(self, store: EngineStore, sources: Callable[[], Sources], calibrate: Calibrate | None = None) -> None:
+    def __init__(
+        self,
+        store: EngineStore,
+        sources: Callable[[], Sources],
+        calibrate: Calibrate | None = None,
+        kernels: str = "torch",
+    ) -> None:
         self.store = store
-        self._load, self._calibrate = sources, calibrate
+        self._load, self._calibrate, self._kernels = sources, calibrate, kernels
         self._loaded: Sources | None = None
-        self._graphs: dict[str, tuple[Function, Graph]] = {}
+        self._graphs: dict[tuple[str, str], tuple[Function, Graph]] = {}
         self._quantised: dict[str, Graph] = {}
 
     def build(self, request: Request) -> Built:
@@ -70,13 +81,16 @@ class Workshop:
         if why is not None:
             raise EngineError(f"{request} cannot be built", why, "or choose another backend with --backend")
         sources = self.sources()
-        traced, graph = self._traced(request.network)
+        graphs = {}
+        for norm in GROUP_NORMS[request.group_norm]:
+            traced, graphs[norm] = self._traced(request.network, norm)
         if request.quantised != "none":
-            graph = self._in_eight_bits(traced, graph, request.quantised)
+            graphs = {"torch": self._in_eight_bits(traced, graphs["torch"], request.quantised)}
+        graph = next(iter(graphs.values()))
         spec = EngineSpec(
             network=request.network,
-            graph=graph.structure(),
-            weights=graph.weights(),
+            graph=_together([each.structure() for each in graphs.values()]),
+            weights=_together([each.weights() for each in graphs.values()]),
             inputs=graph.inputs,
             outputs=graph.outputs,
             batch=request.batch,
@@ -98,6 +112,9 @@ class Workshop:
             if (ahead := self._compiled_ahead(request, facts)) is not None:
                 shutil.copytree(self.store.payload(ahead), folder, dirs_exist_ok=True)
                 facts["compiled_ahead"] = ahead.key
+            elif request.group_norm == "quicker":
+                rows = samples(request.network, sources, request.timed, SEED)
+                facts["group_norm"] = _quicker(backend, graphs, spec, folder, sources.prior.device, rows)
             else:
                 backend.compile(graph, spec, folder)
             facts["compile_seconds"] = round(time.perf_counter() - started, 2)
@@ -112,7 +129,7 @@ class Workshop:
                 **facts,
                 **_judged(request, traced, graph, engine, sources),
                 "rows_exact": _rows_exact(request, engine, sources),
-                "milliseconds": _timed(request, traced, engine, sources),
+                "milliseconds": _timed(request, traced, engine, sources, self._kernels),
             }
 
         manifest = self.store.build(spec, request.recipe, make)
@@ -132,13 +149,15 @@ class Workshop:
             self._loaded = self._load()
         return self._loaded
 
-    def _traced(self, network: str) -> tuple[Function, Graph]:
-        if network not in self._graphs:
-            sources = self.sources()
+    def _traced(self, network: str, group_norm: str) -> tuple[Function, Graph]:
+        if (network, group_norm) not in self._graphs:
+            sources, also = self.sources(), KERNELS if group_norm == "triton" else ()
             made = function(network, sources)
-            graph = trace(made.call, made.inputs, output_names=made.outputs, device=sources.prior.device)
-            self._graphs[network] = made, graph
-        return self._graphs[network]
+            device = sources.prior.device
+            with running((sources.prior.unet, sources.prior.vae), group_norm):
+                graph = trace(made.call, made.inputs, output_names=made.outputs, device=device, also=also)
+            self._graphs[network, group_norm] = made, graph
+        return self._graphs[network, group_norm]
 
     def _in_eight_bits(self, unet: Function, graph: Graph, narrow: str) -> Graph:
         if narrow not in self._quantised:
@@ -175,6 +194,11 @@ def _digest(network: nn.Module, without: tuple[str, ...] = ()) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _together(digests: Sequence[str]) -> str:
+    """One digest of several; of one alone, itself."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _part(request: Request, prefix: str) -> tuple[tuple[str, str], ...]:
@@ -244,19 +268,51 @@ def _rows_exact(request: Request, engine: Engine, sources: Sources) -> bool:
     return True
 
 
-def _timed(request: Request, made: Function, engine: Engine, sources: Sources) -> dict[str, Any]:
+def _timed(request: Request, made: Function, engine: Engine, sources: Sources, kernels: str) -> dict[str, Any]:
     """Milliseconds of a call as the options plan it, engine and eager in turns on the same tensors."""
     rows = request.timed
     arguments = samples(request.network, sources, rows, SEED)
-    ways: dict[str, Callable[..., tuple[Tensor, ...]]] = {"engine": engine, "eager": _without_grad(made.call)}
+    with running((sources.prior.unet, sources.prior.vae), kernels):
+        ways: dict[str, Callable[..., tuple[Tensor, ...]]] = {"engine": engine, "eager": _without_grad(made.call)}
+        found = _in_turns(ways, arguments, sources.prior.device)
+    return {**found, "rows": rows, "threads": torch.get_num_threads()}
+
+
+def _quicker(
+    backend: Backend,
+    graphs: Mapping[str, Graph],
+    spec: EngineSpec,
+    folder: Path,
+    place: torch.device,
+    arguments: tuple[Tensor, ...],
+) -> dict[str, Any]:
+    """Compile every graph and keep the quicker engine in `folder`; which it is, and milliseconds a call of each."""
+    ways = {}
+    for name, graph in graphs.items():
+        (folder / name).mkdir()
+        backend.compile(graph, spec, folder / name)
+        ways[name] = Engine(spec, backend.load(folder / name, spec, place), place)
+    milliseconds = _in_turns(ways, arguments, place)
+    kept = min(milliseconds, key=lambda name: milliseconds[name])
+    ways.clear()  # before their files go
+    for file in (folder / kept).iterdir():
+        file.rename(folder / file.name)
+    for name in graphs:
+        shutil.rmtree(folder / name)
+    return {"kept": kept, "milliseconds": milliseconds}
+
+
+def _in_turns(
+    ways: Mapping[str, Callable[..., tuple[Tensor, ...]]], arguments: tuple[Tensor, ...], device: torch.device
+) -> dict[str, float]:
+    """Milliseconds a call of each way, the median of TIMED_TURNS after one to warm up."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(TIMED_TURNS + 1):
         for name, call in ways.items():
             started = time.perf_counter()
             call(*arguments)
-            if sources.prior.device.type == "cuda":
-                torch.cuda.synchronize(sources.prior.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if turn:
                 spent[name].append(1000 * (time.perf_counter() - started))
-    found: dict[str, Any] = {name: round(median(values), 2) for name, values in spent.items()}
-    return found | {"rows": rows, "threads": torch.get_num_threads()}
+    return {name: round(median(values), 2) for name, values in spent.items()}

@@ -25,6 +25,7 @@ from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.statistics import GroupLoss, Moments, tapped
 from dfkd.teachers.classifier import Classifier
 from engine.attention import set_attention
+from engine.group_norms import set_group_norms
 from engine.networks import Prior
 from engine.spec import TensorSpec
 
@@ -53,6 +54,7 @@ class Sources:
         networks = {name: _double(getattr(self.prior, name)) for name in ("unet", "vae")}
         for network in networks.values():
             set_attention(network, "sdpa")  # xformers has no float64
+            set_group_norms(network, "torch")
         prior = replace(self.prior, **networks)
         teacher = self.teacher and replace(self.teacher, module=_double(self.teacher.module))
         return replace(self, prior=prior, teacher=teacher, loss_scale=1.0)

@@ -18,7 +18,7 @@ from dfkd.errors import UsageError
 from engine.backends import get
 from engine.planner import decoder_elements, most_rows, unet_elements
 from engine.prior_folder import CONFIGS, WEIGHTS, PriorError, locate, read_config, weight_files
-from engine.spec import cpu_architecture
+from engine.spec import cpu_architecture, kind_of
 
 DIGESTS = "file-digests.json"  # in the store's folder
 # Calls have a multiple of so many rows, or a whole group's. Libraries take other kernels for a matrix product of fewer,
@@ -28,6 +28,7 @@ TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TEACHER = ("gradient", "pixel_gradient", "image_moments", "image_gradient")
 _GRADIENT = ("gradient", "pixel_gradient", "image_gradient", "decode_vjp")
 _DECODER = ("decode", "gradient", "decode_vjp")
+_NORMED = ("unet", *_DECODER)  # they have group norms
 
 # The modules that write a graph; a backend's own are added to them.
 _GRAPH = (
@@ -44,6 +45,11 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
 # What a quantised UNet's scales follow from, beside its graph.
 _QUANTISING = ("dfkd/engines/calibration.py", "dfkd/synthesis/schedule.py")
 _CALIBRATION = ("sampler", "steps", "cfg", "cfg_from", "cfg_to", "prompt", "negative_prompt", "only", "classes")
+# What a graph with the kernel's group norms follows from, beside what it follows from in any case.
+_NORMING = (
+    "engine/group_norms.py",
+    *(f"kernels/group_norm_{part}.py" for part in ("silu", "forward", "backward", "tiles")),
+)
 _LOSSES = ("dfkd/synthesis/guidance.py", "dfkd/synthesis/statistics.py", "dfkd/teachers")
 
 
@@ -67,6 +73,11 @@ class Request:
     def quantised(self) -> str:
         """What its graph is quantised to, "int8" or "fp8"; "none"."""
         return self.recipe.get("flags.quantise", "none")
+
+    @property
+    def group_norm(self) -> str:
+        """Of its graph: "torch", "triton" (the kernel's), or "quicker": both are compiled, and the quicker is kept."""
+        return self.recipe.get("flags.group_norm", "torch")
 
     def __str__(self) -> str:
         narrow = "" if self.quantised == "none" else f" {self.quantised}"
@@ -150,13 +161,25 @@ def request(options: GenerateOptions, network: str, backend: str, device: str, m
     quantised = network == "unet" and options.quantise != "none"
     if quantised:
         recipe |= {"flags.quantise": options.quantise} | _calibration(options, memory)
+    if (norm := group_norm_of(options, network, backend, device)) != "torch":
+        recipe["flags.group_norm"] = norm
     sources = [*_GRAPH, *_MODULES[backend], *(_LOSSES if network in _TEACHER else ())]
     sources += _QUANTISING if quantised else ()
+    sources += _NORMING if norm != "torch" else ()
     recipe["sources"] = digests.of_sources(*sources)
     found = {name: _version(name) for name in sorted(packages)} | own.versions()
     recipe |= {f"versions.{name}": value for name, value in found.items()}
     recipe |= {f"flags.{name}": value for name, value in own.flags(device).items()}
     return Request(network, backend, (1, rows, rows), timed, recipe)
+
+
+def group_norm_of(options: GenerateOptions, network: str, backend: str, device: str) -> str:
+    """As `Request.group_norm`. Only inductor's engines call back into this process, where the kernel is."""
+    if backend != "inductor" or network not in _NORMED or options.kernels == "torch":
+        return "torch"
+    if options.kernels == "auto":
+        return "quicker" if kind_of(device) == "cuda" else "torch"
+    return "triton"
 
 
 def _within_a_tensor(options: GenerateOptions, network: str, rows: int, doubled: int) -> int:

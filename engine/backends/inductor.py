@@ -75,6 +75,9 @@ class Inductor:
         import torch
         from torch._inductor import aoti_load_package
 
+        if "group_norm" in dict(spec.flags):
+            import kernels.group_norm_silu  # noqa: F401 (its code calls the operations that this registers)
+
         place = torch.device(device)
         index = -1 if place.type == "cpu" else torch.cuda.current_device() if place.index is None else place.index
         try:

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from dfkd.cli import prepare
 from dfkd.cli.generate import _NOT_IDENTITY
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.shards import read_manifest
@@ -78,8 +79,13 @@ def earlier():
 
 
 @pytest.fixture
-def generated(call, places, earlier, tmp_path_factory):
-    """generated(*argv) -> the folder, made once for the same arguments."""
+def generated(call, places, earlier, tmp_path_factory, monkeypatch):
+    """generated(*argv) -> the folder, made once for the same arguments.
+
+    Networks keep their group norms: interpreted, this prior's 32 groups would take minutes. Those of a smaller one are
+    in tests/engines/test_group_norm_engines.py.
+    """
+    monkeypatch.setattr(prepare, "set_group_norms", lambda network, name: None)
 
     def make(*argv):
         words = tuple(str(places.get(word, word)) for word in argv)
