@@ -129,7 +129,10 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
     for line in in_words(choices):
         print(line, file=sys.stderr)
+    taps = synthesis.guidance.taps if synthesis.guidance else None
     print(f"kernels: {kernels.name} ({kernels.why})", file=sys.stderr)
+    if taps is not None:
+        print(f"  where the teacher is eager: {taps.in_words()}", file=sys.stderr)
     timings = predict(synthesis, plan, choices, EngineStore(options.engines))
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     if options.plan_only:
@@ -178,7 +181,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         "plan": as_json(plan, timings, *amount),
         "rows": asdict(done.rows),  # of the last group: fewer than planned after an out-of-memory error
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
-        "kernels": {"name": kernels.name, "why": kernels.why},
+        "kernels": {"name": kernels.name, "why": kernels.why, "taps": taps.in_words() if taps else None},
         "class_names": synthesis.teacher.class_names,
         "class_counts": torch.bincount(
             open_folder(options.out).labels, minlength=len(synthesis.teacher.class_names)
