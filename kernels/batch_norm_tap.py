@@ -102,7 +102,7 @@ if triton is not None:
         """Of channels [C]: the running mean, and factor and shift of the difference to it."""
         mean = tl.load(mean_ptr + channel, mask=there, other=0.0).to(DTYPE)
         variance = tl.load(variance_ptr + channel, mask=there, other=1.0).to(DTYPE) + EPS
-        if DTYPE == tl.float64:
+        if variance.dtype == tl.float64:
             scale = 1.0 / tl.sqrt(variance)
         else:  # those of one float32 rounding, which the plain ones are not
             scale = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))

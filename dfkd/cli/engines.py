@@ -97,15 +97,20 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
     if missing:
         # Only now: these load torch and the networks, and seconds pass.
         from dfkd.cli.generate import quieten_libraries
+        from dfkd.device import resolve_device
         from dfkd.engines.build import Workshop
         from dfkd.engines.calibration import calibrate
         from dfkd.engines.sources import load_sources
+        from dfkd.kernel_choice import choose_kernels
 
         quieten_libraries()
+        wanted = chosen.options.kernels
+        here = None if chosen.targets else choose_kernels(wanted, resolve_device(chosen.options.device))
         workshop = Workshop(
             store,
             lambda: load_sources(chosen.options, [r.network for r in missing]),
             lambda prior, narrow: calibrate(chosen.options, prior, narrow),
+            here.name if here else "torch",  # what is compiled ahead of time is timed on another machine
         )
         for number, one in enumerate(missing, 1):
             print(
@@ -233,4 +238,5 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return (
         f"in {facts['compile_seconds']:.0f} s; error {facts['parity']['relative']:.1e}; "
         f"{times['engine']:.0f} ms a call of {times['rows']} rows, eager {times['eager']:.0f}"
+        + (" with Triton's kernels" if times.get("kernels") == "triton" else "")
     )

@@ -46,11 +46,18 @@ class Workshop:
 
     sources: loads the networks; it is called once, and not at all where every recipe is known.
     calibrate: magnitudes in the prior's UNet, for "int8" or "fp8"; called where a request is for such an engine.
+    kernels: of an eager run, "torch" or "triton": engines are timed beside it. Graphs are traced with torch's.
     """
 
-    def __init__(self, store: EngineStore, sources: Callable[[], Sources], calibrate: Calibrate | None = None) -> None:
+    def __init__(
+        self,
+        store: EngineStore,
+        sources: Callable[[], Sources],
+        calibrate: Calibrate | None = None,
+        kernels: str = "torch",
+    ) -> None:
         self.store = store
-        self._load, self._calibrate = sources, calibrate
+        self._load, self._calibrate, self._kernels = sources, calibrate, kernels
         self._loaded: Sources | None = None
         self._graphs: dict[str, tuple[Function, Graph]] = {}
         self._quantised: dict[str, Graph] = {}
@@ -113,7 +120,7 @@ class Workshop:
                 **facts,
                 **_judged(request, traced, graph, engine, sources),
                 "rows_exact": _rows_exact(request, engine, sources),
-                "milliseconds": _timed(request, engine, sources),
+                "milliseconds": _timed(request, engine, sources, self._kernels),
             }
 
         manifest = self.store.build(spec, request.recipe, make)
@@ -136,7 +143,7 @@ class Workshop:
     def _traced(self, network: str) -> tuple[Function, Graph]:
         if network not in self._graphs:
             sources = self.sources()
-            made = function(network, replace(sources, kernels="torch"))
+            made = function(network, sources)
             graph = trace(made.call, made.inputs, output_names=made.outputs, device=sources.prior.device)
             self._graphs[network] = made, graph
         return self._graphs[network]
@@ -245,12 +252,12 @@ def _rows_exact(request: Request, engine: Engine, sources: Sources) -> bool:
     return True
 
 
-def _timed(request: Request, engine: Engine, sources: Sources) -> dict[str, Any]:
+def _timed(request: Request, engine: Engine, sources: Sources, kernels: str) -> dict[str, Any]:
     """Milliseconds of a call as the options plan it, engine and eager in turns on the same tensors.
 
-    Eager is what a run without the engine would do, with its Triton kernels: `auto` takes whichever was quicker.
+    Eager with the kernels of a run without the engine, so that `auto` takes whichever was quicker here.
     """
-    rows, made = request.timed, function(request.network, sources)
+    rows, made = request.timed, function(request.network, replace(sources, kernels=kernels))
     arguments = samples(request.network, sources, rows, SEED)
     ways: dict[str, Callable[..., tuple[Tensor, ...]]] = {"engine": engine, "eager": _without_grad(made.call)}
     spent: dict[str, list[float]] = {name: [] for name in ways}
@@ -263,4 +270,4 @@ def _timed(request: Request, engine: Engine, sources: Sources) -> dict[str, Any]
             if turn:
                 spent[name].append(1000 * (time.perf_counter() - started))
     found: dict[str, Any] = {name: round(median(values), 2) for name, values in spent.items()}
-    return found | {"rows": rows, "threads": torch.get_num_threads(), "kernels": sources.kernels}
+    return found | {"rows": rows, "threads": torch.get_num_threads(), "kernels": kernels}

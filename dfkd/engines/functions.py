@@ -39,8 +39,8 @@ OF_DECODER = ("decode", "gradient", "decode_vjp")
 class Sources:
     """What the functions are made of.
 
-    latent_size: (h, w). weights: of the losses; None where nothing guides. kernels: of the eager functions, "torch" or
-    "triton"; a graph is traced of PyTorch's operations.
+    latent_size: (h, w). weights: of the losses; None where nothing guides. kernels: of the guidance, "torch" or, where
+    it runs eagerly, "triton": no graph holds such an operation.
     """
 
     prior: Prior
@@ -57,7 +57,7 @@ class Sources:
             set_attention(network, "sdpa")  # xformers has no float64
         prior = replace(self.prior, **networks)
         teacher = self.teacher and replace(self.teacher, module=_double(self.teacher.module))
-        return replace(self, prior=prior, teacher=teacher, loss_scale=1.0, kernels="torch")
+        return replace(self, prior=prior, teacher=teacher, loss_scale=1.0)
 
     def guidance(self) -> Guidance:
         """Without L_adv, whose network changes, and with float32 losses, which every backend has."""

@@ -6,7 +6,6 @@ from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.prepare import latent_size, load_networks, loss_scale, prepare
 from dfkd.device import resolve_device
 from dfkd.engines.functions import OF_TEACHER, Sources
-from dfkd.kernel_choice import choose_kernels
 from dfkd.synthesis.run import Synthesis
 
 
@@ -19,13 +18,12 @@ def sources_of(synthesis: Synthesis) -> Sources:
         guidance.weights if guidance else None,
         synthesis.latent_size,
         guidance.loss_scale if guidance else 1.0,
-        synthesis.kernels,
     )
 
 
 def load_sources(options: GenerateOptions, networks: Iterable[str]) -> Sources:
     """What these networks are made of; a teacher is loaded only where one of them holds it. Raises UsageError."""
     if set(networks) & set(OF_TEACHER):
-        return sources_of(prepare(options, choose_kernels(options.kernels, resolve_device(options.device)).name))
+        return sources_of(prepare(options))
     prior = load_networks(options, resolve_device(options.device))
     return Sources(prior, None, None, latent_size(options, prior), loss_scale(options))

@@ -1,9 +1,9 @@
 """A teacher whose BatchNorm layers are one launch each with their moments (kernels/batch_norm_tap.py).
 
-What `statistics.tapped` reads with hooks, after which every map is read again by the layer, by the ReLU behind it and by
-the gradients of all three. A ReLU is taken into the launch only where it is proven to be all that reads the layer: by
-torch.fx, which writes the network down as a graph of calls. Of a network that fx cannot follow, and that Python decides
-the way of, every layer stands alone.
+What `statistics.tapped` reads with hooks, after which every map is read again by the layer, by the ReLU behind it and
+by the gradients of all three. A ReLU is taken into the launch only where it is proven to be all that reads the layer:
+by torch.fx, which writes the network down as a graph of calls. Of a network that fx cannot follow, such as one that
+decides its way by values, every layer stands alone.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,9 @@ class Taps:
         if training := [index for index, layer in enumerate(layers) if layer.training]:
             raise ValueError(f"BatchNorm layer {training[0]} is in training mode: call eval() on the teacher")
         if network._forward_hooks or network._forward_pre_hooks:
-            return Taps(network, tuple(Tap(layer, False) for layer in layers), None, "it has hooks, which fx leaves out")
+            return Taps(
+                network, tuple(Tap(layer, False) for layer in layers), None, "it has hooks, which fx leaves out"
+            )
         try:
             traced = fx.GraphModule(network, _Tracer(layers).trace(network))
         except Exception as error:  # of any kind: fx runs the network's own Python on what are no tensors
@@ -150,6 +152,7 @@ def _patched(taps: tuple[Tap, ...]) -> Iterator[list[list[Moments]]]:
 
     def replaced(tap: Tap, into: list[Moments]) -> None:
         def forward(input: Tensor) -> Tensor:
+            y: Tensor
             y, m1, m2 = tap(input)
             into.append(Moments(m1, m2))
             return y
