@@ -104,8 +104,8 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
         from dfkd.kernel_choice import choose_kernels
 
         quieten_libraries()
-        wanted = chosen.options.kernels
-        here = None if chosen.targets else choose_kernels(wanted, resolve_device(chosen.options.device))
+        given, ahead = chosen.options, bool(chosen.targets)
+        here = None if ahead else choose_kernels(given.kernels, resolve_device(given.device))
         workshop = Workshop(
             store,
             lambda: load_sources(chosen.options, [r.network for r in missing]),
