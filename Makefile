@@ -58,6 +58,7 @@ gpu-report: $(SETUP) ## time guidance paths and fused launches on a CUDA device,
 	@$(PY) -m benchmarks.guidance_paths --device cuda --record
 	@$(PY) -m benchmarks.bench_guided_step --record
 	@$(PY) -m benchmarks.bench_soft_kl --record
+	@$(PY) -m benchmarks.bench_batch_norm_tap --record
 
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) runs dist build/engines .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
