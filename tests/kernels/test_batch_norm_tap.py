@@ -115,26 +115,27 @@ def test_no_worse_than_eager(shape, dtype):
 
 
 @pytest.mark.parametrize("order", FORMATS)
-@pytest.mark.parametrize("shape", [(2, 2, 131, 127), (1, 66, 17, 19)])
+@pytest.mark.parametrize("shape", [(1, 2, 131, 127), (1, 66, 17, 19)])
 def test_maps_in_several_parts(shape, order):
     """Added up by a second launch, whose parts are several of its own."""
     pixels = shape[2] * shape[3]
     assert order == "contiguous" or pixels > tile_of(shape[1], pixels, True)[2]
-    for dtype in (F64, F32, BF16):
+    for dtype in (F32, BF16):
         judge(Inputs(shape, dtype, order, order))
 
 
 @pytest.mark.parametrize("order", FORMATS)
 def test_many_parts(order, monkeypatch):
-    for name, value in {"TILE": 32, "PROGRAM": 64, "CHANNELS": 4, "PARTS": 4, "ROWS": 8}.items():
+    """More than the second launch adds up at a time: five, or eighteen."""
+    for name, value in {"TILE": 32, "PROGRAM": 32, "CHANNELS": 4, "PARTS": 4, "ROWS": 8}.items():
         monkeypatch.setattr(module, name, value)
-    for dtype in (F32, F16):
-        judge(Inputs((2, 5, 11, 9), dtype, order, order))
+    assert 143 / tile_of(5, 143, order == "channels_last")[2] > 4
+    judge(Inputs((1, 5, 11, 13), F32, order, order))
 
 
-@settings(deadline=None, max_examples=15)  # a busy machine is not a failure
+@settings(deadline=None, max_examples=12)  # a busy machine is not a failure
 @given(
-    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7)),
+    st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5)),
     st.sampled_from([F64, F32, F16, BF16]), st.sampled_from(sorted(FORMATS)), st.sampled_from(sorted(FORMATS)),
     st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
@@ -187,12 +188,12 @@ def test_maps_that_are_not_dense_are_copied():
 
 
 @pytest.mark.parametrize("order", FORMATS)
-@pytest.mark.parametrize("shape", [(7, 11, 9, 9), (5, 66, 17, 16)])
+@pytest.mark.parametrize("shape", [(7, 11, 9, 9), (4, 33, 17, 16)])
 def test_an_image_does_not_feel_its_batch(shape, order):
     """Bit for bit, and so from one call to the next: nothing is added up in an order of chance."""
     x, layer, gradients = Inputs(shape, order=order, of_y=order).tensors()
     whole = results(batch_norm_tap, x, layer, gradients, True)
-    for some in (slice(0, 1), slice(3, 5)):
+    for some in (slice(0, 1), slice(2, 4)):
         part = results(batch_norm_tap, x[some], layer, [g[some] for g in gradients], True)
         for every, mine in zip(whole, part, strict=True):
             assert torch.equal(every[some], mine)
