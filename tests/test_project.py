@@ -96,15 +96,16 @@ def test_make_lists_its_targets() -> None:
 def test_make_gpu_report_measures_paths_and_launches() -> None:
     """And make gpu-test selects the tests that need a GPU wherever they lie."""
     lines = make("-n", "gpu-report").stdout.splitlines()
-    wanted = ["guidance_paths --device cuda --record", "bench_guided_step --record", "bench_soft_kl --record"]
-    assert [line.partition("benchmarks.")[2] for line in lines[-3:]] == wanted
+    launches = ("guided_step", "soft_kl", "batch_norm_tap")
+    wanted = ["guidance_paths --device cuda --record", *(f"bench_{name} --record" for name in launches)]
+    assert [line.partition("benchmarks.")[2] for line in lines[-len(wanted) :]] == wanted
     assert make("-n", "gpu-test").stdout.splitlines()[-1].endswith("-m pytest -m gpu ")
     listed = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/kernels", "tests/benchmarks"],
         cwd=ROOT, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    folders = ("kernels/test_guided_step", "kernels/test_soft_kl", "benchmarks/test_bench_guided_step")
-    assert all(f"tests/{name}.py::test_natively" in listed for name in (*folders, "benchmarks/test_bench_soft_kl"))
+    places = [f"{place}{name}" for place in ("kernels/test_", "benchmarks/test_bench_") for name in launches]
+    assert all(f"tests/{name}.py::test_natively" in listed for name in places)
 
 
 def test_make_engines_trains_the_demo_teacher_first_and_builds_its_set() -> None:
