@@ -62,6 +62,14 @@ SECTIONS: Mapping[str, Section] = {
         "--rehearse --maps 64x2 --batches 1 --repeats 1",
         120,
     ),
+    "batch_norm_tap": Section(
+        "A frozen teacher's BatchNorm with its ReLU and moments",
+        "bench_batch_norm_tap",
+        "bandwidth",
+        "--batches 64",
+        "--rehearse --maps 8x4 --batches 2 --repeats 1",
+        120,
+    ),
     "engines": Section(
         "Networks of Stable Diffusion 1.5 at 512x512, random weights",
         "bench_engines",
@@ -80,6 +88,7 @@ SECTIONS: Mapping[str, Section] = {
         "--thin --size 64 --device cpu --dtype fp32 --batches 2 --steps 2 --repeats 1",
         90,
     ),
+    "distill": Section("Steps of distillation", "bench_distill", "bench_distill", "--device cuda", "--quick", 120),
     "paths": Section(
         "Guidance paths of the demo",
         "guidance_paths",

@@ -148,8 +148,38 @@ def group_norm_cases() -> list[Case]:
     return found
 
 
+def batch_norm_tap_cases() -> list[Case]:
+    """Stem of a 224 pixels wide ResNet, a narrow and a wide layer of a CIFAR network, in both memory formats.
+
+    Maps of 7x7 have no alignment in the order of channels.
+    """
+    from kernels import batch_norm_tap as taps
+
+    found = []
+    layer = dict.fromkeys(("mean_ptr", "variance_ptr", "weight_ptr", "bias_ptr"), "*fp32")
+    for channels, pixels, dtype in ((64, 12544, "fp16"), (16, 1024, "fp32"), (512, 64, "fp16"), (2048, 49, "fp16")):
+        for nhwc in (True, False):
+            wide, high, span, warps = taps.tile_of(channels, pixels, nhwc)
+            name = f"{channels}x{pixels} {dtype} {'channels_last' if nhwc else 'contiguous'}"
+            size = {"channels": "i32", "pixels": "i32"}
+            loose = ("pixels",) if pixels % 16 else ()
+            fixed = {"NHWC": nhwc, "RELU": True, "EPS": 1e-5, "CHANNELS": wide, "PIXELS": high, "SPAN": span}
+            maps = dict.fromkeys(("y_ptr", "x_ptr"), f"*{dtype}") | dict.fromkeys(("m1_ptr", "m2_ptr"), "*fp32")
+            arguments = {**maps, **layer, "rows": "i32", **size, **fixed, "WHOLE": span >= pixels}
+            found.append(Case(f"batch_norm_tap {name}", taps._forward, arguments, warps, loose))
+            maps = dict.fromkeys(("dx_ptr", "x_ptr", "dy_ptr"), f"*{dtype}")
+            maps |= dict.fromkeys(("dm1_ptr", "dm2_ptr"), "*fp32")
+            arguments = {**maps, **layer, **size, **fixed, "DY_NHWC": nhwc}
+            found.append(Case(f"batch_norm_tap gradient {name}", taps._backward_kernel, arguments, warps, loose))
+    names = ("m1_ptr", "m2_ptr", "m1_parts_ptr", "m2_parts_ptr")
+    arguments = dict.fromkeys(names, "*fp32") | dict.fromkeys(("rows", "parts", "pixels"), "i32")
+    arguments |= {"ROWS": taps.ROWS, "PARTS": taps.PARTS}
+    found.append(Case("batch_norm_tap parts", taps._added_up, arguments, 4, ("parts",)))
+    return found
+
+
 def cases() -> list[Case]:
-    return [*philox_cases(), *guided_cases(), *soft_kl_cases(), *group_norm_cases()]
+    return [*philox_cases(), *guided_cases(), *soft_kl_cases(), *group_norm_cases(), *batch_norm_tap_cases()]
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:

@@ -101,9 +101,9 @@ def test_make_gpu_report_is_one_command() -> None:
         [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/kernels", "tests/benchmarks"],
         cwd=ROOT, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    folders = ("kernels/test_guided_step", "kernels/test_soft_kl", "benchmarks/test_bench_guided_step")
-    folders += ("kernels/test_group_norm_silu", "benchmarks/test_bench_group_norm_silu")
-    assert all(f"tests/{name}.py::test_natively" in listed for name in (*folders, "benchmarks/test_bench_soft_kl"))
+    launches = ("guided_step", "soft_kl", "group_norm_silu", "batch_norm_tap")
+    places = [f"{place}{name}" for place in ("kernels/test_", "benchmarks/test_bench_") for name in launches]
+    assert all(f"tests/{name}.py::test_natively" in listed for name in places)
 
 
 def test_make_engines_trains_the_demo_teacher_first_and_builds_its_set() -> None:

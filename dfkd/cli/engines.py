@@ -105,11 +105,8 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
         from dfkd.kernel_choice import choose_kernels
 
         quieten_libraries()
-        here = (
-            choose_kernels(chosen.options.kernels, resolve_device(chosen.options.device))
-            if not chosen.targets
-            else None
-        )
+        given, ahead = chosen.options, bool(chosen.targets)
+        here = None if ahead else choose_kernels(given.kernels, resolve_device(given.device))
         workshop = Workshop(
             store,
             lambda: load_sources(chosen.options, [r.network for r in missing]),
@@ -268,4 +265,5 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return (
         f"in {facts['compile_seconds']:.0f} s; error {facts['parity']['relative']:.1e}; "
         f"{times['engine']:.0f} ms a call of {times['rows']} rows, eager {times['eager']:.0f}"
+        + (" with Triton's kernels" if times.get("kernels") == "triton" else "")
     )

@@ -150,9 +150,12 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
     for line in in_words(choices):
         say(line)
+    taps = synthesis.guidance.taps if synthesis.guidance else None
     say(f"kernels: {kernels.name} ({kernels.why})")
     for part, found in norms.items():
-        say(f"{part}, where it runs eagerly: {found}")
+        say(f"  where the {part} is eager: {found}")
+    if taps is not None:
+        say(f"  where the teacher is eager: {taps.in_words()}")
     timings = predict(synthesis, plan, choices, EngineStore(options.engines)) if rank.first else {}
     size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     if options.plan_only:
@@ -215,7 +218,12 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
         "plan": as_json(plan, timings, *amount),
         "rows": asdict(done.rows),  # of the last group: fewer than planned after an out-of-memory error
         "backends": {choice.network: {"backend": choice.backend, "why": choice.why} for choice in choices},
-        "kernels": {"name": kernels.name, "why": kernels.why, **({"group_norms": norms} if norms else {})},
+        "kernels": {
+            "name": kernels.name,
+            "why": kernels.why,
+            "group_norms": norms,
+            "taps": taps.in_words() if taps else None,
+        },
         "class_names": synthesis.teacher.class_names,
         "class_counts": torch.bincount(
             open_folder(options.out).labels, minlength=len(synthesis.teacher.class_names)

@@ -75,8 +75,9 @@ class GenerateOptions:
     )
     kernels: str = option(
         "auto",
-        "what runs a step beside the networks, two launches, the adversarial loss, and the networks' group norms where"
-        " they run eagerly: Triton, or PyTorch; auto: triton on a GPU; results differ by rounding",
+        "what runs a step beside the networks, two launches, the adversarial loss, and where networks run eagerly their"
+        " group norms and the teacher's BatchNorm layers with their statistics: Triton, or PyTorch; auto: triton on a"
+        " GPU; results differ by rounding",
         choices=KERNEL_NAMES,
     )
     size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)

@@ -11,7 +11,6 @@ from dfkd.synthesis.prompts import chosen_classes, prompt_of
 from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.sampler import SamplerSettings
 from dfkd.synthesis.schedule import build_table
-from dfkd.synthesis.statistics import tapped
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
 from engine.attention import choose_attention, set_attention
@@ -67,8 +66,8 @@ def try_teacher(
             f"teacher {teacher.architecture} has no BatchNorm layer", "--noise-edit-steps descends their loss"
         )
     try:
-        with tapped(guidance.layers if guidance else ()):
-            logits = teacher.logits(torch.full((1, 3, size, size), 0.5, device=device))
+        grey = torch.full((1, 3, size, size), 0.5, device=device)
+        logits = guidance.taught(grey)[0] if guidance else teacher.logits(grey)
     except ValueError as error:
         raise UsageError(str(error), todo="use --bn-weight 0 for this teacher") from None
     if logits.shape != (1, len(teacher.class_names)):

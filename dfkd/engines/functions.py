@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.synthesis.guidance import Guidance, LossWeights
-from dfkd.synthesis.statistics import GroupLoss, Moments, tapped
+from dfkd.synthesis.statistics import GroupLoss, Moments
 from dfkd.teachers.classifier import Classifier
 from engine.attention import set_attention
 from engine.group_norms import set_group_norms
@@ -40,7 +40,8 @@ OF_DECODER = ("decode", "gradient", "decode_vjp")
 class Sources:
     """What the functions are made of.
 
-    latent_size: (h, w). weights: of the losses; None where nothing guides.
+    latent_size: (h, w). weights: of the losses; None where nothing guides. kernels: of the guidance, "torch" or, where
+    it runs eagerly, "triton": no graph holds such an operation.
     """
 
     prior: Prior
@@ -48,6 +49,7 @@ class Sources:
     weights: LossWeights | None
     latent_size: tuple[int, int]
     loss_scale: float = 1.0
+    kernels: str = "torch"
 
     def doubled(self) -> "Sources":
         """The same in float64: what compiled and eager results are judged by."""
@@ -63,7 +65,8 @@ class Sources:
         """Without L_adv, whose network changes, and with float32 losses, which every backend has."""
         assert self.teacher is not None and self.weights is not None
         weights = replace(self.weights, adv=0.0)
-        return Guidance(self.prior.decode, self.teacher, weights, None, self.loss_scale, torch.float32)
+        own = (self.loss_scale, torch.float32, self.kernels)
+        return Guidance(self.prior.decode, self.teacher, weights, None, *own)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,11 @@ def samples(network: str, sources: Sources, rows: int, seed: int) -> tuple[Tenso
 
 def channels(teacher: Classifier) -> int:
     """K, the channels of all BatchNorm layers together."""
-    return sum(layer.num_features for layer in teacher.batch_norms())
+    return sum(_widths(teacher.batch_norms()))
+
+
+def _widths(layers: Sequence[nn.BatchNorm2d]) -> list[int]:
+    return [layer.running_mean.numel() for layer in layers if layer.running_mean is not None]
 
 
 def _network_dtype(prior: Prior) -> str:
@@ -192,12 +199,11 @@ def _pixel_gradient(s: Sources) -> _Made:
 
 def _image_moments(s: Sources) -> _Made:
     assert s.teacher is not None
-    teacher, layers = s.teacher, s.teacher.batch_norms()
+    weights = LossWeights(bn=1.0, cls=0.0)  # whatever the run's are, these moments are of every layer
+    guidance = Guidance(s.prior.decode, s.teacher, weights, kernels=s.kernels)
 
     def image_moments(image: Tensor) -> tuple[Tensor, ...]:
-        with tapped(layers) as moments:
-            teacher.logits(image)
-        return side_by_side(moments)
+        return side_by_side(guidance.taught(image)[1])
 
     return image_moments, (_images(s),), ("m1", "m2")
 
@@ -236,7 +242,7 @@ def side_by_side(moments: Sequence[Moments]) -> tuple[Tensor, Tensor]:
 
 def one_by_one(layers: Sequence[nn.BatchNorm2d], m1: Tensor, m2: Tensor) -> list[Moments]:
     """The way back: [B, K] twice -> moments of every layer [B, C_l]."""
-    sizes = [layer.num_features for layer in layers]
+    sizes = _widths(layers)
     return [Moments(a, b) for a, b in zip(torch.split(m1, sizes, 1), torch.split(m2, sizes, 1), strict=True)]
 
 

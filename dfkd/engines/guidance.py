@@ -59,7 +59,8 @@ class CompiledGuidance(Guidance):
     def __init__(self, guidance: Guidance, engines: Mapping[str, Call], pixels: bool = False) -> None:
         decode = identity if pixels else guidance.decode
         losses = (guidance.teacher, guidance.weights, guidance.student)
-        super().__init__(decode, *losses, guidance.loss_scale, guidance.loss_dtype, guidance.kernels)
+        kernels, taps = guidance.kernels, guidance.taps
+        super().__init__(decode, *losses, guidance.loss_scale, guidance.loss_dtype, kernels, taps)
         self.engines, self.pixels = engines, pixels
 
     def at_decoder(self, prior: Prior) -> Guidance:

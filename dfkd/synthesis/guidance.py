@@ -25,6 +25,7 @@ from torch import Tensor
 from dfkd.choices import BN_LOSSES
 from dfkd.synthesis.microbatch import cuts
 from dfkd.synthesis.statistics import GroupLoss, Moments, bn_loss, joined, tapped
+from dfkd.synthesis.taps import Taps
 from dfkd.teachers.classifier import Classifier
 from engine.networks import Prior
 from kernels.rows import NetworkInput
@@ -104,10 +105,13 @@ class Guidance:
         loss_dtype: of the losses of logits, as far as the logits are not wider. In float32 the exponential of a value
             differs in the last bit with its place in a tensor (vector loops and their remainders), and so an image's
             gradient with what it was batched with; float64 rounds that away at no cost.
-        kernels: what computes L_adv, "torch" or "triton"; results differ by rounding.
+        kernels: what computes L_adv and, where L_bn is asked for, the teacher's BatchNorm layers: "torch" or "triton";
+            results differ by rounding.
+        taps: of the same teacher, where they are made already; otherwise they are made here for "triton".
 
     Raises:
-        ValueError: L_bn asked of a teacher without BatchNorm layers, or L_adv without a student.
+        ValueError: L_bn asked of a teacher without BatchNorm layers, or that does not use each of them once; L_adv
+            without a student.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Guidance:
         loss_scale: float = 1.0,
         loss_dtype: torch.dtype = torch.float64,
         kernels: str = "torch",
+        taps: Taps | None = None,
     ) -> None:
         self.decode, self.teacher, self.student = decode, teacher, student
         self.weights, self.loss_scale, self.loss_dtype, self.kernels = weights, loss_scale, loss_dtype, kernels
@@ -129,11 +134,20 @@ class Guidance:
             raise ValueError(f"teacher {teacher.architecture} has no BatchNorm layer, so L_bn needs weight 0")
         if weights.adv and student is None:
             raise ValueError("L_adv (adv weight > 0) needs a student")
+        if kernels == "triton" and self.layers and taps is None:
+            taps = Taps.of(teacher.module, self.layers)
+        self.taps = taps if self.layers else None
+
+    def taught(self, images: Tensor) -> tuple[Tensor, list[Moments]]:
+        """Images [B, 3, H, W] in 0..1 -> the teacher's logits and, where L_bn is asked for, moments of every layer."""
+        if self.taps is not None:
+            return self.taps(self.teacher.prepare(images))
+        with tapped(self.layers) as moments:
+            logits = self.teacher.logits(images)
+        return logits, moments
 
     def _moments(self, z0: Tensor) -> list[Moments]:
-        with tapped(self.layers) as moments:
-            self.teacher.logits(self.decode(z0))
-        return moments
+        return self.taught(self.decode(z0))[1]
 
     def _group_loss(self, latents: Tensor, to_latent: ToLatent | None, micro: int) -> GroupLoss:
         """Phase one: the whole group's statistics, without a gradient."""
@@ -151,8 +165,7 @@ class Guidance:
         """
         w = self.weights
         images = self.decode(z0)
-        with tapped(self.layers) as moments:
-            logits = self.teacher.logits(images)
+        logits, moments = self.taught(images)
         narrow = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(torch.promote_types(logits.dtype, self.loss_dtype))
         total = logits.new_zeros(logits.shape[0])
@@ -192,7 +205,7 @@ class Guidance:
 
         Whoever uses the gradient divides it by `unit`, in float32: in half precision it would vanish.
         """
-        own = (self.teacher, self.weights, self.student, self.loss_scale, self.loss_dtype, self.kernels)
+        own = (self.teacher, self.weights, self.student, self.loss_scale, self.loss_dtype, self.kernels, self.taps)
         made = Guidance(prior.decode_input, *own)
         made.takes, made.unit = prior.decoder_input, self.loss_scale * prior.scaling_factor
         return made
@@ -200,12 +213,13 @@ class Guidance:
     def on_pixels(self) -> "Guidance":
         """The same losses with images [B, 3, H, W] in 0..1 in the place of latents."""
         own = (self.teacher, self.weights, self.student)
-        return Guidance(identity, *own, loss_dtype=self.loss_dtype, kernels=self.kernels)
+        return Guidance(identity, *own, loss_dtype=self.loss_dtype, kernels=self.kernels, taps=self.taps)
 
     def statistics_alone(self) -> "Guidance":
         """The same with L_bn alone, of weight 1."""
         weights = LossWeights(bn=1.0, cls=0.0, bn_stats=self.weights.bn_stats, bn_loss=self.weights.bn_loss)
-        return Guidance(self.decode, self.teacher, weights, None, self.loss_scale, self.loss_dtype)
+        own = (self.loss_scale, self.loss_dtype, self.kernels, self.taps)
+        return Guidance(self.decode, self.teacher, weights, None, *own)
 
     def gradient(
         self, latents: Tensor, labels: Tensor, micro: int, to_latent: ToLatent | None = None

@@ -13,9 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,22 @@ class Moments:
 
     m1: Tensor
     m2: Tensor
+
+
+def moments_of(x: Tensor, layer: nn.BatchNorm2d) -> Moments:
+    """Moments [B, C] of what enters a layer, x [B, C, H, W]; float32 at least."""
+    assert layer.running_mean is not None
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x - layer.running_mean.to(x)[None, :, None, None]
+    return Moments(x.mean((2, 3)), x.square().mean((2, 3)))
+
+
+def once_each(calls: Sequence[Sequence[T]]) -> list[T]:
+    """What every layer's one call gave. Raises ValueError for a layer that was not used exactly once in a pass."""
+    for index, found in enumerate(calls):
+        if len(found) != 1:
+            raise ValueError(f"BatchNorm layer {index} was used {len(found)} times in a pass; L_bn needs exactly one")
+    return [found[0] for found in calls]
 
 
 @contextmanager
@@ -37,10 +56,7 @@ def tapped(layers: tuple[nn.BatchNorm2d, ...]) -> Iterator[list[Moments]]:
     taken: list[Moments] = []
 
     def read(into: list[Moments], layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
-        assert layer.running_mean is not None
-        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        x = x - layer.running_mean.to(x)[None, :, None, None]
-        into.append(Moments(x.mean((2, 3)), x.square().mean((2, 3))))
+        into.append(moments_of(inputs[0], layer))
 
     handles = [layer.register_forward_pre_hook(partial(read, into)) for layer, into in zip(layers, calls, strict=True)]
     try:
@@ -48,10 +64,7 @@ def tapped(layers: tuple[nn.BatchNorm2d, ...]) -> Iterator[list[Moments]]:
     finally:
         for handle in handles:
             handle.remove()
-    for index, found in enumerate(calls):
-        if len(found) != 1:
-            raise ValueError(f"BatchNorm layer {index} was used {len(found)} times in a pass; L_bn needs exactly one")
-        taken += found
+    taken += once_each(calls)
 
 
 def bn_loss(moments: list[Moments], layers: tuple[nn.BatchNorm2d, ...], kind: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,18 @@ class Classifier:
         return digest.hexdigest()
 
     def batch_norms(self) -> tuple[nn.BatchNorm2d, ...]:
-        """The layers whose running statistics describe the training data, in definition order; () for e.g. a ViT."""
+        """The layers whose running statistics describe the training data, in definition order; () for e.g. a ViT.
+
+        Synchronised and frozen ones are among them, whose tensors are those of a BatchNorm2d.
+        """
         return tuple(
-            layer
+            cast(nn.BatchNorm2d, layer)
             for layer in self.module.modules()
-            if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None
+            if (isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) or is_frozen(layer))
+            and layer.running_mean is not None
         )
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether it is the layer that torchvision and detectron2 have by this name, whose four tensors are buffers."""
+    return type(layer).__name__ == "FrozenBatchNorm2d"

@@ -3,6 +3,8 @@
 Names and pooling follow the RepDistiller zoo (arXiv:1910.10699): block0 to block4 and `classifier`.
 """
 
+import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,14 +29,19 @@ class VGG(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The zoo halves three times, and a fourth time for 64x64 images only.
-        pools = 4 if x.shape[2] == 64 else 3
+        side = x.shape[2]
         for index in range(len(WIDTHS)):
             x = self.get_submodule(f"block{index}")(x)
-            if index < pools:
-                x = F.max_pool2d(x, 2)
+            if index < 4:
+                x = _halved(x, index, side)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
+
+
+@torch.fx.wrap  # torch.fx follows no decision by a size, and need not look inside
+def _halved(x: Tensor, index: int, side: int) -> Tensor:
+    """The zoo halves three times, and a fourth time for 64x64 images only."""
+    return F.max_pool2d(x, 2) if index < 3 or side == 64 else x
 
 
 def _block(channels: int, width: int, count: int) -> nn.Sequential:

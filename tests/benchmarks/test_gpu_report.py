@@ -11,7 +11,7 @@ import torch
 from benchmarks import gpu_report
 from benchmarks.gpu_report import REHEARSAL, SECTIONS, Section, environment, markdown, reason, report
 
-KERNELS = ("guided_step", "soft_kl", "group_norm_silu")
+KERNELS = ("guided_step", "soft_kl", "group_norm_silu", "batch_norm_tap")
 
 
 @pytest.mark.slow

@@ -150,6 +150,19 @@ def test_kernels_compute_the_adversarial_loss_too(generated, monkeypatch):
     assert (plain.images.int() - found.images.int()).abs().max() <= 2
 
 
+@pytest.mark.skipif(SAME["kernels"] != "triton", reason="the kernel is not interpreted here")
+def test_it_says_how_many_layers_are_tapped(generated, call, tmp_path, capsys):
+    """resnet8: the stem and the first of each block's two layers have a ReLU of their own."""
+    words = "9 of 9 BatchNorm layers with their moments in a launch, 4 with their ReLU"
+    for kernels, said in (("torch", None), ("triton", words)):
+        result = json.loads((generated("--kernels", kernels) / "result.json").read_text())
+        assert result["kernels"]["name"] == kernels and result["kernels"]["taps"] == said
+    assert call("--out", tmp_path, "--kernels", "triton", "--plan-only") == 0
+    assert f"  where the teacher is eager: {words}" in capsys.readouterr().err.splitlines()
+    assert call("--out", tmp_path, "--kernels", "triton", "--plan-only", "--bn-weight", 0) == 0
+    assert "BatchNorm layers" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("image_format", ["jpg", "npy"])
 def test_image_formats(generated, image_format):
     plain, other = images_of(generated()), images_of(generated("--image-format", image_format))

@@ -1,6 +1,7 @@
 """The workshop: builds, finds, adopts and rebuilds engines, and keeps none that misses its tolerance."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from dfkd.engines.choose import Choice, apply
 from dfkd.engines.functions import function, samples
 from dfkd.engines.requests import Request
 from dfkd.engines.sources import load_sources, sources_of
+from dfkd.synthesis import taps
 from engine.backends import get
 from engine.compiled import Engine, load
 from engine.errors import EngineError
@@ -60,6 +62,22 @@ def test_what_is_known_of_an_engine(place):
         assert isinstance(facts["rows_exact"], bool)
         assert (spec.backend, spec.dtype) == (BACKEND, "float32")
         assert {"torch", "diffusers", "onnxruntime"} <= dict(spec.versions).keys()
+
+
+def test_an_engine_is_timed_beside_the_kernels_of_an_eager_run(own, copied, monkeypatch):
+    """And holds none of them: it was traced with torch's."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernel is not interpreted here")
+    launches, kernel = [], taps.batch_norm_tap
+    monkeypatch.setattr(taps, "batch_norm_tap", lambda *given: launches.append(given) or kernel(*given))
+    teacher = copied(own.teacher)
+    nudge(teacher / "model.safetensors")
+    options, store = options_of(own.prior, teacher), EngineStore(own.store)
+    shop = Workshop(store, lambda: load_sources(options, ["gradient"]), kernels="triton")
+    state, manifest = shop.build(recipes(options, BACKEND, own.store)["gradient"])
+    assert state == "built" and manifest.facts["milliseconds"]["kernels"] == "triton"
+    # two layers, once a turn and once to warm up
+    assert len(launches) == 2 * (build.TIMED_TURNS + 1)
 
 
 def test_half_precision(own, tmp_path):

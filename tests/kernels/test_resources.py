@@ -32,7 +32,9 @@ def test_nothing_spills(table):
     assert not [row for row in table if row["spilled_bytes"] or row["stack_bytes"]]
 
 
-UNALIGNED = ("soft_kl 10 ", "soft_kl 21841 ")  # rows of 40 bytes, and of an odd number of values
+# Rows of 40 bytes, of an odd number of values, maps of 7x7; and a launch that adds up a few sums.
+UNALIGNED = ("soft_kl 10 ", "soft_kl 21841 ", "batch_norm_tap 2048x49 fp16 contiguous")
+UNALIGNED += ("batch_norm_tap gradient 2048x49 fp16 contiguous", "batch_norm_tap parts")
 
 
 # a few numbers of each channel or group: they write no more, and of what follows from these they read no more
