@@ -141,22 +141,8 @@ def explain(options: ExplainOptions, more: Sequence[str]) -> dict[str, Any]:
 
 def listing(options: ListOptions, more: Sequence[str]) -> dict[str, Any]:
     found = EngineStore(options.engines).list()
-    rows = [
-        (
-            "network",
-            "backend",
-            "for",
-            "rows",
-            "dtype",
-            "ms",
-            "eager ms",
-            "error",
-            "group norm",
-            "compiled in",
-            "size",
-            "key",
-        )
-    ]
+    measured = ("ms", "eager ms", "error", "group norm", "compiled in", "size")
+    rows = [("network", "backend", "for", "rows", "dtype", *measured, "key")]
     for manifest in found:
         facts, spec = manifest.facts, manifest.spec
         judged = not targets_of(spec.device)  # else it was compiled ahead of time, and nothing here can run it
