@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import in_turns, matmuls, reason
-from benchmarks.machine import describe
+from benchmarks.machine import describe, name_of
 from benchmarks.quality import DATA, call
 from dfkd import teachers
 from dfkd.device import resolve_device
@@ -280,7 +280,7 @@ def main() -> None:
     result = {"machine": machine, "turns": a.repeats, "pairs": measured, "student_accuracy": accuracy}
     print(markdown(result), file=sys.stderr)
     if a.record:
-        kind = "cpu" if device.type == "cpu" else "-".join(machine["device"].lower().split())
+        kind = "cpu" if device.type == "cpu" else name_of(machine)
         replace_text(RESULTS / f"distill-{kind}.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -88,7 +89,14 @@ SECTIONS: Mapping[str, Section] = {
         "--thin --size 64 --device cpu --dtype fp32 --batches 2 --steps 2 --repeats 1",
         90,
     ),
-    "distill": Section("Steps of distillation", "bench_distill", "bench_distill", "--device cuda", "--quick", 120),
+    "distill": Section(
+        "Steps of distillation",
+        "bench_distill",
+        "bench_distill",
+        "--device cuda",
+        "--quick --device cpu --ways 'eager,channels_last,bf16,compile,cached logits,all'",
+        120,
+    ),
     "paths": Section(
         "Guidance paths of the demo",
         "guidance_paths",
@@ -103,7 +111,7 @@ SECTIONS: Mapping[str, Section] = {
 def run(section: Section, rehearse: bool, seconds: float) -> dict[str, Any]:
     """What a section measured, {"seconds", "result"}, or {"seconds", "why"} where it measured nothing."""
     arguments = section.rehearsed if rehearse else section.given
-    command = [sys.executable, "-m", f"benchmarks.{section.module}", *arguments.split()]
+    command = [sys.executable, "-m", f"benchmarks.{section.module}", *shlex.split(arguments)]
     started = time.perf_counter()
     try:
         done = subprocess.run(

@@ -221,7 +221,7 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
         "kernels": {
             "name": kernels.name,
             "why": kernels.why,
-            "group_norms": norms,
+            "group_norms": norms or None,
             "taps": taps.in_words() if taps else None,
         },
         "class_names": synthesis.teacher.class_names,

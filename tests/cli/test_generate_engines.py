@@ -108,14 +108,14 @@ def test_auto_says_what_it_chose_and_goes_on_with_it(own, tmp_path, capsys):
     # other measurements later: the folder is finished as it was begun
     for name in NETWORKS:
         set_facts(own.store, name, milliseconds=measured(2.0, 1.0) if name != "decode" else measured(1.0, 2.0))
-    next(out.glob("shard-*")).unlink()
+    next(out.glob("shard-*.tar")).unlink()
     assert generated(own, out) == 0
     said = capsys.readouterr()
     assert {name: use["backend"] for name, use in last_line(said.out)["backends"].items()} == backends
     assert "the folder was begun with it" in said.err and shards_of(out) == before
     # and not at all once they are gone
     EngineStore(own.store).prune({key_of(own.store, "decode")})
-    next(out.glob("shard-*")).unlink()
+    next(out.glob("shard-*.tar")).unlink()
     assert generated(own, out) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "this folder cannot be continued: it was begun with the unet engine" in error and "dfkd-engines" in error
@@ -128,7 +128,7 @@ def test_a_folder_of_eager_networks_stays_so(own, eager, tmp_path, capsys):
     out = tmp_path / "out"
     assert generated(own._replace(store=tmp_path / "none"), out) == 0
     assert shards_of(out) == shards_of(eager)
-    next(out.glob("shard-*")).unlink()
+    next(out.glob("shard-*.tar")).unlink()
     assert generated(own, out) == 0
     assert shards_of(out) == shards_of(eager)
     assert "eager (the folder was begun with it)" in capsys.readouterr().err
@@ -240,7 +240,7 @@ class TestOutOfMemory:
         recorded = json.loads((out / "manifest.json").read_text())["settings"]["engines"]
         assert recorded.keys() == {"unet", "decode"}
         before = shards_of(out)
-        next(out.glob("shard-*")).unlink()
+        next(out.glob("shard-*.tar")).unlink()
         assert generated(own, out) == 0 and shards_of(out) == before  # and is finished with the same calls
 
     def test_seconds_of_an_engine_are_those_of_its_build(self, own, tmp_path, capsys):

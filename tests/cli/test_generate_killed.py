@@ -10,7 +10,7 @@ from tests.cli.small_generate import shards_of
 ROOT = Path(__file__).resolve().parents[2]
 
 KILLS = """
-import os, random, signal, sys, time
+import glob, os, random, signal, sys, time
 
 from dfkd.cli.generate import main  # imported once; every fork is a fresh run, torch has computed nothing yet
 
@@ -40,14 +40,14 @@ for moment in range(moments):
     time.sleep(wait)
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
-    killed.append((round(wait / seconds, 3), status, len([f for f in os.listdir(out + "/killed") if "shard" in f])))
+    killed.append((round(wait / seconds, 3), status, len(glob.glob(out + "/killed/shard-*.tar"))))
 assert os.waitpid(start(out + "/killed"), 0)[1] == 0
 print(killed)
 """
 
 
 def check_killed(folder, argv, loaded=""):
-    """Four shards of a run that was killed three times equal those of one that was not.
+    """Four shards, an index beside each, of a run that was killed three times equal those of one that was not.
 
     loaded: statements that import what a run loads by and by, so that a fork of it begins to sample at once.
     """
@@ -60,7 +60,7 @@ def check_killed(folder, argv, loaded=""):
     )
     assert done.returncode == 0, done.stderr
     whole, killed = shards_of(folder / "whole"), shards_of(folder / "killed")
-    assert len(whole) == 4 and killed == whole, done.stdout
+    assert len(whole) == 8 and killed == whole, done.stdout
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(small_prior, small_teacher, tmp_path):

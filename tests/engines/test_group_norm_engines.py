@@ -158,11 +158,11 @@ def test_generate_runs_with_the_kernel_and_says_so(prior, teacher, tmp_path, cap
             assert not said and found is None
         else:
             count = re.fullmatch(
-                r"unet, where it runs eagerly: (\d+) of (\d+) group norms, (\d+) with their SiLU", said[0]
+                r"  where the unet is eager: (\d+) of (\d+) group norms, (\d+) with their SiLU", said[0]
             )
             assert count and count[1] == count[2] and 0 < int(count[3]) <= int(count[1])
-            assert said[1] == "vae, where it runs eagerly: 0 of 0 group norms, 0 with their SiLU"
-            assert found == {line.partition(",")[0]: line.partition(": ")[2] for line in said}
+            assert said[1] == "  where the vae is eager: 0 of 0 group norms, 0 with their SiLU"
+            assert found == {line.split()[2]: line.partition(": ")[2] for line in said}
         images[kernels] = read_folder(out).images.int()
     assert (images["torch"] - images["triton"]).abs().max() <= 2  # of 255: rounding, one step on
 

@@ -108,7 +108,7 @@ def test_interrupted_between_shards(synthesis, tmp_path):
     calls = []
     with pytest.raises(KeyboardInterrupt), open_shards(stopped) as folder:
         synthesise(folder, synthesis, Rows(3, 3, 3), stop)
-    assert list(shards(stopped)) == ["shard-00000.tar"]
+    assert list(shards(stopped)) == ["shard-00000.idx", "shard-00000.tar"]
     run(stopped, synthesis)
     assert shards(stopped) == shards(whole)
 
