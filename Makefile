@@ -22,7 +22,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(SETUP) ## teacher, synthesis, student and report on two CPU cores, in minutes (runs/demo)
-	@$(PY) -m benchmarks.quality demo --seeds 1 --baselines prior_data,unguided --out runs/demo
+	@$(PY) -m benchmarks.quality demo --seeds 1 --baselines prior_data,unguided --out runs/demo \
+	  --distill "$$($(PY) -c 'from dfkd.loader import dali; print("--loader dali" * dali.installed())')"
 
 # One torch thread a worker: two that share cores wait for one another.
 test: $(SETUP) ## run the tests (ARGS="-k shards" for some)

@@ -36,8 +36,9 @@ class LoaderChoice:
 def choose(wanted: str, images: int, size: int, device: torch.device) -> LoaderChoice:
     """What `wanted` of SOURCES comes to for so many images of size x size; raises UsageError without DALI for dali.
 
-    auto: what is small stays in memory. There DALI makes the views beside the step on a CPU, the device itself on a
-    GPU. What is large is decoded as it is needed, by DALI where it is installed.
+    auto: what is small stays in memory, on the device, which makes the views; on a CPU too, where DALI would make them
+    beside the step, but on the cores that the step has (benchmarks/bench_loader.py: 7 % of the demo's step, resident 2).
+    What is large is decoded as it is needed, by DALI where it is installed.
     """
     needed = images * 3 * size * size
     text = f"{images} images of {size}x{size} are {needed / 1e6:.1f} MB"
@@ -53,12 +54,11 @@ def choose(wanted: str, images: int, size: int, device: torch.device) -> LoaderC
         # On a GPU the pixels would go there at every step; encoded they are fewer bytes.
         kept = fits and device.type == "cpu"
         return LoaderChoice("dali", f"as asked; {text}, {room}: {KEPT if kept else STREAMED}", kept)
-    if not dali.installed():
-        return LoaderChoice("resident" if fits else "torch", f"{text}, {room}; {NOT_INSTALLED}")
-    if fits and device.type != "cpu":
+    if fits:
         return LoaderChoice("resident", f"{text}, {room}")
-    kept = fits and device.type == "cpu"
-    return LoaderChoice("dali", f"{text}, {room}: {KEPT if kept else STREAMED}", kept)
+    if not dali.installed():
+        return LoaderChoice("torch", f"{text}, {room}; {NOT_INSTALLED}")
+    return LoaderChoice("dali", f"{text}, {room}: {STREAMED}")
 
 
 def open_source(
