@@ -37,7 +37,7 @@ def choose(wanted: str, images: int, size: int, device: torch.device) -> LoaderC
     """What `wanted` of SOURCES comes to for so many images of size x size; raises UsageError without DALI for dali.
 
     auto: what is small stays in memory, on the device, which makes the views; on a CPU too, where DALI would make them
-    beside the step, but on the cores that the step has (benchmarks/bench_loader.py: 7 % of the demo's step, resident 2).
+    beside the step, but on the cores that the step has (benchmarks/bench_loader.py).
     What is large is decoded as it is needed, by DALI where it is installed.
     """
     needed = images * 3 * size * size
