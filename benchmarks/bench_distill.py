@@ -195,13 +195,22 @@ def accuracies(a: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of a recorded result."""
-    heads = ["networks", "way", "img/s: median (min to max)", "ratio", "of matmul", "of peak", "compile s", "student"]
+    heads = [
+        "networks",
+        "way",
+        "img/s: median (min to max)",
+        "ratio",
+        "of matmul",
+        "of peak",
+        "compile s",
+        "demo's student",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     missing = []
     for part in result["pairs"]:
         of = Pair(**part["pair"])
         for name, row in part["rows"].items():
-            accuracy = result["student_accuracy"].get(name)
+            accuracy = result["student_accuracy"].get(name) if part is result["pairs"][0] else None
             cells = [
                 f"{of.teacher} to {of.student}, {of.size}", name,
                 f"{row['images_per_second']:.0f} ({row['slowest']:.0f} to {row['fastest']:.0f})",
@@ -216,7 +225,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"A step of {', '.join(str(p['pair']['batch']) for p in result['pairs'])} images; ratio: to eager; matmul: a "
-        f"square {matmul} one here; student: of the demo, those with cached logits without views and mixtures. "
+        f"square {matmul} one here; student: of the demo in this way, with cached logits without views and mixtures. "
         f"{result['turns']} turns, {machine['device']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, {machine['date']}: `python -m benchmarks.bench_distill --accuracy`.",
     ]
