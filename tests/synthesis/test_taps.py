@@ -17,8 +17,11 @@ from dfkd.synthesis.guidance import Guidance, LossWeights, identity
 from dfkd.synthesis.statistics import tapped
 from dfkd.synthesis.taps import Taps
 from dfkd.teachers import Classifier, build
+from engine.group_norms import set_group_norms
+from engine.networks import load_prior
 from kernels.rows import NetworkInput
 from tests.synthesis.small_networks import SmallPrior, bn_inputs, classifier, plain_bn_loss, plain_loss
+from tests.synthesis.small_sd import make_small_sd
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 # the same on a GPU, natively: tests/kernels
@@ -292,15 +295,11 @@ def test_weights_are_read_where_they_are():
     assert not torch.allclose(before, after)
 
 
-@pytest.mark.parametrize("stats", ["image", "group"])
-def test_the_compiler_takes_the_guidance_gradient_for_one_graph(stats):
-    """Decoder, teacher with taps, CE, L_bn and the adversarial loss's own kernel: no break, the same gradient."""
-    torch._dynamo.reset()
-    prior, teacher, student = SmallPrior(), classifier(), classifier(seed=9, norm=False)
-    weights = LossWeights(0.3, 0.7, 1.0, bn_stats=stats)
-    guidance = Guidance(prior.decode, teacher, weights, student, kernels="triton")
-    z = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(5))
-    group = guidance._group_loss(z, None, 5) if stats == "group" else None
+def graphs_of(guidance, z, group=None):
+    """The forward and the backward graph that torch.compile makes of a guidance loss, their operations by name.
+
+    Without a break, and with the gradient of the loss as it runs by itself.
+    """
 
     def loss(latents, labels):
         return guidance._losses(latents, labels, group)[0].sum()
@@ -313,11 +312,36 @@ def test_the_compiler_takes_the_guidance_gradient_for_one_graph(stats):
 
     from torch._dynamo.backends.common import aot_autograd
 
-    aot = aot_autograd(fw_compiler=backend, bw_compiler=backend)
-    compiled = torch.compile(loss, backend=aot, fullgraph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend), fullgraph=True)
     found, wanted = (gradient_of(partial(way, labels=LABELS), z)[1] for way in (compiled, loss))
+    torch._dynamo.reset()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
-    forward, backward = graphs
+    return graphs
+
+
+@pytest.mark.parametrize("stats", ["image", "group"])
+def test_the_compiler_takes_the_guidance_gradient_for_one_graph(stats):
+    """Decoder, teacher with taps, CE, L_bn and the adversarial loss's own kernel."""
+    prior, teacher, student = SmallPrior(), classifier(), classifier(seed=9, norm=False)
+    weights = LossWeights(0.3, 0.7, 1.0, bn_stats=stats)
+    guidance = Guidance(prior.decode, teacher, weights, student, kernels="triton")
+    z = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(5))
+    group = guidance._group_loss(z, None, 5) if stats == "group" else None
+    forward, backward = graphs_of(guidance, z, group)
     assert forward.count("dfkd.batch_norm_tap.default") == 3 and forward.count("dfkd.soft_kl.default") == 1
     assert backward.count("dfkd.batch_norm_tap_gradient.default") == 3
-    torch._dynamo.reset()
+
+
+def test_a_decoder_with_the_kernels_group_norms_is_in_that_graph_too(tmp_path):
+    """diffusers' own AutoencoderKL: every group norm of it by the kernel, beside the teacher's taps."""
+    prior = load_prior(make_small_sd(tmp_path))
+    norms = set_group_norms(prior.vae, "triton")
+    assert norms.fused == norms.layers and norms.with_silu
+    decoded = sum(isinstance(layer, nn.GroupNorm) for layer in prior.vae.decoder.modules())
+    guidance = Guidance(prior.decode, classifier(), LossWeights(0.3, 0.7, bn_stats="image"), kernels="triton")
+    z = torch.randn(5, prior.latent_channels, *prior.latent_size, generator=torch.Generator().manual_seed(5))
+    forward, backward = graphs_of(guidance, z)
+    assert forward.count("dfkd.group_norm_silu.default") == decoded
+    assert backward.count("dfkd.group_norm_silu_backward.default") == decoded
+    assert forward.count("dfkd.batch_norm_tap.default") == backward.count("dfkd.batch_norm_tap_gradient.default") == 3
