@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd.errors import UsageError
@@ -112,3 +113,13 @@ def test_views_of_some_rows_are_those_of_the_whole(kind: str) -> None:
 def test_unknown_kinds_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="crop-flop"):
         augment(images(), "crop-flop", seeded())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 12), (7, 5)])
+def test_positions_are_those_of_affine_grid(size: tuple[int, int]) -> None:
+    """Only what every image shares is made once; products of odd sizes may be summed in another order."""
+    g = torch.Generator().manual_seed(0)
+    images, matrix = torch.rand(6, 3, *size, generator=g), torch.randn(6, 2, 3, generator=g)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    wanted = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    torch.testing.assert_close(warp(images, matrix), wanted, rtol=0, atol=1e-5)
