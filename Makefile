@@ -55,7 +55,7 @@ gpu-test: $(SETUP) ## the tests that need a CUDA device
 	  || { echo "error: torch finds no CUDA device: gpu-test needs one (driver, and a CUDA build of torch)." >&2; exit 2; }
 	@$(PY) -m pytest -m gpu $(ARGS)
 
-gpu-report: $(SETUP) ## measure all that only a CUDA device can tell, record it in benchmarks/results (eight minutes)
+gpu-report: $(SETUP) ## measure all that only a CUDA device can tell, record it in benchmarks/results (at most eight minutes)
 	@$(PY) -m benchmarks.gpu_report $(ARGS)
 
 clean: ## remove the environment, caches and the demo's output

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.flops import in_turns, matmuls, reason
+from benchmarks.flops import in_turns, matmuls, peak, reason
 from benchmarks.machine import describe, name_of
 from benchmarks.quality import DATA, call
 from dfkd import teachers
@@ -51,8 +51,6 @@ from dfkd.kernel_choice import choose_kernels
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
 PLAIN = {"augment": "none", "mix": "none", "cache_logits": "on"}
-# Dense bf16 and fp16 tensor-core FLOP/s of data sheets, by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def bench(of: Pair, device: torch.device, steps: int, turns: int, names: list[st
     ceiling = "bfloat16" if device.type == "cuda" else "float32"
     seconds, failed = in_turns({**calls, "matmul": ceilings[ceiling][0]}, turns, device)
     limit = [ceilings[ceiling][1] / s for s in seconds.pop("matmul")]
-    peak = next((peak for part, peak in PEAKS.items() if part in str(describe(device)["device"])), None)
+    most = peak(device, torch.bfloat16)
     work = {cached: flop(of, cached) * steps for cached in (False, True)}
     rows = {}
     for name, spent in seconds.items():
@@ -164,8 +162,8 @@ def bench(of: Pair, device: torch.device, steps: int, turns: int, names: list[st
             "fastest": of.batch * steps / min(spent),
             "ratio": median(b / s for b, s in zip(base, spent, strict=True)) if base else None,
             "flop_per_second": median(speeds),
-            "share_of_matmul": median(speed / most for speed, most in zip(speeds, limit, strict=True)),
-            "share_of_peak": median(speeds) / peak if peak else None,
+            "share_of_matmul": median(speed / top for speed, top in zip(speeds, limit, strict=True)),
+            "share_of_peak": median(speeds) / most if most else None,
             "compile_seconds": compile_seconds.get(name),
         }
     return {"pair": vars(of), "rows": rows, "matmul": ceiling, "failures": {**failures, **failed}}

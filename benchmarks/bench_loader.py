@@ -14,8 +14,8 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.flops import in_turns, reason
 from benchmarks.loader_ways import MEAN, OTHERS, OURS, STD, epoch_of
 from benchmarks.machine import describe
 from dfkd import teachers
@@ -34,6 +35,7 @@ from dfkd.loader import steps as steps_of
 from dfkd.presets import PRESETS
 from dfkd.shards import Record, ShardFolder, open_folder
 
+CPU = torch.device("cpu")
 RESULT = Path(__file__).parent / "results" / "loader-cpu.json"
 # Name: side, format, images.
 SETS = {"32 png": (32, "png", 4000), "32 npy": (32, "npy", 4000), "224 jpg": (224, "jpg", 600)}
@@ -42,6 +44,7 @@ IN_MEMORY, DEFAULT = "one batch in memory", "the default loader"
 STEP_WAYS = {
     IN_MEMORY: LoaderChoice("resident", ""),
     "dali, decoding": LoaderChoice("dali", ""),
+    "dali, decoded once": LoaderChoice("dali", "", kept=True),
     "resident": LoaderChoice("resident", ""),
     "torch": LoaderChoice("torch", ""),
 }
@@ -59,18 +62,6 @@ def make_folder(path: Path, size: int, image_format: str, count: int) -> Path:
             records = [Record(i, i % 10, "abcdefghij"[i % 10], 0, "an image") for i in ids]
             folder.write(index, np.stack(images), records)
     return path
-
-
-def in_turns(calls: dict[str, Callable[[], int]], turns: int) -> dict[str, list[float]]:
-    """Units a second of each call, which returns how many units it did; one turn before is not counted."""
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            units = call()
-            if turn:
-                rates[name].append(units / (time.perf_counter() - started))
-    return rates
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -92,8 +83,10 @@ def rates(root: Path, sets: dict[str, tuple[int, str, int]], turns: int, workers
                     raise RuntimeError(f"{seen} of {count} images came")
             except Exception as error:  # of other people's packages: anything, and the others are still of interest
                 calls.pop(way, None)
-                rows.append({"images": name, "way": way, "error": f"{type(error).__name__} {error}".splitlines()[0]})
-        found = in_turns(calls, turns)
+                rows.append({"images": name, "way": way, "error": reason(error)})
+        seconds, failed = in_turns(calls, turns, CPU)
+        rows += [{"images": name, "way": way, "error": why} for way, why in failed.items()]
+        found = {way: [count / spent for spent in values] for way, values in seconds.items()}
         base = statistics.median(found["DataLoader + PIL"]) if "DataLoader + PIL" in found else None
         for way, values in found.items():
             ratio = statistics.median(values) / base if base else None
@@ -113,7 +106,7 @@ class Distillation:
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3, momentum=0.9)
         self.pool, self.workers = open_folder(folder), workers
         self.order = Order(0, len(self.pool.ids), int(self.preset["batch_size"]), 2**40)
-        self.form = Form(self.pool.image_size, MEAN, STD, torch.device("cpu"))
+        self.form = Form(self.pool.image_size, MEAN, STD, CPU)
 
     def batches(self, way: str) -> Iterator[Batch]:
         kind, size = str(self.preset["augment"]), self.form.size
@@ -147,21 +140,18 @@ def step_rows(folder: Path, turns: int, count: int, workers: int) -> list[dict[s
     ways = [way for way in (*STEP_WAYS, DEFAULT) if "dali" not in way or dali.installed()]
     sources = {way: work.batches(way) for way in ways}
 
-    def call(way: str) -> Callable[[], int]:
-        def some() -> int:
-            for _ in range(count):
-                work.step(next(sources[way]))
-            return count
+    def some(way: str) -> None:
+        for _ in range(count):
+            work.step(next(sources[way]))
 
-        return some
-
-    found = in_turns({way: call(way) for way in ways}, turns)
+    seconds, failed = in_turns({way: partial(some, way) for way in ways}, turns, CPU)
+    if failed:
+        raise RuntimeError(f"{next(iter(failed))}: {failed[next(iter(failed))]}")
     rows = []
     for way in ways:
-        slower = [base / mine - 1 for base, mine in zip(found[IN_MEMORY], found[way], strict=True)]
-        rows.append(
-            {"loader": way, "milliseconds": spread([1000 / rate for rate in found[way]]), "slower": spread(slower)}
-        )
+        slower = [mine / base - 1 for base, mine in zip(seconds[IN_MEMORY], seconds[way], strict=True)]
+        milliseconds = [1000 * spent / count for spent in seconds[way]]
+        rows.append({"loader": way, "milliseconds": spread(milliseconds), "slower": spread(slower)})
     return rows
 
 
@@ -198,7 +188,7 @@ def bench(sets: dict[str, tuple[int, str, int]], turns: int, count: int, workers
         "batch": BATCH,
         "workers": workers,
         "turns": turns,
-        "machine": describe(torch.device("cpu")),
+        "machine": describe(CPU),
     }
 
 

@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, by one command: kernels, engines, sampling, training steps and loaders.
 
-    python -m benchmarks.gpu_report                 on a CUDA device: under eight minutes on an H100, no network needed
+    python -m benchmarks.gpu_report                 on a CUDA device: at most --minutes 8, no network needed
     python -m benchmarks.gpu_report --only soft_kl,engines
     python -m benchmarks.gpu_report --rehearse      the same code on tiny sizes on a CPU: proves that it runs, no more
 

@@ -153,7 +153,7 @@ def batch_norm_tap_cases() -> list[Case]:
 
     Maps of 7x7 have no alignment in the order of channels.
     """
-    from kernels import batch_norm_tap as taps
+    from kernels import batch_norm_launches as taps
 
     found = []
     layer = dict.fromkeys(("mean_ptr", "variance_ptr", "weight_ptr", "bias_ptr"), "*fp32")

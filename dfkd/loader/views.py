@@ -108,18 +108,18 @@ def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: tuple[int
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
     """Bilinear resampling: matrix [B, 2, 3] maps output to input positions, both in -1..1; reflected outside."""
     batch, _, height, width = images.shape
-    centres = _centres(height, width).to(images).expand(batch, -1, -1)
+    centres = _centres(height, width, images.device, images.dtype).expand(batch, -1, -1)
     grid = centres.bmm(matrix.to(images).transpose(1, 2)).view(batch, height, width, 2)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 @lru_cache(maxsize=4)
-def _centres(height: int, width: int) -> Tensor:
+def _centres(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Pixel centres (x, y, 1) [height * width, 3] in -1..1: F.affine_grid makes them anew for every image."""
     x = torch.linspace(-1, 1, width) * ((width - 1) / width)
     y = torch.linspace(-1, 1, height) * ((height - 1) / height)
     columns, rows = x.expand(height, width), y[:, None].expand(height, width)
-    return torch.stack((columns, rows, torch.ones(height, width)), dim=2).view(-1, 3)
+    return torch.stack((columns, rows, torch.ones(height, width)), dim=2).view(-1, 3).to(device, dtype)
 
 
 def colour(images: Tensor, contrast: Tensor, brightness: Tensor, gain: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import batch_norm_launches
 from kernels import batch_norm_tap as module
-from kernels.batch_norm_tap import batch_norm_tap, batch_norm_tap_gradient_ref, batch_norm_tap_ref, tile_of
+from kernels.batch_norm_launches import tile_of
+from kernels.batch_norm_tap import batch_norm_tap, batch_norm_tap_gradient_ref, batch_norm_tap_ref
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -128,7 +130,7 @@ def test_maps_in_several_parts(shape, order):
 def test_many_parts(order, monkeypatch):
     """More than the second launch adds up at a time: five, or eighteen."""
     for name, value in {"TILE": 32, "PROGRAM": 32, "CHANNELS": 4, "PARTS": 4, "ROWS": 8}.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(batch_norm_launches, name, value)
     assert 143 / tile_of(5, 143, order == "channels_last")[2] > 4
     judge(Inputs((1, 5, 11, 13), F32, order, order))
 
@@ -143,7 +145,7 @@ def test_any_shape(shape, dtype, order, of_y, relu, affine, small, seed):
     with pytest.MonkeyPatch.context() as patch:
         if small:  # several parts of several tiles
             for name, value in {"TILE": 16, "PROGRAM": 64, "CHANNELS": 4, "PARTS": 2}.items():
-                patch.setattr(module, name, value)
+                patch.setattr(batch_norm_launches, name, value)
         judge(Inputs(shape, dtype, order, of_y, relu, affine, seed=seed))
 
 
@@ -310,7 +312,7 @@ def test_tiles_are_of_the_layer_alone():
         for pixels in (1, 49, 64, 1024, 12544, 2**20):
             for nhwc in (True, False):
                 wide, high, span, warps = tile_of(channels, pixels, nhwc)
-                assert span % high == 0 and wide * high <= module.TILE and 1 <= warps <= 8
+                assert span % high == 0 and wide * high <= batch_norm_launches.TILE and 1 <= warps <= 8
 
 
 @pytest.mark.gpu
