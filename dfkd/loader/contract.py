@@ -64,7 +64,7 @@ class Form:
         images = apply(pixels.permute(0, 3, 1, 2).float().div_(255), views)
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
-        return (images - mean).div_(std).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return images.sub_(mean).div_(std).to(self.dtype).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
