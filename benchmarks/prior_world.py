@@ -10,7 +10,6 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -20,6 +19,8 @@ SIZE = 32
 @cache
 def uci_digits() -> tuple[Tensor, Tensor]:
     """The source digits: intensities [1797, 1, 8, 8] in 0..1 and labels [1797]."""
+    from sklearn.datasets import load_digits  # here, since benchmarks that need no digit import this module too
+
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     return images, torch.tensor(digits.target, dtype=torch.int64)
