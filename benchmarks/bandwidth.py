@@ -52,6 +52,8 @@ def bench(launches: Iterable[Launch], turns: int, device: torch.device, rehearse
         calls["copy"] = repeated(lambda: target.copy_(source), calls_each)
         with torch.no_grad():
             seconds, failed = in_turns(calls, turns, device)
+        # torch.compile keeps eight shapes of a function, and of a ninth it runs the function itself.
+        torch.compiler.reset()
         failures += [{**launch.labels, "way": way, "why": why} for way, why in failed.items()]
         copy = [copy_bytes * calls_each / s for s in seconds["copy"]]
         copies += copy
@@ -122,7 +124,7 @@ def report(
         sys.exit("error: a rehearsal is not recorded")
     device = torch.device("cuda" if torch.cuda.is_available() and not a.rehearse else "cpu")
     result: dict[str, Any] = {"machine": describe(device), "floors": floors}
-    if not a.rehearse:
+    if a.resources and not a.rehearse:
         result["resources"] = resources()
         print(table(result["floors"]), "", table(result["resources"]), sep="\n", file=sys.stderr)
     if device.type == "cuda" or a.rehearse:
@@ -140,6 +142,9 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--repeats", type=int, default=11, help="turns (default 11)")
     found.add_argument("--rehearse", action="store_true", help="run it all on a CPU, where times mean nothing")
+    found.add_argument(
+        "--resources", action=argparse.BooleanOptionalAction, default=True, help="compile all kernels, half a minute"
+    )
     found.add_argument("--record", action="store_true", help=f"write benchmarks/results/{name}-<device>.json")
     return found
 

@@ -130,24 +130,24 @@ def bench(
     """The result without the machine: rows, and those that failed with their reason. mode: of torch.compile."""
     device, peer = sources.prior.device, of_prior(sources.prior, SCHEDULER)
     cases = [("published", 1), *((row, batch) for row in (*ROWS, *PEERS) if row != "published" for batch in batches)]
-    peers = {"diffusers": peer, "diffusers compiled": compiled(peer, mode)}
     calls: dict[str, Callable[[], object]] = {}
     compile_seconds, failures = {}, {}
     for row, images in cases:
         name = f"{row} {images}"
-        if row in PEERS:
-            calls[name] = peer_call(peers[row], sources, images, steps)
+        if row == "diffusers":
+            calls[name] = peer_call(peer, sources, images, steps)
+        elif row == "diffusers compiled":
+            started = time.perf_counter()
+            try:
+                call = peer_call(compiled(peer, mode), sources, images, steps)
+                call()
+            except Exception as error:  # such as no compiler: the other rows are measured still
+                failures[name] = reason(error)
+                continue
+            compile_seconds[name], calls[name] = time.perf_counter() - started, call
         else:
             own = synthesis(row, sources, images, steps, "torch" if row == "published" else kernels)
             calls[name] = partial(own.sample, 0, images)
-        if row == "diffusers compiled":
-            started = time.perf_counter()
-            try:
-                calls[name]()
-            except Exception as error:  # such as no compiler: the other rows are measured still
-                failures[name] = reason(error)
-                del calls[name]
-            compile_seconds[name] = time.perf_counter() - started
     seconds, failed = in_turns(calls, turns, device)
     limit, flop = peak(device, sources.prior.dtype), {row: flop_per_image(row, sources, steps) for row, _ in cases}
     rows = []

@@ -1,31 +1,73 @@
 """The report of a GPU: every section's code run on tiny sizes, and a section that fails costs its own rows alone."""
 
 import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_report
-from benchmarks.gpu_report import REHEARSAL, SECTIONS, Section, environment, markdown, reason, report
+from benchmarks import bench_loader, gpu_report
+from benchmarks.gpu_report import DIFFUSION, REHEARSAL, SECTIONS, Section, environment, markdown, reason, report
 
+ROOT = Path(__file__).parents[2]
 KERNELS = ("guided_step", "soft_kl", "group_norm_silu", "batch_norm_tap")
+BARE = str(Path(__file__).parent / "bare_machine")  # a PYTHONPATH without diffusers, DALI, scikit-learn and others
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SECTIONS)
 def test_every_section_is_rehearsed(name, monkeypatch):
-    """The same code as on a GPU, with no row left out."""
+    """The same code as on a GPU, with no row left out; launches and distillation on a bare machine."""
     if name in KERNELS:
         pytest.importorskip("triton", reason="the kernels need Triton")
+    if name in (*KERNELS, "distill"):
+        monkeypatch.setenv("PYTHONPATH", BARE)
     monkeypatch.setitem(SECTIONS, name, replace(SECTIONS[name], seconds=600))  # other tests run beside it
     found = report([name], rehearse=True, minutes=10)[name]
     assert "why" not in found, found["why"]
-    assert found["result"].get("rows") or all(part["rows"] for part in found["result"]["pairs"])
-    text = markdown({"machine": found["result"]["machine"], "sections": {name: found}})
-    assert f"## {SECTIONS[name].title}\n\n| " in text and "Not measured" not in text
+    result = found["result"]
+    if name == "distill":
+        assert all(part["rows"] for part in result["pairs"])
+    elif name == "loader":
+        assert result["rates"] and result["steps"]
+    else:
+        assert result["rows"]
+    text = markdown({"machine": result["machine"], "sections": {name: found}})
+    assert f"## {SECTIONS[name].title}\n\n| " in text and "Not measured" not in text and "failed" not in text
+
+
+def test_a_bare_machine_names_what_the_networks_of_diffusion_lack(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", BARE)
+    monkeypatch.setitem(SECTIONS, "sampling", replace(SECTIONS["sampling"], seconds=600))
+    found = report(["sampling"], rehearse=True, minutes=10)["sampling"]
+    assert found["why"] == "diffusers is not installed"
+
+
+@pytest.mark.slow
+def test_a_bare_machine_measures_loaders_and_names_those_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", BARE)
+    program = (
+        "import json, pathlib, sys, torch; from benchmarks import bench_loader as bench; bench.BATCH = 8; "
+        "sets, folder = {'32 png': (32, 'png', 16)}, pathlib.Path(sys.argv[1]); "
+        "print(json.dumps(bench.bench(sets, 1, 1, 0, folder, torch.device('cpu'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    lacking = {row["way"] for row in result["rates"] if "error" in row}
+    assert lacking == {"dali", "webdataset", "datasets"} < {row["way"] for row in result["rates"]}
+    assert {row["loader"] for row in result["steps"] if "error" in row} == {"dali, decoding", "dali, decoded once"}
+    text = bench_loader.markdown(result)
+    assert "| dali, decoding | failed: UsageError: dali: NVIDIA DALI is not installed. | - |" in text
+
+
+def test_all_that_a_bare_machine_measures_fits_into_the_time():
+    assert sum(own.seconds for name, own in SECTIONS.items() if name not in DIFFUSION) <= 8 * 60
+    assert list(SECTIONS)[-len(DIFFUSION) :] == list(DIFFUSION)  # they come last and cost the others nothing
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""Counted FLOP of guided sampling against those of its network calls, by hand."""
+"""Counted FLOP of sampling against those of its network calls, by hand; and what fails costs its own row."""
 
 import pytest
 import torch
 
-from benchmarks import sd15
+from benchmarks import sd15, sd15_sampling
 from benchmarks.flops import counted
-from benchmarks.sd15_sampling import ROWS, flop_per_image
+from benchmarks.sd15_sampling import PEERS, ROWS, bench, flop_per_image, markdown
 from dfkd.engines.functions import function, samples
 
 CPU = torch.device("cpu")
@@ -36,6 +36,13 @@ def test_flop_of_the_latent_rows_are_those_of_their_calls(sources, parts, steps)
         assert flop_per_image(row, sources, steps) == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_flop_without_a_teacher_are_those_of_the_same_calls(sources, parts, steps):
+    """Diffusers does what our sampler does; ours shows the teacher the images at the end."""
+    for row, ends in (("unguided", parts["decode"] + parts["teacher"]), ("diffusers", parts["decode"])):
+        assert flop_per_image(row, sources, steps) == pytest.approx(2 * steps * parts["unet"] + ends, rel=1e-3)
+
+
 def test_the_published_loop_differentiates_the_unet(sources, parts):
     """A step more than a `latent` one: two UNet rows forward again, and backward through them to the input."""
     more = flop_per_image("published", sources, 4) - flop_per_image("latent", sources, 4)
@@ -45,3 +52,24 @@ def test_the_published_loop_differentiates_the_unet(sources, parts):
 
 def test_rows_differ_in_what_they_are_named_after():
     assert [ROWS[name].gradient for name in ("published", "unet", "latent", "late")] == 2 * ["unet"] + 2 * ["latent"]
+
+
+def test_rows_stand_beside_their_own_base_and_a_failed_one_is_named(sources, monkeypatch):
+    """Guided rows beside the published loop, the others beside diffusers, whose compiled row may lack a compiler."""
+
+    def broken(call, **options):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(sd15_sampling, "flop_per_image", lambda *_: 1e9)
+    result = bench(sources, [2], 1, 1, "torch")
+    rows = {row["row"]: row for row in result["rows"]}
+    assert rows.keys() == {*ROWS, *PEERS} - {"diffusers compiled"}
+    assert {name: row["base"] for name, row in rows.items() if row["base"] != "published"} == {
+        "unguided": "diffusers",
+        "diffusers": "diffusers",
+    }
+    assert rows["published"]["ratio"] == rows["diffusers"]["ratio"] == 1
+    assert result["failures"] == [{"row": "diffusers compiled 2", "why": "RuntimeError: no compiler"}]
+    text = markdown(result)
+    assert "Not measured: diffusers compiled 2: RuntimeError: no compiler." in text and "first call failed" in text
