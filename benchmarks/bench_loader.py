@@ -70,16 +70,17 @@ class Training:
     images: int
 
 
+PLAIN = {"temperature": 4.0, "mix": "none", "mix_alpha": 1.0}
 DEMO = Training(
     "the demo's step",
     str(PRESETS["demo"].train_teacher["architecture"]),
-    {"mix_alpha": 1.0, **PRESETS["demo"].distill},
+    PLAIN | PRESETS["demo"].distill,
     400,
 )
 CIFAR = Training(
     "a step of resnet34 to resnet18, 256 images,",
     "resnet34",
-    {"student": "resnet18", "batch_size": 256, "augment": "crop-flip", "mix": "none", "temperature": 4.0},
+    PLAIN | {"student": "resnet18", "batch_size": 256, "augment": "crop-flip"},
     2560,
 )
 TRAININGS = {"cpu": (DEMO,), "cuda": (DEMO, CIFAR)}
@@ -164,13 +165,12 @@ class Distillation:
 
     def step(self, batch: Batch) -> None:
         assert batch.random is not None
-        images, temperature = batch.images, float(self.settings["temperature"])
-        if self.settings["mix"] != "none":
-            images = mix(images, str(self.settings["mix"]), float(self.settings["mix_alpha"]), batch.random)
+        images = mix(batch.images, str(self.settings["mix"]), float(self.settings["mix_alpha"]), batch.random)
         with torch.autocast(self.device.type, AMP_DTYPES[self.amp], enabled=self.amp != "off"):
             with torch.no_grad():
                 wanted = self.teacher(images)
             answers = self.student(images)
+        temperature = float(self.settings["temperature"])
         loss = distillation_loss(answers, wanted, temperature, batch.labels, 0.0, self.kernels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -95,7 +95,7 @@ SECTIONS: Mapping[str, Section] = {
         "bench_loader",
         "bench_loader",
         "--device cuda --turns 3",
-        "--quick --device cpu",
+        "--quick --device cpu --workers 0",
         90,
     ),
     "sampling": Section(
