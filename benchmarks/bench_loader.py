@@ -180,25 +180,27 @@ class Distillation:
 def step_rows(work: Distillation, name: str, turns: int, count: int) -> list[dict[str, Any]]:
     """Milliseconds of a step with each source; slower: how much longer than on one batch in memory, of 1.
 
-    The ratio is taken turn by turn, since neighbouring turns saw the same machine. A source that is not there has an
-    error.
+    The ratio is taken turn by turn, since neighbouring turns saw the same machine. A source that fails has an error.
+    Raises RuntimeError where the step itself does.
     """
     sources: dict[str, Iterator[Batch]] = {}
-    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     for way in (*STEP_WAYS, DEFAULT):
         try:
             sources[way] = work.batches(way)
-        except UsageError as error:
-            rows.append({"step": name, "loader": way, "error": reason(error)})
+        except Exception as error:  # such as DALI, which is not there or does not know the GPU
+            failed[way] = reason(error)
 
     def some(way: str) -> None:
         for _ in range(count):
             work.step(next(sources[way]))
 
-    seconds, failed = in_turns({way: partial(some, way) for way in sources}, turns, work.device)
-    if failed:
-        raise RuntimeError(f"{next(iter(failed))}: {failed[next(iter(failed))]}")
-    for way in sources:
+    seconds, broken = in_turns({way: partial(some, way) for way in sources}, turns, work.device)
+    failed |= broken
+    if IN_MEMORY in failed:
+        raise RuntimeError(f"{IN_MEMORY}: {failed[IN_MEMORY]}")
+    rows: list[dict[str, Any]] = [{"step": name, "loader": way, "error": why} for way, why in failed.items()]
+    for way in seconds:
         slower = [mine / base - 1 for base, mine in zip(seconds[IN_MEMORY], seconds[way], strict=True)]
         milliseconds = [1000 * spent / count for spent in seconds[way]]
         rows.append({"step": name, "loader": way, "milliseconds": spread(milliseconds), "slower": spread(slower)})

@@ -1,6 +1,7 @@
 """The benchmark of loaders: every way shows every image, and a whole turn of it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +36,33 @@ def test_a_turn_has_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench, "BATCH", 8)
     result = bench.bench({"32 png": (32, "png", 16)}, 1, 1, 0, tmp_path, CPU)
     assert not [row for row in result["rates"] if "error" in row and row["way"] in OURS]
-    assert result["steps"][0]["loader"] == bench.IN_MEMORY
+    assert not [row for row in result["steps"] if "error" in row] or not dali.installed()
+    assert bench.IN_MEMORY in [row["loader"] for row in result["steps"] if "slower" in row]
     text = bench.markdown(json.loads(json.dumps(result)))
     assert "| 32 png | DataLoader + PIL |" in text and "1.00 |" in text and "the demo's step" in text
+
+
+def test_a_source_that_fails_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bench.make_folder(tmp_path, 32, "png", 8)
+    work = bench.Distillation(
+        replace(bench.DEMO, settings=bench.DEMO.settings | {"batch_size": 4}), folder, 0, CPU, "off"
+    )
+    good = work.batches
+
+    def batches(way: str) -> Iterator[bench.Batch]:
+        if way == "torch":
+            return iter(())  # it ends in a turn
+        if "dali" in way:
+            raise RuntimeError("no such GPU")
+        return good(way)
+
+    monkeypatch.setattr(work, "batches", batches)
+    rows = {row["loader"]: row for row in bench.step_rows(work, "a step", 1, 1)}
+    assert rows["dali, decoding"]["error"] == "RuntimeError: no such GPU" and "StopIteration" in rows["torch"]["error"]
+    assert "slower" in rows["resident"] and "slower" in rows[bench.IN_MEMORY]
+    monkeypatch.setattr(work, "step", lambda batch: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"one batch in memory: ZeroDivisionError"):
+        bench.step_rows(work, "a step", 1, 1)
 
 
 @pytest.mark.parametrize("training", bench.TRAININGS["cuda"], ids=lambda training: training.teacher)
