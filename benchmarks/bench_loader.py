@@ -74,13 +74,13 @@ PLAIN = {"temperature": 4.0, "mix": "none", "mix_alpha": 1.0}
 DEMO = Training(
     "the demo's step",
     str(PRESETS["demo"].train_teacher["architecture"]),
-    PLAIN | PRESETS["demo"].distill,
+    {**PLAIN, **PRESETS["demo"].distill},
     400,
 )
 CIFAR = Training(
     "a step of resnet34 to resnet18, 256 images,",
     "resnet34",
-    PLAIN | {"student": "resnet18", "batch_size": 256, "augment": "crop-flip"},
+    {**PLAIN, "student": "resnet18", "batch_size": 256, "augment": "crop-flip"},
     2560,
 )
 TRAININGS = {"cpu": (DEMO,), "cuda": (DEMO, CIFAR)}
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--amp", choices=AMP_DTYPES, help="of the steps (default off on a CPU, bf16 on a GPU)")
     parser.add_argument("--turns", type=int, default=7, help="of every way (default 7)")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that decode (default 2)")
-    parser.add_argument("--quick", action="store_true", help="few images and two turns: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="few images and one turn: to see that it works")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/loader-<cpu or device>.json")
     a = parser.parse_args()
     if a.record and a.quick:
@@ -282,7 +282,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     amp = a.amp or ("off" if device.type == "cpu" else "bf16")
     sets = {name: (*rest, 140 if a.quick else count) for name, (*rest, count) in SETS.items()}
-    turns, count = (2, 2) if a.quick else (a.turns, STEPS[device.type])
+    turns, count = (1, 1) if a.quick else (a.turns, STEPS[device.type])
     with tempfile.TemporaryDirectory() as root:
         result = bench(sets, turns, count, a.workers, Path(root), device, amp)  # type: ignore[arg-type]
     print(markdown(result), file=sys.stderr)

@@ -43,7 +43,7 @@ class Peer:
         latents: the first noise [B, C, h, w]; context: prompt embeddings [B, L, D]; empty: of no prompt, [1, L, D].
         """
         dtype, factor = self.pipeline.unet.dtype, self.pipeline.vae_scale_factor
-        with torch._inductor.config.patch(dict(self.inductor)):  # type: ignore[no-untyped-call]
+        with torch._inductor.config.patch(dict(self.inductor)):
             found: Tensor = self.pipeline(
                 height=factor * latents.shape[2],
                 width=factor * latents.shape[3],

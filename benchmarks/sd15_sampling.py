@@ -149,7 +149,10 @@ def bench(
             own = synthesis(row, sources, images, steps, "torch" if row == "published" else kernels)
             calls[name] = partial(own.sample, 0, images)
     seconds, failed = in_turns(calls, turns, device)
-    limit, flop = peak(device, sources.prior.dtype), {row: flop_per_image(row, sources, steps) for row, _ in cases}
+    limit, flop = (
+        peak(device, sources.prior.dtype),
+        {row: flop_per_image(row, sources, steps) for row in (*ROWS, *PEERS)},
+    )
     rows = []
     for row, images in cases:
         name = f"{row} {images}"
