@@ -21,13 +21,14 @@ from dfkd.errors import UsageError
 from dfkd.loader import Form, LoaderChoice, Order, dali, open_source, steps
 from dfkd.shards import ShardPool, open_folder
 
+CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 OURS = ("dali", "resident", "torch")
 OTHERS = ("DataLoader + PIL", "webdataset", "datasets")
 Epoch = Callable[[], Iterable[Tensor]]
 
 
-def epoch_of(way: str, folder: Path, batch: int, workers: int, device: torch.device) -> Epoch:
+def epoch_of(way: str, folder: Path, batch: int, workers: int, device: torch.device = CPU) -> Epoch:
     """A function that gives the batches of one epoch; raises ImportError or UsageError where the way is not there."""
     if way in OURS:
         if way == "dali" and not dali.installed():
