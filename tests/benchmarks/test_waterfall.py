@@ -41,6 +41,7 @@ def test_from_the_published_settings_to_the_preset(tmp_path):
     assert changed == {name for name in ROWS["published"] if getattr(preset, name) != getattr(published, name)}
 
 
+@pytest.mark.slow
 def test_gains_multiply_to_the_whole(result):
     rows, product = result["rows"], result["products"]
     speeds = [row["images_per_second"] for row in rows]
@@ -51,6 +52,7 @@ def test_gains_multiply_to_the_whole(result):
         assert row["gain_low"] <= row["gain_high"] and len(row["seconds_per_image"]) == 1
 
 
+@pytest.mark.slow
 def test_fixed_rows_make_the_same_images_and_others_do_not(result):
     rows = {row["name"]: row for row in result["rows"]}
     assert [row["name"] for row in result["rows"] if row["kind"] == FIXED] == [
@@ -67,6 +69,7 @@ def test_fixed_rows_make_the_same_images_and_others_do_not(result):
     assert any("no engine is built" in line for line in rows["engines"]["networks"])
 
 
+@pytest.mark.slow
 def test_tables_and_picture(result):
     recorded = result | {"rows": [row | {"student_accuracy": 0.8, "student_of": "published"} for row in result["rows"]]}
     product, text = result["products"], document(recorded)
