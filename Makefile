@@ -51,7 +51,7 @@ guidance-paths: $(SETUP) ## the latent and the unet gradient and the published l
 	@$(PY) -m benchmarks.guidance_paths
 
 waterfall: $(SETUP) $(DEMO_TEACHER)/result.json ## from the published loop to the demo on engines, one technique a row
-	@$(PY) -m benchmarks.waterfall --teacher $(DEMO_TEACHER) $(ARGS)
+	@$(PY) -m benchmarks.waterfall --teacher $(DEMO_TEACHER) --out runs/waterfall $(ARGS)
 
 gpu-test: $(SETUP) ## the tests that need a CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \

@@ -3,6 +3,7 @@ technique changes in the images, and what they are worth.
 
     python -m benchmarks.waterfall --teacher runs/demo/teacher              speeds, and the engines built before them
     python -m benchmarks.waterfall --teacher runs/demo/teacher --students   also a student per row of other images
+    python -m benchmarks.waterfall --out runs/waterfall --students          the same, and what was made is kept
 
 Every row is the one before it and one technique more; the first is benchmarks/published_loop.py, and the last has no
 setting left that is not the preset's. A row is
@@ -263,31 +264,32 @@ def accuracies(rows: Sequence[Technique], of: Callable[[Technique], float]) -> l
     return found
 
 
-def student(technique: Technique, a: argparse.Namespace, folder: Path) -> float:
+def student(technique: Technique, a: argparse.Namespace, out: Path) -> float:
     """The published row's student too learns from images that our sampler made in groups: they are the same."""
     chosen = {"device": a.device, "backend": "eager", **overrides(technique)}
-    return student_accuracy(a.teacher, folder / "students" / technique.name, chosen, a.seed, a.split)
+    return student_accuracy(a.teacher, out / "students" / technique.name.replace(" ", "-"), chosen, a.seed, a.split)
 
 
-def run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run(a: argparse.Namespace, out: Path, scratch: Path) -> dict[str, Any]:
+    """out: of teacher, engines and students, which are taken up where they are there; scratch: of what is timed."""
     device = torch.device(a.device)
     machine = describe(device)  # before the work: what fails here must not lose it
     if a.teacher is None:
-        a.teacher = folder / "teacher"
+        a.teacher = out / "teacher"
         quick = ["--epochs", 1] if a.rehearse else []
         call("dfkd-train-teacher", "--preset", "demo", "--out", a.teacher, "--seed", a.seed, *quick)
     more = ["--seed", str(a.seed), *(REHEARSAL if a.rehearse else ())]
-    engines = a.engines or folder / "engines"
+    engines = a.engines or out / "engines"
     given = ["--preset", "demo", "--teacher-checkpoint", a.teacher, "--device", a.device, *more]
     built = build_engines(given, [name for name in a.backends.split(",") if name], engines)
     rows = techniques(device)
-    options = {one.name: options_of(a.teacher, a.device, folder, overrides(one), more) for one in rows}
+    options = {one.name: options_of(a.teacher, a.device, scratch, overrides(one), more) for one in rows}
     ways = {one.name: way(one, options[one.name], a.singles, engines) for one in rows}
-    seconds = measure(ways, folder, a.repeats, device)
-    found = table_rows(ways, rows, seconds, folder)
+    seconds = measure(ways, scratch, a.repeats, device)
+    found = table_rows(ways, rows, seconds, scratch)
     published = ways["channels_last"].synthesis
     guides = cosines({o.name: ways[o.name].synthesis for o in rows if o.kind == ALGORITHM}, published)
-    learned = accuracies(rows, partial(student, a=a, folder=folder)) if a.students else [(None, None)] * len(rows)
+    learned = accuracies(rows, partial(student, a=a, out=out)) if a.students else [(None, None)] * len(rows)
     for row, (accuracy, of) in zip(found, learned, strict=True):
         row |= {"gradient_cosine": guides.get(row["name"]), "student_accuracy": accuracy, "student_of": of}
     result = {"machine": machine, "turns": a.repeats, "steps": len(published.table), "engines": built, "rows": found}
@@ -296,11 +298,12 @@ def run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, help="folder of dfkd-train-teacher; trained here when absent")
+    parser.add_argument("--teacher", type=Path, help="folder of dfkd-train-teacher (default OUT/teacher)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--singles", type=int, default=4, help="images a turn where they come one by one (default 4)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
-    parser.add_argument("--engines", type=Path, help="folder of the engines; a scratch folder when absent")
+    parser.add_argument("--out", type=Path, help="folder of teacher, engines and students, to take them up again")
+    parser.add_argument("--engines", type=Path, help="folder of the engines (default OUT/engines)")
     parser.add_argument("--backends", help="of the engines to build, comma-separated; '' builds none (default " +
                         ", ".join(f"{names} on {kind}" for kind, names in BACKENDS.items()) + ")")  # fmt: skip
     parser.add_argument("--students", action="store_true", help="also distil a student per row of other images")
@@ -309,13 +312,13 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/waterfall-<device>.json, .png")
     parser.add_argument("--rehearse", action="store_true", help="a teacher of one epoch, groups of 8, no engines")
     a = parser.parse_args()
-    if a.record and a.rehearse:
-        parser.error("a rehearsal is not recorded")
+    if a.rehearse and (a.record or a.students):
+        parser.error("a rehearsal is not recorded, and has no students")
     if a.backends is None:
         a.backends = "" if a.rehearse else BACKENDS[a.device]
     quieten_libraries()
     with tempfile.TemporaryDirectory() as scratch:
-        result = run(a, Path(scratch))
+        result = run(a, a.out or Path(scratch) / "out", Path(scratch))
     print(markdown(result), file=sys.stderr)
     if a.record:
         stem = RESULTS / f"waterfall-{'cpu' if a.device == 'cpu' else name_of(result['machine'])}"

@@ -114,8 +114,9 @@ def test_kernels_have_a_row_where_a_run_takes_them(monkeypatch):
     assert [row.name for row in rows[-3:]] == ["refinement", "fused kernels", "engines"]
 
 
-def test_a_rehearsal_is_not_recorded(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["waterfall", "--rehearse", "--record"])
+@pytest.mark.parametrize("more", ["--record", "--students"])
+def test_a_rehearsal_is_not_recorded(more, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["waterfall", "--rehearse", more])
     with pytest.raises(SystemExit):
         waterfall.main()
     assert "a rehearsal is not recorded" in capsys.readouterr().err
