@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import waterfall
 from benchmarks.guidance_paths import ROWS, options_of
-from benchmarks.waterfall import ALGORITHM, FIXED, PUBLISHED, TECHNIQUES, Technique, Way, accuracies, overrides
+from benchmarks.waterfall import accuracies
+from benchmarks.waterfall_rows import ALGORITHM, FIXED, PUBLISHED, TECHNIQUES, Technique, Way, overrides, techniques
 from benchmarks.waterfall_table import document, markdown, plot, sentence
 from tests.cli.small_generate import save_classifier
 
@@ -108,9 +109,9 @@ def test_a_row_that_fails_ends_it_by_name(tmp_path):
 
 
 def test_kernels_have_a_row_where_a_run_takes_them(monkeypatch):
-    assert "fused kernels" not in [row.name for row in waterfall.techniques(torch.device("cpu"))]
+    assert "fused kernels" not in [row.name for row in techniques(torch.device("cpu"))]
     monkeypatch.setattr("dfkd.kernel_choice.importlib.util.find_spec", lambda _: True)
-    rows: list[Technique] = waterfall.techniques(torch.device("cuda"))
+    rows: list[Technique] = techniques(torch.device("cuda"))
     assert [row.name for row in rows[-3:]] == ["refinement", "fused kernels", "engines"]
 
 
