@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 SETUP := $(INSTALLED)
 endif
 
-.PHONY: help demo test check fix engines bench guidance-paths gpu-test gpu-report clean
+.PHONY: help demo test check fix engines bench guidance-paths waterfall gpu-test gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(SETUP) guidance-paths ## time the parts, then compare the guidance path
 
 guidance-paths: $(SETUP) ## the latent and the unet gradient and the published loop in one table
 	@$(PY) -m benchmarks.guidance_paths
+
+waterfall: $(SETUP) $(DEMO_TEACHER)/result.json ## from the published loop to the demo on engines, one technique a row
+	@$(PY) -m benchmarks.waterfall --teacher $(DEMO_TEACHER) --out runs/waterfall $(ARGS)
 
 gpu-test: $(SETUP) ## the tests that need a CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \

@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.machine import describe, name_of
 from benchmarks.quality import DATA, call
@@ -33,9 +35,9 @@ from dfkd.cli.options import parse
 from dfkd.cli.prepare import prepare
 from dfkd.files import replace_text
 from dfkd.presets import PRESETS
-from dfkd.synthesis.guidance import Guidance
+from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.run import Synthesis
-from dfkd.synthesis.sampler import INITIAL_NOISE, Denoiser
+from dfkd.synthesis.sampler import INITIAL_NOISE, Denoiser, clean_estimate
 from kernels.philox import philox_normal
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,10 +59,12 @@ def flags(overrides: dict[str, Any]) -> list[str]:
     return [part for name, value in overrides.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-def make(teacher: Path, device: str, out: Path, overrides: dict[str, Any], more: list[str]) -> Synthesis:
-    """A synthesis of the demo preset with a row's overrides."""
+def options_of(
+    teacher: Path, device: str, out: Path, overrides: dict[str, Any], more: Sequence[str]
+) -> GenerateOptions:
+    """The options of dfkd-generate: those of the demo preset with a row's overrides."""
     words = ["--preset", "demo", "--teacher-checkpoint", str(teacher), "--device", device, "--out", str(out)]
-    return prepare(parse(GenerateOptions, [*words, *flags(overrides), *more], "dfkd-generate", PRESETS))
+    return parse(GenerateOptions, [*words, *flags(overrides), *more], "dfkd-generate", PRESETS)
 
 
 def unet_calls(synthesis: Synthesis) -> int:
@@ -96,53 +100,63 @@ def speeds(rows: dict[str, Synthesis], singles: int, repeats: int) -> dict[str, 
 
 
 def cosines(latent: Synthesis, unet: Synthesis, micro: int) -> dict[str, float]:
-    """Cosine of the two paths' gradients in z_t at noise levels along an unguided trajectory, mean over images.
+    """Cosine of the two paths' gradients in z_t at noise levels along an unguided trajectory, mean over images."""
+    points, steps = unguided(latent, micro), len(latent.table)
+    wanted = sorted({round(share * (steps - 1)) for share in (0.1, 0.3, 0.5, 0.7, 0.9)})
+    return {
+        f"{i + 1}/{steps}": cosine(*(gradient_at(one, points[i], i, True, micro) for one in (latent, unet)))
+        for i in wanted
+    }
 
-    The latent path's gradient is that in z0hat; the factor dz0hat/dz_t with the UNet held constant is a positive
-    number per step, which the cosine does not see.
-    """
-    device, table = latent.device, latent.table
-    ids = torch.arange(latent.group, device=device)
-    labels = torch.tensor(latent.classes, device=device)[ids % len(latent.classes)]
-    names = [latent.teacher.class_names[i] for i in labels.tolist()]
-    conditional = latent.prior.encode_prompts([latent.prompt.format(label=name) for name in names])
-    unconditional = latent.prior.encode_prompts([latent.negative_prompt])
-    denoise = Denoiser(latent.prior, conditional, unconditional, latent.settings.cfg, micro)
-    shape = (latent.prior.latent_channels, *latent.latent_size)
-    z = table.init_scale * philox_normal(latent.seed, ids, INITIAL_NOISE, shape)
-    z0_before, found = torch.zeros_like(z), {}
-    assert latent.guidance and unet.guidance
-    wanted = {round(share * (len(table) - 1)) for share in (0.1, 0.3, 0.5, 0.7, 0.9)}
+
+def unguided(synthesis: Synthesis, micro: int) -> list[Tensor]:
+    """Latents [G, C, h, w] of group 0 before every step, without the teacher and with classifier-free guidance."""
+    ids, table = torch.arange(synthesis.group, device=synthesis.device), synthesis.table
+    denoise, shape = denoiser(synthesis, micro), (synthesis.prior.latent_channels, *synthesis.latent_size)
+    z = table.init_scale * philox_normal(synthesis.seed, ids, INITIAL_NOISE, shape)
+    before, found = torch.zeros_like(z), []
     for i in range(len(table)):
+        found.append(z)
         row = table.row(i)
-        t = torch.as_tensor(row.timestep, device=device)
         with torch.no_grad():
-            model = denoise(z, t, True)
+            model = denoise(z, torch.as_tensor(row.timestep, device=z.device), True)
         z0 = row.z0_z * z + row.z0_model * model
-        if i in wanted:
-            found[f"{i + 1}/{len(table)}"] = _cosine(latent.guidance, z, z0, labels, denoise, row, t, micro)
-        z = row.step_z * z + row.step_model * model + row.step_prev * z0_before
+        z = row.step_z * z + row.step_model * model + row.step_prev * before
         if row.step_noise:
-            z = z + row.step_noise * philox_normal(latent.seed, ids, 1 + i, shape)
-        z0_before = z0
+            z = z + row.step_noise * philox_normal(synthesis.seed, ids, 1 + i, shape)
+        before = z0
     return found
 
 
-def _cosine(
-    guidance: Guidance,
-    z: torch.Tensor,
-    z0: torch.Tensor,
-    labels: torch.Tensor,
-    denoise: Denoiser,
-    row: Any,
-    t: torch.Tensor,
-    micro: int,
-) -> float:
-    short, _ = guidance.gradient(z0, labels, micro)
-    full, _ = guidance.gradient(
-        z, labels, micro, lambda leaf, rows: row.z0_z * leaf + row.z0_model * denoise.rows(leaf, rows, t, True)
-    )
-    return F.cosine_similarity(short.flatten(1), full.flatten(1)).mean().item()
+def gradient_at(synthesis: Synthesis, z: Tensor, step: int, with_cfg: bool, micro: int) -> Tensor:
+    """A synthesis's own guidance gradient at the latents z [G, C, h, w] of group 0 before a step, like z.
+
+    The latent path's is that in z0hat; the factor dz0hat/dz_t with the UNet held constant is a positive number per
+    step, which a cosine does not see.
+    """
+    assert synthesis.guidance
+    row, denoise = synthesis.table.row(step), denoiser(synthesis, micro)
+    t = torch.as_tensor(row.timestep, device=z.device)
+    to_latent = clean_estimate(denoise, row, t, with_cfg)
+    if synthesis.settings.gradient == "latent":
+        with torch.no_grad():
+            model = denoise(z, t, with_cfg)
+        z, to_latent = row.z0_z * z + row.z0_model * model, None
+    labels = labels_of(torch.arange(len(z)), synthesis.classes).to(z.device)
+    return synthesis.guidance.gradient(z, labels, micro, to_latent)[0]
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    """Of two gradients [G, C, h, w], the mean over images."""
+    return F.cosine_similarity(one.flatten(1), other.flatten(1)).mean().item()
+
+
+def denoiser(synthesis: Synthesis, micro: int) -> Denoiser:
+    """The network with the prompts of group 0."""
+    labels = labels_of(torch.arange(synthesis.group), synthesis.classes).tolist()
+    prompts = [prompt_of(synthesis.prompt, synthesis.teacher.class_names[label]) for label in labels]
+    embeddings = (synthesis.prior.encode_prompts(texts) for texts in (prompts, [synthesis.negative_prompt]))
+    return Denoiser(synthesis.prior, *embeddings, synthesis.settings.cfg, micro)
 
 
 def student_accuracy(teacher: Path, folder: Path, overrides: dict[str, Any], seed: int, split: str) -> float:
@@ -202,7 +216,9 @@ def main() -> None:
             *a.generate.split(),
             *(["--group", "16", "--batch", "16", "--shard-size", "16", "--steps", "3"] if a.rehearse else []),
         ]
-        rows = {name: make(a.teacher, a.device, folder, overrides, more) for name, overrides in ROWS.items()}
+        rows = {
+            name: prepare(options_of(a.teacher, a.device, folder, overrides, more)) for name, overrides in ROWS.items()
+        }
         seconds = speeds(rows, a.singles, a.repeats)
         result: dict[str, Any] = {
             "machine": describe(rows["latent"].device),

@@ -13,11 +13,13 @@ CLASS_NAMES = ("zero", "one", "two")
 SMALL = ("--count", "4", "--group", "4", "--steps", "3", "--cutmix-every", "0", "--device", "cpu")
 
 
-def save_classifier(folder: Path, seed: int = 0, names: tuple[str, ...] = CLASS_NAMES, size: int = 16) -> Path:
+def save_classifier(
+    folder: Path, seed: int = 0, names: tuple[str, ...] = CLASS_NAMES, size: int = 16, architecture: str = "resnet8"
+) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build("resnet8", len(names))
-    checkpoint.save(folder, Classifier(module, "resnet8", names, size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+        module = build(architecture, len(names))
+    checkpoint.save(folder, Classifier(module, architecture, names, size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
     return folder
 
 
