@@ -24,11 +24,10 @@ from benchmarks.flops import in_turns
 from benchmarks.kernel_resources import markdown as table
 from benchmarks.machine import describe, name_of
 from dfkd.files import replace_text
+from dfkd.planning.data_sheets import SHEETS
 
 RESULTS = Path(__file__).parent / "results"
 COPY_BYTES = 2**30  # far more than a cache holds
-# Memory bandwidth, bytes a second, of their data sheets. A copy reaches about nine tenths of it.
-BANDWIDTHS = {"A100 80GB": 2.039e12, "H100 SXM": 3.35e12, "H200": 4.8e12}
 CALLS = 20  # a measurement: one launch is over before a clock of the host has ticked
 
 
@@ -82,8 +81,8 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 def floor(labels: Mapping[str, Any], moved: int) -> dict[str, Any]:
-    """Microseconds that it cannot be quicker than, at the bandwidths of data sheets."""
-    speeds = {f"us on {name}": round(1e6 * moved / speed, 2) for name, speed in BANDWIDTHS.items()}
+    """Microseconds that it cannot be quicker than, at the bandwidths of data sheets; a copy reaches nine tenths."""
+    speeds = {f"us on {sheet.name}": round(1e6 * moved / sheet.bandwidth, 2) for sheet in SHEETS.values()}
     return {**labels, "MB": round(moved / 1e6, 2), **speeds}
 
 

@@ -15,15 +15,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dfkd.planning.data_sheets import sheet_of
+
 T = TypeVar("T")
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of a square matmul: 17 GFLOP and 1.1 TFLOP, past what start-up costs
-# Dense FLOP/s of tensor cores, by precision (bfloat16 is as fast as float16); float32 runs on no tensor core.
-PEAKS = {
-    "H200": {"float16": 989e12, "tf32": 494e12, "float32": 67e12},
-    "H100": {"float16": 989e12, "tf32": 494e12, "float32": 67e12},  # SXM
-    "A100": {"float16": 312e12, "tf32": 156e12, "float32": 19.5e12},
-}
 PAUSE = 0.02  # seconds between calls: thread pools of one backend spin for a while after its call, on the other's cores
 
 
@@ -59,9 +55,8 @@ def peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense FLOP/s of the data sheet, what MFU is a share of; None where none is known here."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = next((peaks for model, peaks in PEAKS.items() if model in name), {})
-    return known.get(precision(device, dtype).replace("bfloat16", "float16"))
+    sheet = sheet_of(torch.cuda.get_device_name(device))
+    return sheet.flops.get(precision(device, dtype)) if sheet else None
 
 
 def in_turns(

@@ -2,7 +2,8 @@
 
 Live storages are counted, so what autograd saves for a backward pass counts as long as it is kept. The scratch memory
 of a single kernel and an allocator's rounding do not: leave room for them. The count follows from the shapes alone, the
-same at every start and whatever else runs; `without_data` it takes no memory and no arithmetic either.
+same at every start and whatever else runs; `without_data` it takes no memory and no arithmetic either. FLOP are counted
+on the way.
 """
 
 import weakref
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.planner import Footprint
+from engine.work import flop_of
 
 # Bytes grow in proportion to the rows but for constants of a few kilobytes, so two small calls tell.
 _ROWS = (1, 2)
@@ -44,19 +46,20 @@ def _counted(call: Callable[[int], object], fake: FakeTensorMode | None) -> Foot
         found.append(live)
     (low, high), (few, many) = _ROWS, found
     row = -(-(many.peak - few.peak) // (high - low))
-    return Footprint(max(few.peak - low * row, 0), row, -(-many.largest // high))
+    return Footprint(max(few.peak - low * row, 0), row, -(-many.largest // high), many.flop // high)
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """bytes of live storages that operations made, their peak, and the elements of the largest tensor made."""
+    """bytes of live storages that operations made, their peak, elements of the largest tensor made, and all FLOP."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self.peak = self.largest = 0
+        self.bytes = self.peak = self.largest = self.flop = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.flop += flop_of(func, args, kwargs or {}, out)
         if not any(result.alias_info for result in func._schema.returns):  # views and writes in place make no storage
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):

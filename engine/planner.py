@@ -21,13 +21,14 @@ _UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBloc
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a call takes beside weights: `fixed` bytes and `row` bytes for every row, and the elements of one row's
-    largest tensor.
+    """What a call takes beside weights: `fixed` bytes and `row` bytes for every row, the elements of one row's largest
+    tensor, and the FLOP of one row.
     """
 
     fixed: int
     row: int
     elements: int
+    flop: int = 0
 
     def bytes(self, rows: int) -> int:
         return self.fixed + rows * self.row
@@ -38,7 +39,8 @@ class Footprint:
 
     def with_(self, other: "Footprint") -> "Footprint":
         """Of calls that have one number of rows: enough for either."""
-        return Footprint(max(self.fixed, other.fixed), max(self.row, other.row), max(self.elements, other.elements))
+        elements, flop = max(self.elements, other.elements), max(self.flop, other.flop)
+        return Footprint(max(self.fixed, other.fixed), max(self.row, other.row), elements, flop)
 
 
 @dataclass(frozen=True)

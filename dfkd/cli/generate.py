@@ -23,11 +23,13 @@ from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 from dfkd.imagefolder import export_imagefolder
 from dfkd.kernel_choice import choose_kernels
+from dfkd.planning.data_sheets import devices_of
+from dfkd.planning.elsewhere import predict_elsewhere, work_of_group
 from dfkd.planning.plan import make_plan
 from dfkd.planning.remembered import Remembered
 from dfkd.planning.seconds import predict
 from dfkd.planning.smaller import Smaller
-from dfkd.planning.words import as_json
+from dfkd.planning.words import as_json, elsewhere_as_json, elsewhere_in_words
 from dfkd.planning.words import in_words as plan_in_words
 from dfkd.ranks import own_rank
 from dfkd.shards import ShardFolder, open_folder, read_manifest, require_space
@@ -39,6 +41,7 @@ from engine.store import EngineStore
 COMMAND = "dfkd-generate"
 RESULT = "result.json"
 IMAGE_FOLDER = "imagefolder"
+PLAN_TRIAL = 5e10  # FLOP of a trial where the prediction is all that is asked for
 
 
 # What decides where and in which portions a run is computed, and not what comes out. --kernels is among them as --batch
@@ -46,7 +49,7 @@ IMAGE_FOLDER = "imagefolder"
 _NOT_IDENTITY = (
     *("out", "batch", "micro_batch", "device", "format", "count", "image_format", "shard_size"),
     *("teacher", "teacher_checkpoint", "student_checkpoint", "prior", "classes", "backend", "engines", "attention"),
-    *("kernels", "plan_only"),
+    *("kernels", "plan_only", "plan_for"),
     "quantise",  # a quantised UNet is told by its engine's key
 )
 
@@ -78,7 +81,7 @@ def build_command(options: GenerateOptions) -> str:
     words = []
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name in (*own, "plan_only") or value == field.default:
+        if field.name in (*own, "plan_only", "plan_for") or value == field.default:
             continue
         text = ",".join(value) if isinstance(value, tuple) else str(value)
         words += ["--" + field.name.replace("_", "-"), text]
@@ -135,6 +138,10 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
         quieten_libraries()
     kernels = choose_kernels(options.kernels, device)  # before the networks are loaded
     synthesis = prepare(options, kernels.name)
+    if options.plan_for:
+        elsewhere = predict_elsewhere(options, synthesis, *devices_of(options.plan_for))
+        say(elsewhere_in_words(elsewhere, options.count))
+        return {"out": options.out, "images": options.count, "plan": elsewhere_as_json(elsewhere, options.count)}
     prior = synthesis.prior
     norms = (
         {part: str(group_norms(getattr(prior, part))) for part in ("unet", "vae")} if kernels.name == "triton" else {}
@@ -147,6 +154,7 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
     cut = plan.rows.gradient < gradient_rows(options)
     fitting = replace(options, micro_batch=plan.rows.gradient) if cut else options
     choices = choose(fitting, EngineStore(options.engines), build_command(fitting), engines_before(options.out))
+    eager = synthesis
     synthesis = apply(synthesis, sources_of(synthesis), choices, EngineStore(options.engines))
     for line in in_words(choices):
         say(line)
@@ -156,13 +164,15 @@ def run(asked: GenerateOptions) -> dict[str, Any] | None:
         say(f"  where the {part} is eager: {found}")
     if taps is not None:
         say(f"  where the teacher is eager: {taps.in_words()}")
-    timings = predict(synthesis, plan, choices, EngineStore(options.engines)) if rank.first else {}
-    size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
+    timed = (synthesis, plan, choices, EngineStore(options.engines), options.image_format)
     if options.plan_only:
+        timings, work = predict(*timed, trial=PLAN_TRIAL), work_of_group(eager, plan)
         images = options.count - sum(int(shard["count"]) for shard in shards_before(options.out))
         amount = -(-images // options.group), images
-        say(plan_in_words(plan, timings, *amount))
-        return {"out": options.out, "images": options.count, "plan": as_json(plan, timings, *amount)}
+        say(plan_in_words(plan, timings, *amount, work))
+        return {"out": options.out, "images": options.count, "plan": as_json(plan, timings, *amount, work)}
+    timings = predict(*timed) if rank.first else {}
+    size = synthesis.latent_size[0] * synthesis.prior.vae_scale_factor
     with ShardFolder.create_or_open(
         options.out,
         identity(options, synthesis, choices),

@@ -18,6 +18,7 @@ from dfkd.choices import (
     STORED_BACKENDS,
 )
 from dfkd.cli.options import option
+from dfkd.planning.data_sheets import devices_of
 
 EMBEDDED_PRIOR = Path(__file__).parents[1] / "priors" / "demo"
 SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise
@@ -123,6 +124,7 @@ class GenerateOptions:
     )
     image_format: str = option("png", "file format of the images", choices=IMAGE_FORMATS)
     plan_only: bool = option(False, "print rows per call, memory and predicted seconds, write nothing and stop")
+    plan_for: str = option("", "with --plan-only: GPUs to plan for instead, by their data sheet: H100, 8xH100, ...")
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -148,6 +150,10 @@ class GenerateOptions:
                 raise ValueError(
                     f"--quantise {self.quantise} needs --gradient latent: rounding to 8 bits has no gradient"
                 )
+        if self.plan_for:
+            devices_of(self.plan_for)
+            if not self.plan_only:
+                raise ValueError("--plan-for acts only with --plan-only: nothing is run on a GPU that is not here")
         if self.noise_edit_steps and not self.guides:
             raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0 and a loss of weight above 0")
         if self.refine_steps and self.guidance_step > 0 and not self.guides:

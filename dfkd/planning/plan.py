@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import nn
 
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.engines.requests import CALL_UNIT, in_group
 from dfkd.planning.calls import GRADIENTS, copies_of, network_calls
+from dfkd.planning.data_sheets import DataSheet
 from dfkd.synthesis.memory import device_bytes, usable_bytes
 from dfkd.synthesis.run import Rows, Synthesis
 from engine.footprint import footprint, weight_bytes
@@ -48,18 +50,25 @@ class Plan:
 
 
 def make_plan(
-    options: GenerateOptions, synthesis: Synthesis, remembered: Mapping[str, int], processes: int = 1
+    options: GenerateOptions,
+    synthesis: Synthesis,
+    remembered: Mapping[str, int],
+    processes: int = 1,
+    sheet: DataSheet | None = None,
 ) -> Plan:
     """The plan of a synthesis on eager networks; engines of the same networks are taken to need no more.
 
     remembered: most images a call, by network, from out-of-memory errors. processes: that share the memory of a CPU.
+    sheet: of the GPU to plan for; None: the synthesis' own device.
     """
-    networks = [synthesis.prior.unet, synthesis.prior.vae, synthesis.prior.text_encoder, synthesis.teacher.module]
+    prior = synthesis.prior
+    networks = [prior.unet, prior.vae, *filter(None, [prior.text_encoder]), synthesis.teacher.module]
     if synthesis.guidance and synthesis.guidance.student:
         networks.append(synthesis.guidance.student.module)
-    memory = device_bytes(synthesis.device) // (processes if synthesis.device.type == "cpu" else 1)
+    device = synthesis.device if sheet is None else torch.device("cuda")
+    memory = sheet.memory if sheet else device_bytes(device) // (processes if device.type == "cpu" else 1)
     return plan_of(options, footprints_of(synthesis), copies_of(synthesis), held_bytes(synthesis, networks), memory,
-                   usable_bytes(memory, synthesis.device), remembered)  # fmt: skip
+                   usable_bytes(memory, device), remembered)  # fmt: skip
 
 
 def plan_of(

@@ -1,25 +1,28 @@
 """How long a synthesis will take: seconds of every network call, times how many there are.
 
-Calls on an engine take what was measured when it was built; others are tried, twice with the same rows, and quickly: on
-a CPU with a few rows, on a GPU, which a few do not fill, with those of the plan. What is between the calls is not
-counted.
+Calls on an engine take what was measured when it was built; others are tried: on a GPU with the rows of the plan, which
+fewer would not fill, on a CPU with as many as a number of FLOP allows. What is between the calls is not
+counted, but for writing the images.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dfkd.engines.choose import Choice
 from dfkd.engines.requests import CALL_UNIT
 from dfkd.planning.calls import GRADIENTS, Call, network_calls
 from dfkd.planning.plan import Plan
+from dfkd.shards.codec import encode
 from dfkd.synthesis.memory import ShortMemory, calling, release
 from dfkd.synthesis.run import Synthesis
 from engine.store import EngineStore
 
-_PATIENCE = 0.5  # seconds that a trial on a CPU may take
+TRIAL = 1e10  # FLOP of a trial on a CPU, a tenth of a second or so: beside a run that is about to start
+_LONG = 5.0  # seconds of a call past which it is not called again
 
 
 @dataclass(frozen=True)
@@ -34,25 +37,59 @@ class Timing:
     source: str
 
 
-def predict(synthesis: Synthesis, plan: Plan, choices: Sequence[Choice], store: EngineStore) -> dict[str, Timing]:
-    """By network: unet, decode, and the gradients that the synthesis takes."""
-    rows = {name: plan.calls["gradient" if name in GRADIENTS else name].rows for name in counts(synthesis, plan)}
+def predict(
+    synthesis: Synthesis,
+    plan: Plan,
+    choices: Sequence[Choice],
+    store: EngineStore,
+    image_format: str = "png",
+    trial: float = TRIAL,
+) -> dict[str, Timing]:
+    """By network: unet, decode, and the gradients that the synthesis takes; `write` is what an image's file takes.
+
+    trial: FLOP of one on a CPU; the more, the closer, since a row costs less in a larger call. It is no time, since on
+        a busy machine small calls are the slowest by far.
+    """
     engines = {choice.network: choice.key for choice in choices if choice.key}
     parts = plan.calls["gradient"].calls if "gradient" in plan.calls else 1
     calls = network_calls(synthesis, parts)
     found = {}
     for name, number in counts(synthesis, plan).items():
+        rows, share = calls_of(name, plan)
         manifest = store.get(engines[name]) if name in engines else None
         if manifest is not None:
             times = manifest.facts["milliseconds"]
-            network_rows = rows[name] * (plan.copies if name == "unet" else 1)
+            network_rows = rows * (plan.copies if name == "unet" else 1)
             seconds = float(times["engine"]) / 1000 * network_rows / int(times["rows"])
             found[name] = Timing(seconds, number, "engine, when it was built")
         else:
-            share = 2 if parts > 1 and name in GRADIENTS else 1
-            seconds, tried = _tried(calls[name], rows[name], share, synthesis)
+            flop = plan.footprints["gradient" if name in GRADIENTS else name].flop
+            few = rows if synthesis.device.type == "cuda" else trial_rows(rows, flop, trial)
+            seconds, tried = _tried(calls[name], rows, few, share, synthesis.device)
             found[name] = Timing(seconds, number, f"tried with {tried}")
-    return found
+    return found | {"write": Timing(write_seconds(synthesis, image_format), float(plan.group), "tried with 1")}
+
+
+def calls_of(name: str, plan: Plan) -> tuple[int, int]:
+    """Images a call of a network, and how many calls one of network_calls makes."""
+    if name not in GRADIENTS:
+        return plan.calls[name].rows, 1
+    gradient = plan.calls["gradient"]
+    return gradient.rows, 1 if gradient.calls == 1 else 2
+
+
+def write_seconds(synthesis: Synthesis, image_format: str) -> float:
+    """Of one image's encoding, which the CPU does; its size counts, and how much there is in it, here as in a photo."""
+    side = synthesis.prior.vae_scale_factor
+    height, width = side * synthesis.latent_size[0], side * synthesis.latent_size[1]
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    smooth = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:height, :width]
+    image = smooth ^ random.integers(0, 8, smooth.shape, dtype=np.uint8)
+    encode(image, image_format)  # the first sets up
+    started = time.perf_counter()
+    encode(image, image_format)
+    return time.perf_counter() - started
 
 
 def counts(synthesis: Synthesis, plan: Plan) -> dict[str, float]:
@@ -77,25 +114,28 @@ def total(timings: Mapping[str, Timing], groups: int) -> float:
     return groups * sum(timing.seconds * timing.calls for timing in timings.values())
 
 
-def _tried(call: Call, rows: int, share: int, synthesis: Synthesis) -> tuple[float, int]:
-    """Seconds of a call of `rows` images, and with how many it was tried; a trial makes `share` calls of them."""
-    tried = rows if synthesis.device.type == "cuda" else 1
+def trial_rows(rows: int, flop: int, budget: float) -> int:
+    """Of `rows` planned images, as many as `budget` FLOP allow where one takes `flop`; one at least."""
+    most = int(budget // max(flop, 1))
+    if most >= rows:
+        return rows
+    return max(most - most % CALL_UNIT if most > CALL_UNIT else most, 1)
+
+
+def _tried(call: Call, rows: int, trial: int, share: int, device: torch.device) -> tuple[float, int]:
+    """Seconds of a call of `rows` images, tried with `trial` of them, or as many as memory allows, which is the second;
+    a trial makes `share` calls.
+    """
     try:
-        spent = _timed(call, tried, synthesis.device)  # a first call of any size is slower: libraries set up
-        if tried < rows and spent * min(rows, CALL_UNIT) < _PATIENCE:
-            tried = min(rows, CALL_UNIT)
-            spent = _timed(call, tried, synthesis.device)
-        if spent < _PATIENCE or synthesis.device.type == "cuda":
-            spent = _timed(call, tried, synthesis.device)
+        spent = _timed(call, trial, device)
+        if spent < _LONG or device.type == "cuda":  # a first call sets up, and anything else that runs may delay one
+            spent = min(spent, _timed(call, trial, device))
+        return spent * rows / trial / share, trial
     except ShortMemory:
-        tried = 0  # here the failed call's tensors are gone
-    if not tried:  # sampling will find its rows: a prediction ends no run
-        release(synthesis.device)
-        if rows == 1:
-            return 0.0, 0
-        half, tried = _tried(call, rows // 2, share, synthesis)
-        return half * rows / (rows // 2), tried
-    return spent * rows / tried / share, tried
+        pass  # here the failed call's tensors are gone
+    release(device)
+    # sampling will find its rows: a prediction ends no run
+    return _tried(call, rows, trial // 2, share, device) if trial > 1 else (0.0, 0)
 
 
 def _timed(call: Call, rows: int, device: torch.device) -> float:

@@ -36,7 +36,7 @@ def test_a_turn():
 
 def test_floors_are_in_proportion_to_the_bandwidth():
     one = bench.floors([512])[1]
-    assert one["launch"] == "update" and one["us on A100 80GB"] > one["us on H100 SXM"] > one["us on H200"]
+    assert one["launch"] == "update" and one["us on A100 SXM 80GB"] > one["us on H100 SXM"] > one["us on H200 SXM"]
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """dfkd-generate's plan, printed before or alone; smaller calls after an out-of-memory error, and remembered."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,10 +66,15 @@ def test_plan_only_writes_nothing(call, engines, tmp_path, capsys):
     assert plan["calls"]["gradient"]["bytes"] > plan["calls"]["decode"]["bytes"] > 0
     # three steps, each guided: calls of a group
     counted = {name: timing["calls_per_group"] for name, timing in plan["timings"].items()}
-    assert counted == {"unet": 15, "decode": 5, "gradient": 15}
+    assert counted == {"unet": 15, "decode": 5, "gradient": 15, "write": 40}
     total = sum(timing["seconds"] * timing["calls_per_group"] for timing in plan["timings"].values())
     assert plan["predicted_seconds"] == pytest.approx(total, abs=1e-3) and plan["groups"] == 1
-    assert "images a call" in said.err and said.err.splitlines()[-1].startswith("predicted: ")
+    assert plan["work"].keys() == {"unet", "decode", "gradient"} and plan["work"]["unet"]["flop"] > 0
+    assert (
+        "images a call" in said.err
+        and "GFLOP an image" in said.err
+        and said.err.splitlines()[-1].startswith("predicted: ")
+    )
 
 
 def test_the_plan_counts_what_is_missing(call, engines, tmp_path, capsys):
@@ -213,6 +217,59 @@ def test_images_that_were_seen(call, engines, tmp_path, monkeypatch):
     assert images_of(tmp_path / "out").images.shape[0] == 40
 
 
+def test_a_plan_for_gpus_that_are_not_here(call, engines, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ("--out", out, *GROUP, *engines, "--plan-only", "--plan-for")
+    plans = []
+    for gpus in ("H100", "8xh100"):
+        assert call(*argv, gpus, "--count", 320) == 0
+        said = capsys.readouterr()
+        plans.append(last_line(said.out)["plan"])
+        assert said.err.splitlines()[-1].startswith("predicted: ")
+    assert not out.exists() and not (tmp_path / "engines").exists()
+    one, eight = plans
+    assert (one["devices"], one["device"], one["images"]) == (1, "H100 SXM", 320) and eight["devices"] == 8
+    assert one["floor_seconds"] == pytest.approx(8 * eight["floor_seconds"])  # eight groups
+    assert one["work"] == eight["work"] and one["work"]["unet"]["flop"] > 0
+    assert one["floor_seconds"] < one["eager_floor_seconds"] < one["predicted_seconds"][1]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [(("--plan-for", "H100"), "only with --plan-only"), (("--plan-only", "--plan-for", "H10"), "is none of H200")],
+)
+def test_a_plan_for_nothing_is_refused(call, tmp_path, capsys, more, message):
+    assert call("--out", tmp_path / "out", *more) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "rows, flop, trial",
+    [
+        (200, 22e7, 32),  # the demo's UNet: 45, in multiples of 16
+        (20, 22e7, 20),  # no more than planned
+        (200, 1e9, 10),
+        (16, 16e11, 1),  # Stable Diffusion
+        (8, 0, 8),
+    ],
+)
+def test_a_trial_has_as_many_rows_as_its_flop_allow(rows, flop, trial):
+    assert seconds.trial_rows(rows, int(flop), seconds.TRIAL) == trial
+
+
+@pytest.mark.parametrize("later, calls", [(0.5, 2), (9.0, 1)])
+def test_a_first_call_does_not_count_where_another_is_cheap(monkeypatch, later, calls):
+    """Five times the rows, in calls of two: two and a half times the seconds."""
+    clock = iter([0.0, max(2.0, later), 20.0, 20.0 + later])
+    monkeypatch.setattr(seconds.time, "perf_counter", lambda: next(clock))
+    tried: list[int] = []
+    assert seconds._tried(tried.append, 40, 8, 2, CPU) == (2.5 * later, 8)
+    assert tried == [8] * calls
+
+
 def test_a_trial_that_is_short_of_memory_ends_no_run():
     """As on a GPU, where calls are tried with the planned rows."""
     tried: list[int] = []
@@ -222,7 +279,5 @@ def test_a_trial_that_is_short_of_memory_ends_no_run():
         if rows > 12:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    gpu = SimpleNamespace(device=torch.device("cpu"))
-    monkey = seconds._tried(call, 40, 1, gpu)
-    assert tried == [1, 16, 1, 16, 1, 10, 10] and monkey[1] == 10
-    assert seconds._tried(lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError("no")), 40, 1, gpu) == (0.0, 0)
+    assert seconds._tried(call, 40, 40, 1, CPU)[1] == 10 and tried == [40, 20, 10, 10]
+    assert seconds._tried(lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError("no")), 40, 40, 1, CPU) == (0.0, 0)

@@ -57,8 +57,12 @@ def with_a_constant(rows: int) -> torch.Tensor:
 )
 def test_bytes_that_are_known(call, fixed, row, without_data):
     found = footprint(call, without_data)
-    assert (found.fixed, found.row) == (fixed, row)
+    assert (found.fixed, found.row, found.flop) == (fixed, row, 0)
     assert found.elements == (512 if call is with_a_constant else 256)  # the table is larger than two rows
+
+
+def test_flop_of_a_row():
+    assert footprint(lambda rows: torch.ones(rows, 8) @ torch.ones(8, 4), True).flop == 2 * 8 * 4
 
 
 @pytest.mark.parametrize("without_data", [True, False])

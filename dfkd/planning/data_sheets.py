@@ -1,0 +1,44 @@
+"""GPUs as their makers describe them: what a prediction for one that is not here rests on."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """flops: dense FLOP/s by precision, of tensor cores where there are any. bandwidth: bytes/s. memory: bytes."""
+
+    name: str
+    flops: Mapping[str, float]
+    bandwidth: float
+    memory: int
+
+
+def _sheet(name: str, half: float, tf32: float, single: float, bandwidth: float, memory: float) -> DataSheet:
+    flops = {"float16": half * 1e12, "bfloat16": half * 1e12, "tf32": tf32 * 1e12, "float32": single * 1e12}
+    return DataSheet(name, flops, bandwidth * 1e12, int(memory * 1e9))
+
+
+# NVIDIA's data sheets: TFLOP/s without sparsity, accumulated in float32; TB/s; GB.
+SHEETS: Mapping[str, DataSheet] = {
+    "H200": _sheet("H200 SXM", 989, 494, 67, 4.8, 141),
+    "H100": _sheet("H100 SXM", 989, 494, 67, 3.35, 80),
+    "A100": _sheet("A100 SXM 80GB", 312, 156, 19.5, 2.039, 80),
+    "RTX4090": _sheet("GeForce RTX 4090", 165.2, 82.6, 82.6, 1.008, 24),
+}
+
+
+def sheet_of(device_name: str) -> DataSheet | None:
+    """The sheet of a device as torch.cuda.get_device_name names it; None where there is none here."""
+    plain = device_name.replace(" ", "")
+    return next((sheet for model, sheet in SHEETS.items() if model in plain), None)
+
+
+def devices_of(text: str) -> tuple[int, DataSheet]:
+    """H100 -> 1 and its sheet, 8xH100 -> 8. Raises ValueError, which names those that are known."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", text.strip())
+    sheet = {name.lower(): sheet for name, sheet in SHEETS.items()}.get(found[2].lower()) if found else None
+    if found is None or sheet is None:
+        raise ValueError(f"{text!r} is none of {', '.join(SHEETS)}, nor several of them such as 8xH100")
+    return int(found[1] or 1), sheet
