@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.bench_distill import markdown as distill_table
 from benchmarks.bench_engines import markdown as engines_table
 from benchmarks.bench_loader import markdown as loader_table
+from benchmarks.cost_model import markdown as cost_table
 from benchmarks.guidance_paths import markdown as guidance_table
 from benchmarks.msarc import markdown as msarc_table
 from benchmarks.quantised_unet import markdown as quantised_table
@@ -69,11 +70,16 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "loader-table": ("loader-cpu.json", loader_table),
     "msarc-table": ("msarc-cpu.json", msarc_table),
     "quantised-table": ("quantised-unet-cpu.json", quantised_table),
+    "cost-table": ("cost-model-cpu.json", cost_table),
     "waterfall-sentence": ("waterfall-cpu.json", waterfall_sentence),
     "waterfall-table": ("waterfall-cpu.json", waterfall_table),
 }
 README = "README.md"
-ELSEWHERE = {"sd15-engines-table": "docs/tensorrt.md", "waterfall-table": "docs/waterfall.md"}
+ELSEWHERE = {
+    "cost-table": "docs/cost.md",
+    "sd15-engines-table": "docs/tensorrt.md",
+    "waterfall-table": "docs/waterfall.md",
+}
 DOCUMENTS = (README, *sorted({*ELSEWHERE.values()}))
 
 
