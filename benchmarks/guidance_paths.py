@@ -57,10 +57,12 @@ def flags(overrides: dict[str, Any]) -> list[str]:
     return [part for name, value in overrides.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-def make(teacher: Path, device: str, out: Path, overrides: dict[str, Any], more: list[str]) -> Synthesis:
+def make(
+    teacher: Path, device: str, out: Path, overrides: dict[str, Any], more: list[str], kernels: str = "torch"
+) -> Synthesis:
     """A synthesis of the demo preset with a row's overrides."""
     words = ["--preset", "demo", "--teacher-checkpoint", str(teacher), "--device", device, "--out", str(out)]
-    return prepare(parse(GenerateOptions, [*words, *flags(overrides), *more], "dfkd-generate", PRESETS))
+    return prepare(parse(GenerateOptions, [*words, *flags(overrides), *more], "dfkd-generate", PRESETS), kernels)
 
 
 def unet_calls(synthesis: Synthesis) -> int:

@@ -18,6 +18,7 @@ from benchmarks.guidance_paths import markdown as guidance_table
 from benchmarks.msarc import markdown as msarc_table
 from benchmarks.quantised_unet import markdown as quantised_table
 from benchmarks.sd15_engines import markdown as sd15_engines_table
+from benchmarks.suite.table import markdown as suite_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -67,9 +68,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "loader-table": ("loader-cpu.json", loader_table),
     "msarc-table": ("msarc-cpu.json", msarc_table),
     "quantised-table": ("quantised-unet-cpu.json", quantised_table),
+    "suite-table": ("suite-cpu.json", suite_table),
 }
 README = "README.md"
-ELSEWHERE = {"sd15-engines-table": "docs/tensorrt.md"}
+ELSEWHERE = {"sd15-engines-table": "docs/tensorrt.md", "suite-table": "docs/benchmarks.md"}
 DOCUMENTS = (README, *sorted({*ELSEWHERE.values()}))
 
 
