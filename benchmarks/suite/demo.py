@@ -25,8 +25,8 @@ SIZE = 32
 
 
 def images(place: Place) -> int:
-    """Of a group; that of the preset in the full suite."""
-    return 16 if place.quick else int(str(PRESETS["demo"].generate["group"]))
+    """Of a group, and of a call of a network."""
+    return 16 if place.quick else 64
 
 
 @cache

@@ -33,10 +33,7 @@ def markdown(result: dict[str, Any]) -> str:
     """One table, and below it what was not measured."""
     lines = ["| group | row | ms: median (min to max) | ratio | a second |", "|---|---|---|---|---|"]
     for r in result["rows"]:
-        rate = next(
-            (f"{_rate(r[name])} {name.removesuffix('_per_second')}" for name in r if "_per_second" in name), "-"
-        )
-        cells = [r["group"], r["name"], in_words(r["milliseconds"]), _ratio(r), rate]
+        cells = [r["group"], r["name"], in_words(r["milliseconds"]), _ratio(r), _rate(r)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Ratio: times as fast as the group's baseline in the same rounds. {_under(result)}: `make bench`."]
     if result["skipped"]:

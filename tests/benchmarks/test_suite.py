@@ -22,6 +22,7 @@ from kernels.guided_step import GUIDED_STEPS
 CPU = torch.device("cpu")
 ROOT = conftest.SUITE.parents[1]
 FILES = sorted(conftest.SUITE.glob("bench_*.py"))
+NUMBER = itertools.count()
 FAKE = """
 from benchmarks import flops
 from benchmarks.suite.case import Absent, Group, Work
@@ -48,7 +49,7 @@ def test_fake(paired):
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """Runs a suite of two groups with these options, one row of which takes `ours` seconds; gives the exit status."""
-    spent, ran, number = [0.0], [], itertools.count()
+    spent, ran = [0.0], []
 
     def timed(call, device):
         before = spent[0]
@@ -63,7 +64,7 @@ def suite(tmp_path, monkeypatch):
 
     def run(*options, ours=0.5):
         ran.clear()
-        file = tmp_path / f"bench_fake_{next(number)}.py"  # a module of one name would not be read again
+        file = tmp_path / f"bench_fake_{next(NUMBER)}.py"  # a module is read once by its name
         file.write_text(FAKE.replace("OURS", str(ours)))
         monkeypatch.setattr(conftest, "SUITE", file)
         own = ["-p", "benchmarks.suite.conftest", "-p", "no:cacheprovider", "--import-mode=importlib", f"{file}"]
