@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SUITES = ("quick", "full")
+FEW = 5  # rows of one result alone that are named
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], bo
     lines = [str(change) for change in differing]
     for which, one, other in (("before", before, after), ("now", after, before)):
         alone = [f"{group}: {name}" for group, name in ratios(one) if (group, name) not in ratios(other)]
-        lines += [f"only {which}: {', '.join(alone)}"] if alone else []
+        more = f" and {len(alone) - FEW} more" if len(alone) > FEW else ""
+        lines += [f"only {which}: {', '.join(alone[:FEW])}{more}"] if alone else []
     if (a := before["machine"]["device"]) != (b := after["machine"]["device"]):
         lines.append(f"two machines, {a} and {b}: ratios differ between machines too")
     lines.append(f"{len(differing)} of {len(changes)} rows differ; baselines are compared with nothing")

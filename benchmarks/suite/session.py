@@ -1,5 +1,6 @@
 """One run of the suite: what is measured, row by row, and what is not, with the reason."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,9 +32,10 @@ QUICK, FULL = Effort(9, 0.02), Effort(15, 0.05)
 
 @dataclass
 class Session:
-    """rows, skipped: as in the recorded file."""
+    """rows, skipped: as in the recorded file. load: processes that wanted a core in the minute before it."""
 
     place: Place
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     _held: tuple[str, Work | None] = ("", None)  # the baseline of the group in hand
@@ -66,6 +68,7 @@ class Session:
             "machine": describe(self._device),
             "suite": "quick" if self.place.quick else "full",
             "rounds": self.effort.rounds,
+            "load": round(self.load, 2),
             "rows": self.rows,
             "skipped": self.skipped,
         }

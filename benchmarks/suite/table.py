@@ -63,7 +63,8 @@ def _under(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     return (
         f"{result['suite'].capitalize()} suite, {result['rounds']} rounds a row, {machine['device']}, "
-        f"{machine['threads']} threads, {versions}, Python {machine['python']}, {machine['date']}"
+        f"{machine['cores']} cores (load {result['load']} before it began), {machine['threads']} threads, {versions}, "
+        f"Python {machine['python']}, {machine['date']}"
     )
 
 
