@@ -27,7 +27,7 @@ class Effort:
     least: float
 
 
-QUICK, FULL = Effort(9, 0.02), Effort(15, 0.05)
+QUICK, FULL = Effort(9, 0.05), Effort(15, 0.1)
 
 
 @dataclass

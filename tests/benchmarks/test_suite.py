@@ -113,7 +113,7 @@ def test_results_are_written_where_they_are_asked_for_alone(suite, tmp_path, cap
     assert suite("--quick", "--record")[0] == 0
     (recorded,) = (tmp_path / "results").iterdir()
     result = json.loads(recorded.read_text())
-    assert result == json.loads((tmp_path / "own.json").read_text())
+    assert result["rows"] == json.loads((tmp_path / "own.json").read_text())["rows"]
     assert result["suite"] == "quick" and result["rounds"] == session.QUICK.rounds
     rows = {(r["group"], r["name"]): r for r in result["rows"]}
     assert list(rows) == [("sum", "plain"), ("sum", "ours"), ("sum", "other"), ("sort", "alone"), ("sort", "grouped")]
