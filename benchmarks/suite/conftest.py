@@ -85,13 +85,14 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     lines = terminal(result, before)
     if before:
         lines += ["", *report(before, result)[0]]
-    if exitstatus == pytest.ExitCode.OK:
+    written = [option.json] if option.json else []
+    if option.record and exitstatus == pytest.ExitCode.OK:
         kind = "cpu" if session.place.device.type == "cpu" else name_of(result["machine"])
-        recorded = [RESULTS / f"suite-{kind}.json"] if option.record else []
-        for path in [*recorded, *([option.json] if option.json else [])]:
-            replace_text(path, json.dumps(result, indent=1) + "\n")
-            lines += ["", f"written: {path}"]
-    elif option.record or option.json:
-        lines += ["", "nothing was written: not every row ran"]
+        written.append(RESULTS / f"suite-{kind}.json")
+    elif option.record:
+        lines += ["", "not recorded: a row failed"]
+    for path in written:
+        replace_text(path, json.dumps(result, indent=1) + "\n")
+        lines += ["", f"written: {path}"]
     for line in lines:
         terminalreporter.write_line(line)

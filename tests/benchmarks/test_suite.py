@@ -126,6 +126,15 @@ def test_results_are_written_where_they_are_asked_for_alone(suite, tmp_path, cap
     assert rows["sort", "grouped"]["bytes_per_second"] == pytest.approx(2000)
 
 
+def test_a_row_that_fails_costs_the_recording_and_no_other_row(suite, tmp_path, capsys) -> None:
+    status, _ = suite("--quick", "--record", "--json", tmp_path / "own.json", ours="'no number'")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "not recorded: a row failed" in capsys.readouterr().out
+    assert not list((tmp_path / "results").iterdir())
+    rows = [(r["group"], r["name"]) for r in json.loads((tmp_path / "own.json").read_text())["rows"]]
+    assert rows == [("sum", "plain"), ("sum", "other"), ("sort", "alone"), ("sort", "grouped")]
+
+
 def test_a_part_of_the_suite_is_not_recorded(suite, capsys) -> None:
     status, calls = suite("--record", "-k", "sort")
     assert status == pytest.ExitCode.USAGE_ERROR and calls == 0
