@@ -34,9 +34,15 @@ class Pairing:
 
 
 def repeats(call: Call, timed: Timed, least: float) -> int:
-    """How many calls last `least` seconds, by the second of two calls: the first may compile, or fill caches."""
+    """How many calls last `least` seconds, by the quickest of three after the first, which may compile or fill caches.
+
+    Of a call that lasts much longer one is enough to say so.
+    """
     timed(call)
-    return max(1, math.ceil(least / max(timed(call), 1e-9)))
+    seconds = timed(call)
+    if seconds < 10 * least:
+        seconds = min(seconds, timed(call), timed(call))  # one alone may have waited for another process
+    return max(1, math.ceil(least / max(seconds, 1e-9)))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
