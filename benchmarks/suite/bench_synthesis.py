@@ -50,8 +50,8 @@ def diffusers_pipeline(place: Place) -> Work:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     preset = PRESETS["demo"].generate | steps(place)
-    own = {"safety_checker": None, "torch_dtype": torch.float32}  # its files are of half precision
-    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_PRIOR, **own).to(place.device)
+    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_PRIOR, safety_checker=None)
+    pipeline = pipeline.to(torch.float32).to(place.device)  # its files are of half precision
     assert preset["sampler"] == "ddim"
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
