@@ -1,7 +1,7 @@
 """The demo's networks as they run: eager, channels_last, and compiled (benchmarks/engine_ways.py has what each is)."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -17,6 +17,7 @@ EAGER = ("eager", "channels_last")
 IN_SECONDS = ("decode",)  # ONNX Runtime has it ready in a few; the quick suite compiles nothing else
 
 
+@cache  # compilers take their time: a second turn has the same engine
 def engine(network: str, name: str, place: Place) -> Work:
     sources, rows = demo.sources(place.folder, place.device), demo.images(place)
     folder = Path(mkdtemp(dir=place.folder))

@@ -1,7 +1,7 @@
 """Options, the measuring fixture and the tables of the suite (docs/benchmarks.md).
 
 A file of the suite, bench_*.py, has `groups(device, quick)` and one test, `def test_...(paired): paired()`, which runs
-once a row.
+once a row and turn.
 """
 
 import json
@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.machine import name_of
 from benchmarks.suite.case import Case, Place, cases
 from benchmarks.suite.compare import compare, read, report
-from benchmarks.suite.session import Session
+from benchmarks.suite.session import TURNS, Session
 from benchmarks.suite.table import terminal
 from dfkd.files import replace_text
 
@@ -61,25 +61,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "paired" in metafunc.fixturenames:
         place = metafunc.config.stash[SESSION].place
         metafunc.parametrize("case", cases(metafunc.module.groups(place.device, place.quick)), ids=str)
+        metafunc.parametrize("turn", range(TURNS), ids=lambda turn: f"turn {turn + 1}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.callspec.params.get("turn", 0) if hasattr(item, "callspec") else 0)
 
 
 @pytest.fixture
-def paired(benchmark: BenchmarkFixture, case: Case, pytestconfig: pytest.Config) -> Callable[[], None]:
-    """Measures the row of this test, or skips it with the reason."""
+def paired(benchmark: BenchmarkFixture, case: Case, turn: int, pytestconfig: pytest.Config) -> Callable[[], None]:
+    """Measures a turn of the row of this test, or skips it with the reason."""
 
     def measure() -> None:
         benchmark.group = case.group.name
         found = pytestconfig.stash[SESSION].measure(case, benchmark.pedantic)
         if isinstance(found, str):
             pytest.skip(found)
-        benchmark.extra_info.update(found[0], ratios=found[1])
+        benchmark.extra_info.update(turn=turn, ratios=found)
 
     return measure
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     session, before, option = config.stash[SESSION], config.stash[BEFORE], config.option
-    if not session.rows and not session.skipped:
+    if not session.measured and not session.skipped:
         return
     result = session.result()
     lines = terminal(result, before)

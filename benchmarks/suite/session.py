@@ -1,9 +1,14 @@
-"""One run of the suite: what is measured, row by row, and what is not, with the reason."""
+"""One run of the suite: what is measured, row by row, and what is not, with the reason.
+
+The suite is gone through in TURNS, and every row made anew in each: half of its rounds are minutes from the others, in
+other memory, and so its spread has in it what would differ between two runs.
+"""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 from benchmarks import flops
@@ -19,58 +24,88 @@ NOT_HERE = (Absent, ImportError, UsageError, EngineError)
 WARM_UP = 1  # rounds that are not counted
 
 
+TURNS = 2
+
+
 @dataclass(frozen=True)
 class Effort:
-    """rounds: of every row. least: seconds that a round's calls last at least."""
+    """rounds: of every row in a turn. least: seconds that a round's calls last at least."""
 
     rounds: int
     least: float
 
 
-QUICK, FULL = Effort(9, 0.05), Effort(15, 0.1)
+QUICK, FULL = Effort(5, 0.05), Effort(8, 0.1)
+
+
+@dataclass
+class Measured:
+    """A row's numbers, one a round. ratios: times as fast as the baseline in the same round, amount for amount."""
+
+    milliseconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    per_second: list[float] = field(default_factory=list)
+
+    def add(self, rounds: list[tuple[float, float]], base: Work, work: Work) -> None:
+        """rounds: seconds of the baseline and of the row."""
+        for before, own in rounds:
+            self.milliseconds.append(1000 * own / work.calls)
+            self.ratios.append((before / base.amount) / (own / work.amount))
+            self.per_second.append(work.amount / own)
+
+    def row(self, case: Case) -> dict[str, Any]:
+        """As it is recorded."""
+        found: dict[str, Any] = {
+            "group": case.group.name,
+            "name": case.name,
+            "baseline": case.is_baseline,
+            "milliseconds": spread(self.milliseconds),
+            "ratio": None if case.is_baseline else spread(self.ratios),
+        }
+        return found | ({f"{case.group.unit}_per_second": median(self.per_second)} if case.group.unit else {})
 
 
 @dataclass
 class Session:
-    """rows, skipped: as in the recorded file. load: processes that wanted a core in the minute before it."""
+    """measured: by row, named as a text. skipped: reasons by row. load: processes that wanted a core before it."""
 
     place: Place
     load: float = field(default_factory=lambda: os.getloadavg()[0])
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    measured: dict[str, tuple[Case, Measured]] = field(default_factory=dict)
+    skipped: dict[str, tuple[Case, str]] = field(default_factory=dict)
     _held: tuple[str, Work | None] = ("", None)  # the baseline of the group in hand
 
     @property
     def effort(self) -> Effort:
         return QUICK if self.place.quick else FULL
 
-    def measure(self, case: Case, pedantic: Callable[..., object]) -> tuple[dict[str, Any], list[float]] | str:
-        """The row as it is recorded, and its ratio in every round; or why it cannot be had.
+    def measure(self, case: Case, pedantic: Callable[..., object]) -> list[float] | str:
+        """A turn of a row: its ratio in every round; or why it cannot be had.
 
         pedantic: pytest-benchmark's, which runs the rounds.
         """
-        label = {"group": case.group.name, "name": case.name}
         try:
             base, work = self._works(case)
         except NOT_HERE as error:
             why = reason(error) if isinstance(error, ImportError) else str(error)
-            self.skipped.append(label | {"why": why})
+            self.skipped[str(case)] = case, why
             return why
         pairing = Pairing(None if case.is_baseline else base.call, work.call, partial(flops.timed, device=self._device))
         pedantic(pairing, setup=pairing.before, rounds=self.effort.rounds, warmup_rounds=WARM_UP, iterations=1)
-        found, ratios = row(case, pairing.rounds[WARM_UP:], base, work)
-        self.rows.append(label | found)
-        return self.rows[-1], ratios
+        _, measured = self.measured.setdefault(str(case), (case, Measured()))
+        measured.add(pairing.rounds[WARM_UP:], base, work)
+        return measured.ratios[-self.effort.rounds :]
 
     def result(self) -> dict[str, Any]:
         """What is recorded."""
+        absent = [{"group": case.group.name, "name": case.name, "why": why} for case, why in self.skipped.values()]
         return {
             "machine": describe(self._device),
             "suite": "quick" if self.place.quick else "full",
-            "rounds": self.effort.rounds,
+            "rounds": TURNS * self.effort.rounds,
             "load": round(self.load, 2),
-            "rows": self.rows,
-            "skipped": self.skipped,
+            "rows": [measured.row(case) for case, measured in self.measured.values()],
+            "skipped": absent,
         }
 
     @property
@@ -91,17 +126,3 @@ class Session:
         work = group.rows[name](self.place)
         times = repeats(work.call, partial(flops.timed, device=self._device), self.effort.least)
         return replace(work, call=repeated(work.call, times), amount=work.amount * times, calls=times)
-
-
-def row(case: Case, rounds: list[tuple[float, float]], base: Work, work: Work) -> tuple[dict[str, Any], list[float]]:
-    """Numbers of a row from its rounds, and ratios: times as fast as the baseline in each, amount for amount."""
-    seconds = [own for _, own in rounds]
-    ratios = [(before / base.amount) / (own / work.amount) for before, own in rounds]
-    found: dict[str, Any] = {
-        "baseline": case.is_baseline,
-        "milliseconds": spread([1000 * own / work.calls for own in seconds]),
-        "ratio": None if case.is_baseline else spread(ratios),
-    }
-    if case.group.unit:
-        found[f"{case.group.unit}_per_second"] = work.amount / spread(seconds)["median"]
-    return found, ratios

@@ -91,11 +91,15 @@ def test_a_ratio_is_taken_within_a_round() -> None:
     assert log == ["base", "row"] * 4
     work = Work(lambda: None, amount=2.0, calls=2)
     case = Case(Group("sum", "plain", {"plain": None, "ours": None}, "images"), "ours")
-    found, ratios = session.row(case, pairing.rounds, Work(lambda: None, amount=6.0, calls=6), work)
-    assert ratios == pytest.approx([0.3 / 6 / (0.1 / 2)] * 4)  # timed doubles the row's seconds before it gives them
+    measured = session.Measured()
+    measured.add(pairing.rounds, Work(lambda: None, amount=6.0, calls=6), work)
+    found = measured.row(case)
+    assert measured.ratios == pytest.approx(
+        [0.3 / 6 / (0.1 / 2)] * 4
+    )  # timed doubles the row's seconds before it gives them
     assert found["ratio"] == pytest.approx({"median": 1, "min": 1, "max": 1})
     assert found["milliseconds"] == pytest.approx({"median": 150, "min": 50, "max": 400})
-    assert found["images_per_second"] == pytest.approx(2 / 0.3)
+    assert found["images_per_second"] == pytest.approx((10 + 5) / 2)
 
 
 def test_small_calls_are_repeated_until_a_clock_sees_them() -> None:
@@ -113,8 +117,8 @@ def test_results_are_written_where_they_are_asked_for_alone(suite, tmp_path, cap
     assert suite("--quick", "--record")[0] == 0
     (recorded,) = (tmp_path / "results").iterdir()
     result = json.loads(recorded.read_text())
-    assert result["rows"] == json.loads((tmp_path / "own.json").read_text())["rows"]
-    assert result["suite"] == "quick" and result["rounds"] == session.QUICK.rounds
+    assert result.keys() == json.loads((tmp_path / "own.json").read_text()).keys()
+    assert result["suite"] == "quick" and result["rounds"] == session.TURNS * session.QUICK.rounds
     rows = {(r["group"], r["name"]): r for r in result["rows"]}
     assert list(rows) == [("sum", "plain"), ("sum", "ours"), ("sum", "other"), ("sort", "alone"), ("sort", "grouped")]
     assert result["skipped"] == [{"group": "sum", "name": "gpu", "why": "no such device"}]
@@ -133,6 +137,12 @@ def test_a_row_that_fails_costs_the_recording_and_no_other_row(suite, tmp_path, 
     assert not list((tmp_path / "results").iterdir())
     rows = [(r["group"], r["name"]) for r in json.loads((tmp_path / "own.json").read_text())["rows"]]
     assert rows == [("sum", "plain"), ("sum", "other"), ("sort", "alone"), ("sort", "grouped")]
+
+
+def test_the_suite_is_gone_through_in_turns(suite, capsys) -> None:
+    assert suite("--quick", "--collect-only", "-q")[0] == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "::" in line]
+    assert [line.partition("turn ")[2] for line in lines] == ["1]"] * 6 + ["2]"] * 6
 
 
 def test_a_part_of_the_suite_is_not_recorded(suite, capsys) -> None:
@@ -226,7 +236,7 @@ def test_a_row_whose_baseline_is_not_here_has_its_reason(tmp_path) -> None:
     group = Group("sum", "plain", {"plain": absent, "ours": lambda place: Work(lambda: None)})
     why = made.measure(Case(group, "ours"), pytest.fail)
     assert why == "ImportError: No module named 'something'"
-    assert made.skipped == [{"group": "sum", "name": "ours", "why": why}] and not made.rows
+    assert made.result()["skipped"] == [{"group": "sum", "name": "ours", "why": why}] and not made.measured
 
 
 def test_both_tables_have_every_row_and_every_reason(suite, tmp_path) -> None:
