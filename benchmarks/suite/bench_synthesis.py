@@ -49,7 +49,7 @@ def synthesis(path: str, place: Place) -> Work:
 def diffusers_pipeline(place: Place) -> Work:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    preset = PRESETS["demo"].generate | steps(place)
+    preset = {**PRESETS["demo"].generate, **steps(place)}
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_PRIOR, safety_checker=None)
     pipeline = pipeline.to(torch.float32).to(place.device)  # its files are of half precision
     assert preset["sampler"] == "ddim"
