@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 SETUP := $(INSTALLED)
 endif
 
-.PHONY: help demo test check fix engines bench guidance-paths waterfall gpu-test gpu-report clean
+.PHONY: help demo test check fix engines bench tables guidance-paths waterfall gpu-test gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,8 +44,11 @@ engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks and
 	  $(PY) -c "from dfkd.cli.engines import main; main()" build --set demo-rtx; \
 	else echo "demo-rtx, plans for GPUs: left out, tensorrt_rtx is not installed" >&2; fi
 
-bench: $(SETUP) guidance-paths ## time the parts, then compare the guidance paths
-	@$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+bench: $(SETUP) ## time every part beside a baseline (ARGS="--quick" for minutes, --record, --against FILE)
+	@$(PY) -m pytest benchmarks/suite --benchmark-only $(ARGS)
+
+tables: $(SETUP) ## write the documents' tables anew from benchmarks/results
+	@$(PY) -m benchmarks.tables
 
 guidance-paths: $(SETUP) ## the latent and the unet gradient and the published loop in one table
 	@$(PY) -m benchmarks.guidance_paths

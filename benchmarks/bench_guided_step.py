@@ -35,17 +35,19 @@ def moved(launch: str, batch: int) -> int:
     return batch * SHAPE[0] * SHAPE[1] * SHAPE[2] * (latent * LATENT + network * NETWORK)
 
 
-def calls_of(step: GuidedStep, batch: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """By launch, a call on tensors of its own."""
+def calls_of(
+    step: GuidedStep, batch: int, device: torch.device, dtype: torch.dtype = torch.float16
+) -> dict[str, Callable[[], object]]:
+    """By launch, a call on tensors of its own. dtype: of the networks."""
     order = torch.channels_last
 
     def normal(rows: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(rows, *SHAPE, device=device).to(dtype).to(memory_format=order)
 
     z, push, clean = (normal(batch, torch.float32) for _ in range(3))
-    model, gradient = normal(2 * batch, torch.float16), normal(batch, torch.float16)
+    model, gradient = normal(2 * batch, dtype), normal(batch, dtype)
     row, length = torch.rand(8, device=device), torch.ones(batch, device=device)
-    unet, decoder = NetworkInput(torch.float16, order), NetworkInput(torch.float16, order, 0.18215)
+    unet, decoder = NetworkInput(dtype, order), NetworkInput(dtype, order, 0.18215)
     update = partial(
         step.update, z, model, row, batch, 2, gradient=gradient, length=length, network=unet, next_copies=2
     )

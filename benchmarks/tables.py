@@ -19,6 +19,7 @@ from benchmarks.guidance_paths import markdown as guidance_table
 from benchmarks.msarc import markdown as msarc_table
 from benchmarks.quantised_unet import markdown as quantised_table
 from benchmarks.sd15_engines import markdown as sd15_engines_table
+from benchmarks.suite.table import markdown as suite_table
 from benchmarks.waterfall_table import document as waterfall_table
 from benchmarks.waterfall_table import sentence as waterfall_sentence
 
@@ -71,6 +72,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "msarc-table": ("msarc-cpu.json", msarc_table),
     "quantised-table": ("quantised-unet-cpu.json", quantised_table),
     "cost-table": ("cost-model-cpu.json", cost_table),
+    "suite-table": ("suite-cpu.json", suite_table),
     "waterfall-sentence": ("waterfall-cpu.json", waterfall_sentence),
     "waterfall-table": ("waterfall-cpu.json", waterfall_table),
 }
@@ -78,6 +80,7 @@ README = "README.md"
 ELSEWHERE = {
     "cost-table": "docs/cost.md",
     "sd15-engines-table": "docs/tensorrt.md",
+    "suite-table": "docs/benchmarks.md",
     "waterfall-table": "docs/waterfall.md",
 }
 DOCUMENTS = (README, *sorted({*ELSEWHERE.values()}))

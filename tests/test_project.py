@@ -89,7 +89,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_lists_its_targets() -> None:
     done = make()
-    wanted = "help demo test check fix engines bench guidance-paths waterfall gpu-test gpu-report clean"
+    wanted = "help demo test check fix engines bench tables guidance-paths waterfall gpu-test gpu-report clean"
     assert [line.split()[1] for line in done.stdout.splitlines()] == wanted.split()
 
 
