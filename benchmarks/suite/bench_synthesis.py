@@ -2,13 +2,14 @@
 
 published, unet, latent  of benchmarks/guidance_paths.py: the `demo` preset (latent) and what it changes, shards written
 diffusers                StableDiffusionPipeline on the embedded prior, without a teacher, to images in memory
+diffusers compiled       the same by its documentation's recipe (benchmarks/diffusers_peers.py); in the full suite alone
 ours                     the same scheduler, steps and classifier-free guidance in every step, to images in memory; the
                          teacher looks at each of them once
 """
 
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 
 from benchmarks.guidance_paths import ROWS
 from benchmarks.suite import demo
-from benchmarks.suite.case import Group, Place, Work
+from benchmarks.suite.case import Absent, Group, Place, Work
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
 from dfkd.kernel_choice import choose_kernels
 from dfkd.presets import PRESETS
 from dfkd.shards import ShardFolder
 from dfkd.synthesis.run import Rows, Synthesis, synthesise
+from engine.backends import get
 
 UNGUIDED: dict[str, Any] = {"guidance_step": 0, "cfg_to": 1}  # diffusers has no interval of guidance
 
@@ -46,16 +48,26 @@ def synthesis(path: str, place: Place) -> Work:
     return Work(partial(written, own, images, place.folder), images)
 
 
-def diffusers_pipeline(place: Place) -> Work:
-    from benchmarks.diffusers_peers import of_folder
+@cache  # compiling takes its time: a second turn has the same pipeline
+def diffusers_pipeline(place: Place, compiled: bool = False) -> Work:
+    from benchmarks import diffusers_peers
 
     preset = {**PRESETS["demo"].generate, **steps(place)}
     assert preset["sampler"] == "ddim"
-    pipeline = of_folder(EMBEDDED_PRIOR, place.device).pipeline
+    peer = diffusers_peers.of_folder(EMBEDDED_PRIOR, place.device)
+    if compiled:
+        if (why := get("inductor").unusable(place.device, "float32")) is not None:
+            raise Absent(why)
+        peer = diffusers_peers.compiled(peer)
     count = demo.images(place)
     prompts = [str(preset["prompt"]).format(label=demo.CLASSES[i % len(demo.CLASSES)]) for i in range(count)]
     settings = {"num_inference_steps": preset["steps"], "guidance_scale": preset["cfg"]}
-    return Work(partial(pipeline, prompts, **settings), count)
+
+    def run() -> None:
+        with torch._inductor.config.patch(dict(peer.inductor)):
+            peer.pipeline(prompts, **settings)
+
+    return Work(run, count)
 
 
 def unguided(place: Place) -> Work:
@@ -66,9 +78,12 @@ def unguided(place: Place) -> Work:
 
 
 def groups(device: torch.device, quick: bool) -> list[Group]:
+    peers = {"diffusers": diffusers_pipeline, "ours": unguided}
+    if not quick:
+        peers["diffusers compiled"] = partial(diffusers_pipeline, compiled=True)
     return [
         Group("synthesis", "published", {path: partial(synthesis, path) for path in ROWS}, "images"),
-        Group("unguided sampling", "diffusers", {"diffusers": diffusers_pipeline, "ours": unguided}, "images"),
+        Group("unguided sampling", "diffusers", peers, "images"),
     ]
 
 
