@@ -40,12 +40,25 @@ class Launch:
     ways: Mapping[str, Callable[[], object]]
 
 
-def bench(launches: Iterable[Launch], turns: int, device: torch.device, rehearse: bool = False) -> dict[str, Any]:
-    """Rows of the table, and what could not be run, with the reason. rehearse: one call each, and a copy of a page."""
+def bench(
+    launches: Iterable[Launch],
+    turns: int,
+    device: torch.device,
+    rehearse: bool = False,
+    so_far: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
+    """Rows of the table, and what could not be run, with the reason. rehearse: one call each, and a copy of a page.
+
+    so_far: is given, after every launch, what would be returned if it were the last.
+    """
     copy_bytes, calls_each = (2**12, 1) if rehearse else (COPY_BYTES, CALLS)
     source = torch.empty(copy_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     rows, failures, copies = [], [], []
+
+    def result() -> dict[str, Any]:
+        return {"turns": turns, "copy_bytes_per_second": median(copies), "rows": rows, "failures": failures}
+
     for launch in launches:
         calls = {way: repeated(call, calls_each) for way, call in launch.ways.items()}
         calls["copy"] = repeated(lambda: target.copy_(source), calls_each)
@@ -69,7 +82,8 @@ def bench(launches: Iterable[Launch], turns: int, device: torch.device, rehearse
                 "ratio": median(e / s for e, s in zip(eager, seconds[way], strict=True)) if eager else None,
             }  # fmt: skip
             rows.append(found)
-    return {"turns": turns, "copy_bytes_per_second": median(copies), "rows": rows, "failures": failures}
+        so_far(result())
+    return result()
 
 
 def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
@@ -117,6 +131,7 @@ def report(
 ) -> None:
     """Floors and resources, on a GPU the measurement too; tables on stderr, JSON on stdout's last line.
 
+    A line of JSON follows every launch with what was measured until then, for who stops it.
     a.record writes results/<name>-<device>.json. a.rehearse: on a CPU, only to see that it runs.
     """
     if a.record and a.rehearse:
@@ -127,7 +142,10 @@ def report(
         result["resources"] = resources()
         print(table(result["floors"]), "", table(result["resources"]), sep="\n", file=sys.stderr)
     if device.type == "cuda" or a.rehearse:
-        result |= bench(launches(device), a.repeats, device, a.rehearse)
+        result |= bench(
+            launches(device), a.repeats, device, a.rehearse,
+            so_far=lambda found: print(json.dumps(result | found), flush=True),
+        )  # fmt: skip
         print("", markdown(result), sep="\n", file=sys.stderr)
         if a.record:
             replace_text(RESULTS / f"{name}-{name_of(result['machine'])}.json", json.dumps(result, indent=1) + "\n")

@@ -281,10 +281,13 @@ def main() -> None:
     if a.quick:
         a.steps = a.repeats = 1
     pairs = a.pairs or defaults(device, a.quick)
-    measured = [bench(of, device, a.steps, a.repeats, a.ways) for of in pairs]
-    with tempfile.TemporaryDirectory() as folder:
-        accuracy = accuracies(a, device, Path(folder)) if a.accuracy else {}
-    result = {"machine": machine, "turns": a.repeats, "pairs": measured, "student_accuracy": accuracy}
+    result: dict[str, Any] = {"machine": machine, "turns": a.repeats, "pairs": [], "student_accuracy": {}}
+    for of in pairs:
+        result["pairs"].append(bench(of, device, a.steps, a.repeats, a.ways))
+        print(json.dumps(result), flush=True)  # for who stops it; the last line is the whole
+    if a.accuracy:
+        with tempfile.TemporaryDirectory() as folder:
+            result["student_accuracy"] = accuracies(a, device, Path(folder))
     print(markdown(result), file=sys.stderr)
     if a.record:
         kind = "cpu" if device.type == "cpu" else name_of(machine)

@@ -16,7 +16,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -47,8 +47,18 @@ SEED = 0
 JUDGED_ROWS = 2  # a 512-pixel decoder's float64 activations and their gradients take 12 GB an image
 
 
-def bench(sources: Sources, networks: Sequence[str], names: Sequence[str], rows: Sequence[int], turns: int) -> Any:
-    """The result without the machine: measurements one by one, "rows", and what could not be run, "failures"."""
+def bench(
+    sources: Sources,
+    networks: Sequence[str],
+    names: Sequence[str],
+    rows: Sequence[int],
+    turns: int,
+    so_far: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
+    """The result without the machine: measurements one by one, "rows", and what could not be run, "failures".
+
+    so_far: is given, after every network, what would be returned if it were the last.
+    """
     device, dtype = sources.prior.device, sources.prior.dtype
     result: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -72,7 +82,8 @@ def bench(sources: Sources, networks: Sequence[str], names: Sequence[str], rows:
         except Exception as error:  # such as too little memory for float64: the other networks are measured still
             result["failures"].append({"network": network, "rows": None, "backend": "all", "why": reason(error)})
             _say(f"{network}: {reason(error)}")
-    result["matmul_flop_per_second"] = {name: median(found) for name, found in speeds.items()}
+        result["matmul_flop_per_second"] = {name: median(found) for name, found in speeds.items()}
+        so_far(result)
     return result
 
 
@@ -271,7 +282,12 @@ def main() -> None:
         sys.exit("error: --thin is of --sd15, and not recorded")
     sources = sd15_sources(a) if a.sd15 else run_sources(a)
     machine = describe(sources.prior.device)  # before the work: what fails here must not lose it
-    result = {"machine": machine, **bench(sources, a.networks, a.backends, a.rows, a.repeats)}
+
+    def so_far(found: dict[str, Any]) -> None:
+        """A line for who stops it; the last one is the whole."""
+        print(json.dumps({"machine": machine, **found}), flush=True)
+
+    result = {"machine": machine, **bench(sources, a.networks, a.backends, a.rows, a.repeats, so_far)}
     print(markdown(result), file=sys.stderr)
     if a.record:
         kind = "cpu" if sources.prior.device.type == "cpu" else name_of(machine)

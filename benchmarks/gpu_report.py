@@ -6,8 +6,12 @@
 
 Each section is a benchmark of its own in a process of its own, so that one that fails, hangs or lacks a package costs
 its rows and no others; the reason stands in the report. Sections that a spent --minutes does not reach are named too.
-Writes benchmarks/results/gpu-report-<device>.json with what every section measured, and the same as tables in .md; a
-rehearsal writes nothing. The last line of stdout is the JSON.
+Launches, engines and distill tell their rows as they come: stopped or broken off they keep those until then.
+
+Writes benchmarks/results/gpu-report-<device>.json with what every section measured, and the same as tables in .md. What
+is on record there of other sections stays, each with its own commit, date and versions. A section that measures nothing
+now, or is stopped where a whole result is on record, leaves that result and is named beside it. To begin anew, delete
+the files. A rehearsal writes nothing. The last line of stdout is this run's JSON.
 """
 
 import argparse
@@ -26,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_record import RecordError, made_with, merged, read
 from benchmarks.machine import describe, name_of
 from dfkd.files import replace_text
 
@@ -129,7 +134,10 @@ DIFFUSION = ("sampling", "engines", "paths")  # their networks are diffusers'
 
 
 def run(section: Section, rehearse: bool, seconds: float) -> dict[str, Any]:
-    """What a section measured, {"seconds", "result"}, or {"seconds", "why"} where it measured nothing."""
+    """What a section measured, {"seconds", "result"}, or {"seconds", "why"} where it measured nothing.
+
+    With both it did not come to its end, and the result is the last that it told until then.
+    """
     arguments = section.rehearsed if rehearse else section.given
     command = [sys.executable, "-m", f"benchmarks.{section.module}", *shlex.split(arguments)]
     started = time.perf_counter()
@@ -137,15 +145,29 @@ def run(section: Section, rehearse: bool, seconds: float) -> dict[str, Any]:
         done = subprocess.run(
             command, cwd=RESULTS.parents[1], capture_output=True, text=True, timeout=seconds, env=environment(rehearse)
         )
-    except subprocess.TimeoutExpired:
-        return {"seconds": round(seconds, 1), "why": f"it was stopped after {seconds:.0f} s"}
+    except subprocess.TimeoutExpired as stopped:
+        told = (stopped.stdout or b"").decode(errors="replace")  # bytes, whatever was asked for
+        return {"seconds": round(seconds, 1), "why": f"it was stopped after {seconds:.0f} s", **until_then(told)}
     spent = {"seconds": round(time.perf_counter() - started, 1)}
     if done.returncode:
-        return {**spent, "why": reason(done.stderr) or f"it ended with exit status {done.returncode}"}
+        why = reason(done.stderr) or f"it ended with exit status {done.returncode}"
+        return {**spent, "why": why, **until_then(done.stdout)}
     try:
         return {**spent, "result": json.loads(done.stdout.strip().splitlines()[-1])}
     except (IndexError, ValueError):
         return {**spent, "why": "its last line is no JSON"}
+
+
+def until_then(stdout: str) -> dict[str, Any]:
+    """{"result"} of the last whole line of JSON that a process told which did not come to its end, or nothing."""
+    for line in reversed(stdout.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:  # other words, or a line that was cut
+            continue
+        if isinstance(found, dict):
+            return {"result": found}
+    return {}
 
 
 def environment(rehearse: bool) -> dict[str, str]:
@@ -180,17 +202,26 @@ def report(names: Sequence[str], rehearse: bool, minutes: float) -> dict[str, An
 def markdown(result: dict[str, Any]) -> str:
     """The report for people: a table a section, or its reason."""
     machine = result["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    parts = [f"# {machine['device']}", f"{versions}; Python {machine['python']}, commit {machine['commit']}, "
-             f"{machine['date']}: `make gpu-report`."]  # fmt: skip
+    parts = [f"# {machine['device']}", f"{made_with(machine)}: `make gpu-report`."]
     for name, found in result["sections"].items():
         parts.append(f"## {SECTIONS[name].title}")
+        if "result" in found:
+            parts.append(table(SECTIONS[name], found["result"]))
         if "why" in found:
-            parts.append(f"Not measured: {found['why']}.")
-        else:
-            module = importlib.import_module(f"benchmarks.{SECTIONS[name].tables}")
-            parts.append(str(module.markdown(found["result"])).strip())
+            parts.append(f"{'Rows until then' if 'result' in found else 'Not measured'}: {found['why']}.")
+        if (own := made_with(found["machine"])) != made_with(machine):
+            parts.append(f"With {own}.")
+        if "again" in found:
+            parts.append(f"Tried again with {made_with(found['again']['machine'])}: {found['again']['why']}.")
     return "\n\n".join(parts) + "\n"
+
+
+def table(section: Section, result: Any) -> str:
+    try:
+        module = importlib.import_module(f"benchmarks.{section.tables}")
+    except ModuleNotFoundError as error:  # it was measured before, where the package was there
+        return f"Its table needs {error.name}, which is not installed; the JSON has the numbers."
+    return str(module.markdown(result)).strip()
 
 
 def sections(text: str) -> list[str]:
@@ -202,20 +233,26 @@ def sections(text: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=sections, default=list(SECTIONS), help=f"of {', '.join(SECTIONS)} (default all)")
+    text = f"of {', '.join(SECTIONS)} (default all); the others stay on record"
+    parser.add_argument("--only", type=sections, default=list(SECTIONS), help=text)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU; writes nothing")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together (default 8)")
     a = parser.parse_args()
     if not a.rehearse and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device: gpu_report needs one (--rehearse tries the code on a CPU)")
-    device = torch.device("cpu" if a.rehearse else "cuda")
-    result = {"machine": describe(device), "sections": report(a.only, a.rehearse, a.minutes)}
-    text = markdown(result)
-    print("", text, sep="\n", file=sys.stderr)
+    machine = describe(torch.device("cpu" if a.rehearse else "cuda"))
+    path = RESULTS / f"gpu-report-{name_of(machine)}.json"
+    try:
+        record = {} if a.rehearse else read(path, SECTIONS)  # before the work: what fails here must not lose it
+    except RecordError as error:
+        sys.exit(f"error: {error}")
+    found = {name: {"machine": machine, **own} for name, own in report(a.only, a.rehearse, a.minutes).items()}
+    result = {"machine": machine, "sections": found}
     if not a.rehearse:
-        path = RESULTS / f"gpu-report-{name_of(result['machine'])}"
-        replace_text(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-        replace_text(path.with_suffix(".md"), text)
+        kept = {"machine": machine, "sections": merged(record, found, SECTIONS)}
+        replace_text(path, json.dumps(kept, indent=1) + "\n")
+        replace_text(path.with_suffix(".md"), markdown(kept))
+    print("", markdown(result), sep="\n", file=sys.stderr)
     print(json.dumps(result))
     if not any("result" in found for found in result["sections"].values()):
         sys.exit(1)

@@ -54,6 +54,16 @@ def test_the_table_has_every_row_accuracy_and_reason(result):
     assert any(line.startswith("- fp16 (resnet8_half to resnet8_half, 32): --amp fp16 on a CPU") for line in lines)
 
 
+def test_a_line_of_json_follows_every_pair(result, monkeypatch, capsys):
+    """Who stops it reads the last one, which is a result with a table."""
+    monkeypatch.setattr(bench_distill, "bench", lambda of, *_: {**result["pairs"][0], "pair": vars(of)})
+    monkeypatch.setattr("sys.argv", ["bench_distill", "--device", "cpu", "--pairs", *["resnet8:resnet8:32:4"] * 2])
+    bench_distill.main()
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(found["pairs"]) for found in told] == [1, 2, 2] and told[1] == told[2]
+    assert markdown(told[0]).count("| resnet8 to resnet8, 32 |") == 4
+
+
 def test_students_get_the_options_of_their_row(monkeypatch, tmp_path):
     called = []
 

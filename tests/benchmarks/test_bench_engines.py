@@ -83,7 +83,12 @@ def test_a_gradient_counts_its_backward_pass_and_its_error(sources, monkeypatch)
 
 def test_a_network_that_fails_takes_no_other_along(sources, monkeypatch):
     monkeypatch.setattr(flops, "SIDES", {"cpu": 64})
-    found = bench(replace(sources, teacher=None), ["pixel_gradient", "decode"], ["eager"], rows=[2], turns=1)
+    networks, told = ["pixel_gradient", "decode"], []
+    found = bench(
+        replace(sources, teacher=None), networks, ["eager"], rows=[2], turns=1,
+        so_far=lambda found: told.append([len(found[name]) for name in ("failures", "rows", "matmul_flop_per_second")]),
+    )  # fmt: skip
+    assert told[0] == [1, 0, 0] and told[1][:2] == [1, 1] and told[1][2] == len(found["matmul_flop_per_second"]) > 0
     assert [(f["network"], f["backend"]) for f in found["failures"]] == [("pixel_gradient", "all")]
     assert [r["network"] for r in found["rows"]] == ["decode"]
 

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_every_section_is_rehearsed(name, monkeypatch):
         assert result["rates"] and result["steps"]
     else:
         assert result["rows"]
-    text = markdown({"machine": result["machine"], "sections": {name: found}})
+    text = markdown({"machine": result["machine"], "sections": {name: {"machine": result["machine"], **found}}})
     assert f"## {SECTIONS[name].title}\n\n| " in text and "Not measured" not in text and "failed" not in text
 
 
@@ -104,6 +105,57 @@ def test_a_section_that_fails_costs_no_other(scripts, monkeypatch):
     assert found["works"]["result"] == {"rows": [1]}
 
 
+TELLS = """
+import json, sys, time
+for rows in ([1], [1, 2]):
+    print(json.dumps({"rows": rows}), flush=True)
+print('{"rows": [1, 2, 3', end="", flush=True)
+"""
+
+
+def test_rows_of_a_section_that_does_not_end_are_kept(scripts, monkeypatch):
+    """The last whole line of JSON; a line that was cut is none."""
+    sections = {
+        "stopped": scripts("stopped", TELLS + "time.sleep(60)", seconds=2),
+        "breaks": scripts("breaks", TELLS + "raise MemoryError('no more')"),
+        "says": scripts("says", "print(3, flush=True); raise MemoryError('no more')"),
+    }
+    monkeypatch.setattr(gpu_report, "SECTIONS", sections)
+    found = report(list(sections), rehearse=True, minutes=1)
+    assert found["stopped"].items() >= {"why": "it was stopped after 2 s", "result": {"rows": [1, 2]}}.items()
+    assert found["breaks"].items() >= {"why": "MemoryError: no more", "result": {"rows": [1, 2]}}.items()
+    assert "result" not in found["says"]
+
+
+def test_the_report_says_what_each_section_was_measured_with(monkeypatch):
+    sections = {name: Section(name.title(), name, "bench_fake", "", "", 1) for name in ("old", "new", "cut", "none")}
+    lacks = Section("Lacks", "lacks", "bench_lacks", "", "", 1)
+    monkeypatch.setattr(gpu_report, "SECTIONS", sections | {"lacks": lacks})
+    fake = ModuleType("benchmarks.bench_fake")
+    fake.markdown = lambda result: f"table of {result}"
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_fake", fake)
+    now = {"device": "H", "versions": {"torch": "2.11"}, "python": "3.12", "commit": "b", "date": "2026-02-02"}
+    then = {**now, "versions": {"torch": "2.10"}, "commit": "a", "date": "2026-01-01"}
+    found = {
+        "old": {"machine": then, "result": 1, "again": {"machine": now, "why": "it broke"}},
+        "new": {"machine": now, "result": 2},
+        "cut": {"machine": now, "result": 3, "why": "it was stopped after 9 s"},
+        "none": {"machine": now, "why": "diffusers is not installed"},
+        "lacks": {"machine": now, "result": 4},
+    }
+    assert markdown({"machine": now, "sections": found}).split("\n\n") == [
+        "# H",
+        "torch 2.11; Python 3.12, commit b, 2026-02-02: `make gpu-report`.",
+        *("## Old", "table of 1", "With torch 2.10; Python 3.12, commit a, 2026-01-01."),
+        "Tried again with torch 2.11; Python 3.12, commit b, 2026-02-02: it broke.",
+        *("## New", "table of 2"),
+        *("## Cut", "table of 3", "Rows until then: it was stopped after 9 s."),
+        *("## None", "Not measured: diffusers is not installed."),
+        "## Lacks",
+        "Its table needs benchmarks.bench_lacks, which is not installed; the JSON has the numbers.\n",
+    ]
+
+
 def test_what_the_time_does_not_reach_is_named(scripts, monkeypatch):
     sections = {name: scripts(name, "print('{}')") for name in ("first", "second")}
     monkeypatch.setattr(gpu_report, "SECTIONS", sections)
@@ -140,7 +192,9 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 
 def test_files_are_written_on_a_gpu_alone(scripts, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_report, "SECTIONS", {"works": scripts("works", "print('{\"rows\": []}')")})
+    texts = {"works": "print('{\"rows\": []}')", "fails": "raise ValueError('no')"}
+    sections = {name: scripts(name, text) for name, text in texts.items()}
+    monkeypatch.setattr(gpu_report, "SECTIONS", sections)
     machine = {"device": "NVIDIA H100 80GB HBM3", "versions": {}, "python": "3", "commit": None, "date": "2026-01-01"}
     monkeypatch.setattr(gpu_report, "describe", lambda device: machine)
     monkeypatch.setattr(gpu_report, "markdown", lambda result: "# tables\n")
@@ -154,6 +208,19 @@ def test_files_are_written_on_a_gpu_alone(scripts, monkeypatch, capsys):
     stem = gpu_report.RESULTS / "gpu-report-nvidia-h100-80gb-hbm3"
     assert json.loads(stem.with_suffix(".json").read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert stem.with_suffix(".md").read_text() == "# tables\n"
+    first = json.loads(stem.with_suffix(".json").read_text())["sections"]["works"]
+    monkeypatch.setattr(gpu_report, "describe", lambda device: {**machine, "commit": "later"})
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--only", "fails"])
+    with pytest.raises(SystemExit, match="1"):  # nothing was measured this time
+        gpu_report.main()
+    kept = json.loads(stem.with_suffix(".json").read_text())
+    assert kept["machine"]["commit"] == kept["sections"]["fails"]["machine"]["commit"] == "later"
+    assert kept["sections"]["works"] == first and first["machine"] == machine
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["sections"]) == ["fails"]
+    stem.with_suffix(".json").write_text("{")
+    monkeypatch.setattr(gpu_report, "report", None)  # it would measure first
+    with pytest.raises(SystemExit, match="is no record of a gpu-report: move it away"):
+        gpu_report.main()
 
 
 def test_an_unknown_section_is_refused(monkeypatch, capsys):

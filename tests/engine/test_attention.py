@@ -1,4 +1,7 @@
-"""Attention: auto takes xformers only where it has an operator, and says why; both processors fit a UNet and a VAE."""
+"""Attention: auto takes xformers only where it has an operator, and says why; both processors fit a UNet and a VAE.
+
+The choice needs no diffusers, so what does imports it itself.
+"""
 
 import sys
 from types import ModuleType
@@ -6,14 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from diffusers.models import attention_processor
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
 from engine import attention
 from engine.attention import Attention, choose_attention, set_attention
 from engine.errors import EngineError
-from tests.tiny_sd import TINY_VAE, UNET, VAE
 
 
 def like_xformers(supports):
@@ -35,7 +34,6 @@ def xformers(monkeypatch):
         package, ops = like_xformers(supports)
         monkeypatch.setitem(sys.modules, "xformers", package)
         monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-        monkeypatch.setattr(attention_processor, "xformers", package, raising=False)
         monkeypatch.setattr(attention, "missing", lambda name: [])
         monkeypatch.setattr(attention, "versions", lambda name: {name: "9.9"})
 
@@ -66,31 +64,47 @@ def test_unknown_name():
         choose_attention("flash", "cpu")
 
 
-@pytest.mark.parametrize("name, kind", [("sdpa", AttnProcessor2_0), ("xformers", XFormersAttnProcessor)])
-def test_every_layer_uses_it_and_agrees(xformers, name, kind):
+@pytest.mark.parametrize("name, kind", [("sdpa", "AttnProcessor2_0"), ("xformers", "XFormersAttnProcessor")])
+def test_every_layer_uses_it_and_agrees(xformers, monkeypatch, name, kind):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models import attention_processor
+
+    from tests.tiny_sd import UNET, VAE
+
     xformers(lambda query: True)
+    monkeypatch.setattr(attention_processor, "xformers", sys.modules["xformers"], raising=False)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**UNET | {"sample_size": 8}).eval()
     vae = AutoencoderKL(**VAE).eval()
     z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
-    unet.set_attn_processor(AttnProcessor())
-    vae.set_attn_processor(AttnProcessor())
+    unet.set_attn_processor(attention_processor.AttnProcessor())
+    vae.set_attn_processor(attention_processor.AttnProcessor())
     with torch.no_grad():
         plain = unet(z, 5, context).sample, vae.decode(z).sample
         assert set_attention(unet, name) > 10 and set_attention(vae, name) == 2
-        assert all(type(p) is kind for net in (unet, vae) for p in net.attn_processors.values())
+        wanted = getattr(attention_processor, kind)
+        assert all(type(p) is wanted for net in (unet, vae) for p in net.attn_processors.values())
         # the same sums in another order, through a few dozen layers
         torch.testing.assert_close(unet(z, 5, context).sample, plain[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(vae.decode(z).sample, plain[1], rtol=0, atol=1e-5)
 
 
 def test_a_network_without_attention_is_left_as_it_is():
+    from diffusers import AutoencoderTiny
+
+    from tests.tiny_sd import TINY_VAE
+
     assert set_attention(AutoencoderTiny(**TINY_VAE), "sdpa") == 0
 
 
 def test_a_foreign_processor_is_refused():
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnAddedKVProcessor2_0
+
+    from tests.tiny_sd import UNET
+
     unet = UNet2DConditionModel(**UNET)
-    unet.set_attn_processor(attention_processor.AttnAddedKVProcessor2_0())
+    unet.set_attn_processor(AttnAddedKVProcessor2_0())
     with pytest.raises(EngineError, match="is a AttnAddedKVProcessor2_0"):
         set_attention(unet, "sdpa")
 

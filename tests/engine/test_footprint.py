@@ -21,8 +21,8 @@ from dfkd.teachers import Classifier, build, checkpoint
 from engine.footprint import footprint, weight_bytes
 from engine.networks import Prior
 from engine.planner import ELEMENT_LIMIT, Footprint
-from tests.engine.test_planner import SD15, SD15_VAE
 from tests.engines.small_engines import options_of
+from tests.sd15_sizes import SD15, SD15_VAE
 from tests.synthesis.small_networks import SCHEDULER
 
 KIB = 1024

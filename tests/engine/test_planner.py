@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.planner import ELEMENT_LIMIT, decoder_elements, most_rows, unet_elements
+from tests.sd15_sizes import SD15, SD15_VAE, TINY
 from tests.synthesis import small_sd
 from tests.tiny_sd import TINY_VAE, UNET, VAE
 
-SD15 = UNET | {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
-SD15_VAE = VAE | {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
-TINY = {"_class_name": "AutoencoderTiny", "decoder_block_out_channels": (64, 64, 64, 64)}
 LAYERS = (
     "aten::convolution",
     "aten::addmm",

@@ -6,8 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels import batch_norm_launches
 from kernels import batch_norm_tap as module
@@ -133,20 +131,6 @@ def test_many_parts(order, monkeypatch):
         monkeypatch.setattr(batch_norm_launches, name, value)
     assert 143 / tile_of(5, 143, order == "channels_last")[2] > 4
     judge(Inputs((1, 5, 11, 13), F32, order, order))
-
-
-@settings(deadline=None, max_examples=12)  # a busy machine is not a failure
-@given(
-    st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5)),
-    st.sampled_from([F64, F32, F16, BF16]), st.sampled_from(sorted(FORMATS)), st.sampled_from(sorted(FORMATS)),
-    st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99),
-)  # fmt: skip
-def test_any_shape(shape, dtype, order, of_y, relu, affine, small, seed):
-    with pytest.MonkeyPatch.context() as patch:
-        if small:  # several parts of several tiles
-            for name, value in {"TILE": 16, "PROGRAM": 64, "CHANNELS": 4, "PARTS": 2}.items():
-                patch.setattr(batch_norm_launches, name, value)
-        judge(Inputs(shape, dtype, order, of_y, relu, affine, seed=seed))
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels import group_norm_silu as module
 from kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
@@ -162,19 +160,6 @@ def test_a_constant_map_is_the_bias(value):
     w, b = torch.full((4,), 3.0, device=DEVICE), torch.arange(4.0, device=DEVICE)
     y = group_norm_silu(x, w, b, 2, silu=False)
     assert torch.equal(y, b.view(1, 4, 1, 1).expand_as(y))
-
-
-@settings(deadline=None, max_examples=20)  # a busy machine is not a failure
-@given(
-    st.integers(0, 2), st.integers(1, 5), st.integers(1, 3), st.lists(st.integers(1, 7), min_size=0, max_size=2),
-    st.sampled_from([F64, F32, F16, BF16]), st.booleans(), st.booleans(), st.booleans(), st.booleans(),
-    st.integers(0, 99),
-)  # fmt: skip
-def test_any_shape(batch, width, groups, sides, dtype, nhwc, gradient_nhwc, silu, many, seed):
-    with pytest.MonkeyPatch.context() as patch:
-        if many:
-            cut_small(patch)
-        judge(Inputs(batch, width * groups, tuple(sides), groups, dtype, nhwc, silu, 0.0, gradient_nhwc, seed))
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels.guided_clean import guided_clean, guided_clean_ref
 from kernels.guided_push import guided_push, guided_push_ref, scaled
@@ -134,16 +132,6 @@ def test_precisions(launch, dtype, half):
 @pytest.mark.parametrize("terms", [(), ("noise",), ("before",), ("mix",), ("gradient", "mix"), ("noise", "mix")])
 def test_terms(terms):
     judge("update", Inputs(), terms=terms)
-
-
-@settings(deadline=None, max_examples=10)  # a busy machine is not a failure
-@given(
-    st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
-    st.integers(1, 5), st.sampled_from([1, 2]), st.sampled_from([NCHW, NHWC]), st.sampled_from(["rms", "none"]),
-    st.integers(0, 99), st.sampled_from(list(LAUNCHES)),
-)  # fmt: skip
-def test_any_shape(shape, micro, copies, order, norm, seed, launch):
-    judge(launch, Inputs(shape, micro, copies, order=order, norm=norm, seed=seed))
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-37, 0.0])

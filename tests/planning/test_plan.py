@@ -15,7 +15,7 @@ from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.sampler import SamplerSettings
 from dfkd.synthesis.schedule import build_table
 from engine.planner import ELEMENT_LIMIT, Footprint, halved, plan_calls, shared
-from tests.engine.test_planner import SD15, SD15_VAE, TINY
+from tests.sd15_sizes import SD15, SD15_VAE, TINY
 from tests.synthesis.small_networks import SCHEDULER, SmallPrior, classifier
 
 GIB = 2**30
