@@ -1,7 +1,7 @@
 """What a synthesis costs: predicted, measured, and for 50 000 images on this machine and on GPUs that are not here.
 
     python -m benchmarks.cost_model --teacher runs/demo/teacher          about ten minutes on two cores
-    python -m benchmarks.cost_model --cases demo,demo-unet --repeats 1   some of CASES
+    python -m benchmarks.cost_model --cases demo,demo-unet               some of CASES; recorded, the others stay
 
 Predictions are those of `dfkd-generate --plan-only`, which counts FLOP and bytes operation by operation
 (engine/work.py) and tries every network call (dfkd/planning/seconds.py); each is taken just before the run that it is
@@ -109,6 +109,7 @@ def measured(case: Case, given: list[object], scratch: Path, repeats: int) -> di
         predicted.append(plan["predicted_seconds"])
         spent.append(result["seconds"])
     return {
+        "commit": describe(torch.device("cpu"))["commit"],
         "images": plan["images"],
         "predicted_seconds": predicted,
         "seconds": spent,
@@ -162,6 +163,14 @@ def stable_diffusion(size: int, thin: bool, device: torch.device) -> list[dict[s
     return rows
 
 
+def updated(record: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the cases of the result. Raises SystemExit: they are of two machines."""
+    there, here = (each["machine"]["device"] for each in (record, result))
+    if there != here:
+        sys.exit(f"error: {there} is on record, and this is {here}: record all cases")
+    return {**record, "cases": {**record["cases"], **result["cases"]}}
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The tables: predicted beside measured, parts of the first case, and 50 000 images."""
     here, machine = result["ceilings"], result["machine"]
@@ -187,12 +196,13 @@ def markdown(result: dict[str, Any]) -> str:
             cells += [duration(gpu["floor_seconds"]), " to ".join(map(duration, gpu["seconds"]))]
         cells.append(duration(row["here_seconds"]) if "here_seconds" in row else "-")
         lines.append("| " + " | ".join(cells) + " |")
+    gpus = f" GPUs: 50 000 images of {result['size']}x{result['size']} by data sheet, not measured."
     starts = median(start for row in result["cases"].values() for start in row["start_seconds"])
     lines += [
         "",
         f"Error: predicted over measured, median of {result['repeats']} turns; a process starts in {starts:.0f} s"
         f" beside that. Ceilings here: {here['flops'] / 1e9:.0f} GFLOP/s, {here['bytes_per_second'] / 1e9:.1f} GB/s."
-        f" GPUs: 50 000 images of {result['size']}x{result['size']} by data sheet, not measured. {machine['device']}, "
+        f"{gpus if result['stable_diffusion'] else ''} {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['versions']['torch']}, {machine['date']}: "
         "`python -m benchmarks.cost_model`.",
     ]
@@ -224,6 +234,12 @@ def main() -> None:
         parser.error("a rehearsal is not recorded")
     size, device = 64 if a.rehearse else 512, torch.device(a.device)
     result: dict[str, Any] = {"machine": describe(device), "repeats": a.repeats, "size": size}
+    path = RESULTS / f"cost-model-{'cpu' if device.type == 'cpu' else name_of(result['machine'])}.json"
+    record = None
+    if a.record and a.cases != list(CASES):
+        if not path.exists():
+            parser.error(f"{path.name} is not there: record all cases first")
+        record = updated(json.loads(path.read_text()), {**result, "cases": {}})
     result["ceilings"] = ceilings(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -235,11 +251,13 @@ def main() -> None:
         more += a.generate.split()
         given = {name: [*prior_of(CASES[name], folder, a.rehearse), *more] for name in a.cases}
         result["cases"] = {name: measured(CASES[name], given[name], folder, a.repeats) for name in a.cases}
-    result["stable_diffusion"] = stable_diffusion(size, a.rehearse, device)
+    everything = a.cases == list(CASES) or a.rehearse  # it takes minutes, and has nothing to do with single cases
+    result["stable_diffusion"] = stable_diffusion(size, a.rehearse, device) if everything else []
+    if record:
+        result = updated(record, result)
     print(markdown(result), file=sys.stderr)
     if a.record:
-        kind = "cpu" if device.type == "cpu" else name_of(result["machine"])
-        replace_text(RESULTS / f"cost-model-{kind}.json", json.dumps(result, indent=1) + "\n")
+        replace_text(path, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -29,14 +29,20 @@ def copies_of(synthesis: Synthesis) -> int:
     return 1 + any(synthesis.settings.classifier_free(i, steps) for i in range(steps))
 
 
+def guided_with_cfg(synthesis: Synthesis) -> bool:
+    """Whether classifier-free guidance acts in a step in which the teacher guides."""
+    settings, steps = synthesis.settings, len(synthesis.table)
+    return any(settings.guided(i, steps) and settings.classifier_free(i, steps) for i in range(steps))
+
+
 def network_calls(synthesis: Synthesis, parts: int = 1) -> Mapping[str, Call]:
-    """Those that the synthesis makes.
+    """Those that the synthesis makes, the largest where steps differ.
 
     parts: how many calls a group's gradient takes; with several, the call is the mean one of a group in two parts, the
         pass that takes the group's statistics included.
     """
     prior, settings, guidance, device = synthesis.prior, synthesis.settings, synthesis.guidance, synthesis.device
-    copies = copies_of(synthesis)
+    copies, guided = copies_of(synthesis), guided_with_cfg(synthesis)
     words, first = prior.encode_prompts([synthesis.negative_prompt]), synthesis.table.row(0)
     factor = prior.vae_scale_factor
     image = 3, factor * synthesis.latent_size[0], factor * synthesis.latent_size[1]
@@ -56,13 +62,15 @@ def network_calls(synthesis: Synthesis, parts: int = 1) -> Mapping[str, Call]:
     def decode(rows: int) -> object:
         return prior.decode(points(rows))
 
-    def gradient(rows: int, guidance: Guidance, shape: tuple[int, ...] = latent, through_unet: bool = False) -> object:
+    def gradient(
+        rows: int, guidance: Guidance, shape: tuple[int, ...] = latent, through_unet: bool = False, cfg: bool = False
+    ) -> object:
         images = rows if parts == 1 else 2 * rows
         labels = torch.zeros(images, dtype=torch.int64, device=device)
         to_latent = None
         if through_unet:
             denoise = Denoiser(prior, context(images), context(1), settings.cfg, rows)
-            to_latent = clean_estimate(denoise, first, points(1, ())[0], copies == 2)
+            to_latent = clean_estimate(denoise, first, points(1, ())[0], cfg)
         if parts > 1:
             return guidance.gradient(points(images, shape), labels, rows, to_latent)
         way = partial(to_latent, rows=torch.arange(images, device=device)) if to_latent else identity
@@ -71,9 +79,10 @@ def network_calls(synthesis: Synthesis, parts: int = 1) -> Mapping[str, Call]:
     found: dict[str, Call] = {"unet": unet, "decode": decode}
     if guidance is None:
         return found
-    found["gradient"] = partial(gradient, guidance=guidance, through_unet=settings.gradient == "unet")
+    found["gradient"] = partial(gradient, guidance=guidance, through_unet=settings.gradient == "unet", cfg=guided)
     if settings.refine_steps:
         found["pixel_gradient"] = partial(gradient, guidance=guidance.on_pixels(), shape=image)
     if settings.noise_edit_steps:  # on the latent path the UNet is called without a gradient, which takes no more
-        found["noise_edit"] = partial(gradient, guidance=guidance.statistics_alone(), through_unet=True)
+        initial = settings.classifier_free(0, len(synthesis.table))
+        found["noise_edit"] = partial(gradient, guidance=guidance.statistics_alone(), through_unet=True, cfg=initial)
     return found

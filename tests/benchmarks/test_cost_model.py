@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import cost_model
-from benchmarks.cost_model import CASES, markdown, shares
+from benchmarks.cost_model import CASES, markdown, shares, updated
 from dfkd.cli.generate import run
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse, plain
@@ -68,6 +68,14 @@ def test_a_share_is_of_the_whole_group():
     }
     found = shares(row, {"flops": 16e9, "bytes_per_second": 1.0})
     assert found == {"unet": {"flop": 10**9, "bytes": 5, "milliseconds": 250.0, "of_matmul": 0.25}}
+
+
+def test_some_cases_are_recorded_into_those_that_stay():
+    record = {"machine": {"device": "a"}, "cases": {"demo": 1, "demo-unet": 2}, "stable_diffusion": [3]}
+    result = {"machine": {"device": "a"}, "cases": {"demo-unet": 4}}
+    assert updated(record, result) == {**record, "cases": {"demo": 1, "demo-unet": 4}}
+    with pytest.raises(SystemExit, match="a is on record, and this is b: record all cases"):
+        updated(record, {"machine": {"device": "b"}, "cases": {}})
 
 
 def test_an_unknown_case_is_refused(monkeypatch, capsys):

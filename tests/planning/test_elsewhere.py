@@ -64,6 +64,23 @@ def test_the_work_of_a_group_is_that_of_its_calls(planned):
     assert found["decode"].bytes == work(calls["decode"], 8).bytes
 
 
+@pytest.mark.parametrize("cfg_to, rows", [(0.5, 1), (1.0, 2)])
+def test_a_gradient_through_the_unet_has_the_rows_of_the_steps_that_are_guided(planned, cfg_to, rows):
+    """The last two of four steps are; classifier-free guidance acts in the first two, or in all."""
+    options, own = planned(8, "--gradient", "unet", "--cfg-to", cfg_to)
+    prior, guidance = own.prior, own.guidance
+    latent = work_of_group(own, make_plan(options, own, {}))["gradient"].flop
+    words = prior.encode_prompts([""]).expand(8 * rows, -1, -1)
+
+    def through(images: int) -> torch.Tensor:
+        leaf = torch.zeros(images * rows, 4, 8, 8, requires_grad=True)
+        found = prior.denoise(leaf, torch.tensor(1.0), words)
+        return torch.autograd.grad(found.sum(), leaf)[0]
+
+    alone = work(lambda images: guidance.gradient(torch.zeros(images, 4, 8, 8), torch.zeros(images).long(), images), 8)
+    assert latent == pytest.approx(2 * (alone.flop + work(through, 8).flop), rel=0.01)
+
+
 def test_a_group_in_parts_has_the_work_of_both_passes(planned):
     """Statistics first, gradients then: a decoding and a teacher more, and nothing else."""
     (options, own), (in_parts, _) = planned(32), planned(32, "--micro-batch", 16)
