@@ -155,9 +155,11 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 4.2 s, 3 min 20 s, 2 h 5 min."""
+    """Such as 4.2 s, 3 min 20 s, 2 h 5 min, 12 d 3 h."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, left = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
     return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
