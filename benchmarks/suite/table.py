@@ -35,7 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
     for r in result["rows"]:
         cells = [r["group"], r["name"], in_words(r["milliseconds"]), _ratio(r), _rate(r)]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Ratio: times as fast as the group's baseline in the same rounds. {_under(result)}: `make bench`."]
+    command = "make bench" if result["suite"] == "full" else "make bench ARGS=--quick"
+    lines += ["", f"Ratio: times as fast as the group's baseline in the same rounds. {_under(result)}: `{command}`."]
     if result["skipped"]:
         lines += ["", "Not measured:", ""]
         for why, of in groupby(sorted(result["skipped"], key=lambda s: s["why"]), lambda s: s["why"]):
