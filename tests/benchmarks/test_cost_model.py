@@ -37,14 +37,14 @@ def test_the_command_is_rehearsed(monkeypatch, tmp_path, capsys):
         assert row["work"].keys() <= row["timings"].keys() and row["work"]["unet"]["flop"] > 0
     assert result["cases"]["demo"]["work"] != result["cases"]["reduced-sd-late"]["work"]
     modes = {row["mode"]: row for row in result["stable_diffusion"]}
-    assert modes["published"]["flop_per_image"] >= modes["latent"]["flop_per_image"] > modes["late"]["flop_per_image"]
-    assert "here_seconds" in modes["latent"] and "here_seconds" not in modes["unet"]
+    assert modes["published"]["flop_per_image"] > 2 * modes["late"]["flop_per_image"]
+    assert "here_seconds" in modes["late"] and "here_seconds" not in modes["published"]
     for row in modes.values():
         one, eight = row["gpus"].values()
         assert one["floor_seconds"] == pytest.approx(8 * eight["floor_seconds"], rel=0.01)
         assert one["floor_seconds"] < one["seconds"][0] < one["seconds"][1]
     text = markdown(result)
-    assert text.count("| demo | ") == 5 and "| latent | " in text  # one of the run, four networks
+    assert text.count("| demo | ") == 5 and "| late | " in text  # one of the run, four networks
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,6 +4,7 @@ import copy
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -56,6 +57,11 @@ def suite(tmp_path, monkeypatch):
         ran.append(call())
         return spent[0] - before
 
+    for name in (
+        "PYTEST_XDIST_WORKER",
+        "PYTEST_XDIST_WORKER_COUNT",
+    ):  # this process may be one of several; that one not
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(flops, "SPENT", spent, raising=False)
     monkeypatch.setattr(flops, "timed", timed)
     monkeypatch.setattr(Pairing.__init__, "__defaults__", (0.0,))  # no pauses
@@ -281,7 +287,8 @@ def test_launches_run_and_triton_says_what_it_needs(tmp_path, row) -> None:
 
 
 def test_make_bench_is_the_suite_alone() -> None:
-    listed = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "ARGS")}
+    listed = subprocess.run(["make", "-n", "bench"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert listed.stdout.splitlines()[-1].endswith("-m pytest benchmarks/suite --benchmark-only ")
     assert "guidance_paths" not in listed.stdout
     own = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]

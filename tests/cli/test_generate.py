@@ -30,8 +30,8 @@ def test_what_it_writes(call, tmp_path, capfd):
     ]
     assert lines[3].startswith("plan: groups of 4 images; weights and a group's images take ")
     table = [line.split() for line in lines[4:]]
-    assert [row[0] for row in table] == ["network", "unet", "decode", "gradient"]
-    assert all(row[1:3] == ["4", "1"] and row[5] == "group" for row in table[1:])
+    assert [row[0] for row in table] == ["network", "unet", "decode", "gradient", "write"]
+    assert all(row[1:3] == ["4", "1"] and row[5] == "group" for row in table[1:-1])
     assert last.startswith("predicted: ") and " for 10 images, " in last and last.count("\n") == 0
     assert result["rows"] == {"unet": 4, "decode": 4, "gradient": 4}
     assert result["plan"]["groups"] == 3 and result["plan"]["predicted_seconds"] > 0

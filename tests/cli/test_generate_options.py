@@ -55,7 +55,7 @@ SAME = {"batch": 2, "micro_batch": 3, "device": "auto", "shard_size": 4, "format
 SAME["kernels"] = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 ELSEWHERE = {  # test_generate.py and below
     *("out", "count", "image_format", "teacher", "classes", "student_checkpoint"),
-    *("backend", "engines", "attention", "plan_only", "quantise"),
+    *("backend", "engines", "attention", "plan_only", "plan_for", "quantise"),
 }
 
 
