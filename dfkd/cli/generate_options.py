@@ -154,6 +154,8 @@ class GenerateOptions:
             devices_of(self.plan_for)
             if not self.plan_only:
                 raise ValueError("--plan-for acts only with --plan-only: nothing is run on a GPU that is not here")
+            if self.quantise != "none":
+                raise ValueError("--plan-for counts the networks in --dtype: leave --quantise out")
         if self.noise_edit_steps and not self.guides:
             raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0 and a loss of weight above 0")
         if self.refine_steps and self.guidance_step > 0 and not self.guides:

@@ -236,7 +236,11 @@ def test_a_plan_for_gpus_that_are_not_here(call, engines, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "more, message",
-    [(("--plan-for", "H100"), "only with --plan-only"), (("--plan-only", "--plan-for", "H10"), "is none of H200")],
+    [
+        (("--plan-for", "H100"), "only with --plan-only"),
+        (("--plan-only", "--plan-for", "H10"), "is none of H200"),
+        (("--plan-only", "--plan-for", "H100", "--quantise", "int8"), "leave --quantise out"),
+    ],
 )
 def test_a_plan_for_nothing_is_refused(call, tmp_path, capsys, more, message):
     assert call("--out", tmp_path / "out", *more) == 2
