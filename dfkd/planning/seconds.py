@@ -1,8 +1,8 @@
 """How long a synthesis will take: seconds of every network call, times how many there are.
 
 Calls on an engine take what was measured when it was built; others are tried: on a GPU with the rows of the plan,
-which fewer would not fill, on a CPU with as many as a number of FLOP allows. Beside the calls the encoding of the images
-counts, and nothing else.
+which fewer would not fill, on a CPU with as many as a number of FLOP allows. Beside the calls the encoding of the
+images counts, and nothing else.
 """
 
 import time
