@@ -23,7 +23,7 @@ help: ## list the targets
 
 demo: $(SETUP) ## teacher, synthesis, student and report on two CPU cores, in minutes (runs/demo)
 	@$(PY) -m benchmarks.quality demo --seeds 1 --baselines prior_data,unguided --out runs/demo \
-	  --distill "$$($(PY) -c 'from dfkd.loader import dali; print("--loader dali" * dali.installed())')"
+	  --distill "$$($(PY) -c 'from dfkd.data.loader import dali; print("--loader dali" * dali.installed())')"
 
 # One torch thread a worker: two that share cores wait for one another.
 test: $(SETUP) ## run the tests (ARGS="-k shards" for some)

@@ -24,7 +24,7 @@ from benchmarks.flops import in_turns
 from benchmarks.kernel_resources import markdown as table
 from benchmarks.machine import describe, name_of
 from dfkd.files import replace_text
-from dfkd.planning.data_sheets import SHEETS
+from dfkd.synthesis.planning.data_sheets import SHEETS
 
 RESULTS = Path(__file__).parent / "results"
 COPY_BYTES = 2**30  # far more than a cache holds

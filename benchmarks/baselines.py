@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.prior_world import CLASS_NAMES, SIZE, prior_images
-from dfkd.shards import Record, ShardFolder, read_folder
+from dfkd.data.shards import Record, ShardFolder, read_folder
 from dfkd.synthesis.statistics import averaged, bn_loss, tapped
 from dfkd.teachers.classifier import Classifier
 

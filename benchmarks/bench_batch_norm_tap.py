@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bandwidth import Launch, floor, integers, parser, report
-from kernels.batch_norm_tap import batch_norm_tap
+from dfkd_kernels.batch_norm_tap import batch_norm_tap
 
 EPS = 1e-5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

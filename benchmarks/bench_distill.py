@@ -39,11 +39,11 @@ from benchmarks.machine import describe, name_of
 from benchmarks.quality import DATA, call
 from dfkd import teachers
 from dfkd.device import resolve_device
-from dfkd.distillation.checks import AMP_DTYPES, check_computation
-from dfkd.distillation.settings import DistillSettings
-from dfkd.distillation.state import State
-from dfkd.distillation.step import Step
-from dfkd.distillation.world import World
+from dfkd.training.checks import AMP_DTYPES, check_computation
+from dfkd.training.settings import DistillSettings
+from dfkd.training.state import State
+from dfkd.training.step import Step
+from dfkd.training.world import World
 from dfkd.errors import UsageError
 from dfkd.files import replace_text
 from dfkd.kernel_choice import choose_kernels

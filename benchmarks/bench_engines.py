@@ -32,15 +32,15 @@ from dfkd.choices import DTYPES
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
 from dfkd.cli.prepare import TORCH_DTYPES
-from dfkd.engines.functions import NETWORKS, Sources, function, samples
-from dfkd.engines.sources import load_sources
+from dfkd.compiled.functions import NETWORKS, Sources, function, samples
+from dfkd.compiled.sources import load_sources
 from dfkd.errors import UsageError
 from dfkd.files import replace_text
 from dfkd.presets import PRESETS
-from engine.attention import set_attention
-from engine.backends import BACKENDS
-from engine.errors import EngineError
-from engine.parity import measure
+from dfkd_engine.attention import set_attention
+from dfkd_engine.backends import BACKENDS
+from dfkd_engine.errors import EngineError
+from dfkd_engine.parity import measure
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0

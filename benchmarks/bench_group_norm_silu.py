@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bandwidth import Launch, floor, integers, parser, report
-from kernels.group_norm_silu import group_norm_silu
-from kernels.group_norm_tiles import tiling
+from dfkd_kernels.group_norm_silu import group_norm_silu
+from dfkd_kernels.group_norm_tiles import tiling
 
 GROUPS = 32
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.bandwidth import Launch, floor, integers, parser, report
-from kernels.guided_step import GUIDED_STEPS, GuidedStep
-from kernels.rows import NetworkInput
+from dfkd_kernels.guided_step import GUIDED_STEPS, GuidedStep
+from dfkd_kernels.rows import NetworkInput
 
 SHAPE = (4, 64, 64)
 LATENT, NETWORK = 4, 2  # bytes a value

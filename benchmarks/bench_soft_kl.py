@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.bandwidth import Launch, floor, integers, parser, report
-from dfkd.distillation.losses import distillation_loss
-from kernels.soft_kl import _operator, soft_kl_ref
+from dfkd.training.losses import distillation_loss
+from dfkd_kernels.soft_kl import _operator, soft_kl_ref
 
 TEMPERATURE, CE_WEIGHT = 4.0, 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -35,12 +35,12 @@ from benchmarks.sd15_sampling import ROWS as SD15_ROWS
 from benchmarks.sd15_sampling import synthesis as sd15_synthesis
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.files import replace_text
-from dfkd.planning.data_sheets import SHEETS
-from dfkd.planning.elsewhere import predict_elsewhere
-from dfkd.planning.plan import make_plan
-from dfkd.planning.seconds import predict, total
-from dfkd.planning.words import duration
-from engine.store import EngineStore
+from dfkd.synthesis.planning.data_sheets import SHEETS
+from dfkd.synthesis.planning.elsewhere import predict_elsewhere
+from dfkd.synthesis.planning.plan import make_plan
+from dfkd.synthesis.planning.seconds import predict, total
+from dfkd.synthesis.planning.words import duration
+from dfkd_engine.store import EngineStore
 
 RESULTS = Path(__file__).parent / "results"
 MANY = 50_000

@@ -19,7 +19,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from engine.networks import Prior
+from dfkd_engine.networks import Prior
 
 MODES = ("max-autotune", "reduce-overhead", "default")  # of torch.compile; the first is the page's
 TUNED = {

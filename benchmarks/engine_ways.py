@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.flops import reason
-from dfkd.engines.functions import Function, Sources, function, samples
-from engine.architecture import architecture
-from engine.backends import BACKENDS, get
-from engine.backends.inductor import jit
-from engine.compiled import Engine
-from engine.graph import Graph, trace
-from engine.spec import EngineSpec, pairs
+from dfkd.compiled.functions import Function, Sources, function, samples
+from dfkd_engine.architecture import architecture
+from dfkd_engine.backends import BACKENDS, get
+from dfkd_engine.backends.inductor import jit
+from dfkd_engine.compiled import Engine
+from dfkd_engine.graph import Graph, trace
+from dfkd_engine.spec import EngineSpec, pairs
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -46,7 +46,7 @@ class Way:
 
 
 def make_ways(names: tuple[str, ...], network: str, sources: Sources, planned: int, folder: Path) -> Iterator[Way]:
-    """The ways `names` of WAYS for one of dfkd.engines.functions.NETWORKS, one after another.
+    """The ways `names` of WAYS for one of dfkd.compiled.functions.NETWORKS, one after another.
 
     planned: the largest batch, which compilers plan for; any from 2 to it can be run. folder: for what they write.
     """

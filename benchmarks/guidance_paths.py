@@ -38,7 +38,7 @@ from dfkd.presets import PRESETS
 from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.sampler import INITIAL_NOISE, Denoiser, clean_estimate
-from kernels.philox import philox_normal
+from dfkd_kernels.philox import philox_normal
 
 RESULTS = Path(__file__).parent / "results"
 ROWS: dict[str, dict[str, Any]] = {

@@ -36,7 +36,7 @@ class Case:
 
 
 def philox_cases() -> list[Case]:
-    from kernels import philox
+    from dfkd_kernels import philox
 
     words = {"k0": "u32", "k1": "u32", "stream_id": "u32"}
     fixed = {"KIND": 2, "BLOCK": philox.BLOCK}
@@ -46,7 +46,7 @@ def philox_cases() -> list[Case]:
 
 def guided_cases() -> list[Case]:
     """Both memory formats, in each the plainest launch and the one with every term."""
-    from kernels import guided_clean, guided_push, guided_update
+    from dfkd_kernels import guided_clean, guided_push, guided_update
 
     found = []
     size = {"micro": "i32", "n": "i32", "pixels": "i32"}
@@ -94,7 +94,7 @@ def soft_kl_cases() -> list[Case]:
 
     21840 is a wide row that has some.
     """
-    from kernels import soft_kl
+    from dfkd_kernels import soft_kl
 
     found = []
     for classes, dtype, labels in (
@@ -120,8 +120,8 @@ def group_norm_cases() -> list[Case]:
     """Feature maps of Stable Diffusion's VAE (512 channels at 64x64 to 128 at 512x512) and UNet, in 32 groups."""
     import torch
 
-    from kernels import group_norm_backward, group_norm_forward
-    from kernels.group_norm_tiles import Cut
+    from dfkd_kernels import group_norm_backward, group_norm_forward
+    from dfkd_kernels.group_norm_tiles import Cut
 
     found = []
     for channels, side, dtype, nhwc, silu in (
@@ -142,7 +142,7 @@ def group_norm_cases() -> list[Case]:
         for kernel, own in launches:
             every = {**maps, **sums, **fixed, **own}
             arguments = {name: every[name] for name in kernel.arg_names}
-            way = kernel.__module__.removeprefix("kernels.group_norm_") + kernel.__name__
+            way = kernel.__module__.removeprefix("dfkd_kernels.group_norm_") + kernel.__name__
             name = f"group_norm {way} {channels}x{side}x{side} {dtype} {'channels_last' if nhwc else 'contiguous'}"
             found.append(Case(name, kernel, arguments, own["num_warps"]))
     return found
@@ -153,7 +153,7 @@ def batch_norm_tap_cases() -> list[Case]:
 
     Maps of 7x7 have no alignment in the order of channels.
     """
-    from kernels import batch_norm_launches as taps
+    from dfkd_kernels import batch_norm_launches as taps
 
     found = []
     layer = dict.fromkeys(("mean_ptr", "variance_ptr", "weight_ptr", "bias_ptr"), "*fp32")

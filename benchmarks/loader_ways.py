@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dfkd.errors import UsageError
-from dfkd.loader import Form, LoaderChoice, Order, dali, open_source, steps
-from dfkd.shards import ShardPool, open_folder
+from dfkd.data.loader import Form, LoaderChoice, Order, dali, open_source, steps
+from dfkd.data.shards import ShardPool, open_folder
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

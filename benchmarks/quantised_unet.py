@@ -38,18 +38,18 @@ from dfkd.choices import QUANTISE_NAMES
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
 from dfkd.cli.prepare import prepare
-from dfkd.engines.choose import Choice, apply
-from dfkd.engines.digests import FileDigests
-from dfkd.engines.requests import DIGESTS, architecture_of, request
-from dfkd.engines.sources import sources_of
+from dfkd.compiled.choose import Choice, apply
+from dfkd.compiled.digests import FileDigests
+from dfkd.compiled.requests import DIGESTS, architecture_of, request
+from dfkd.compiled.sources import sources_of
 from dfkd.files import replace_text
 from dfkd.presets import PRESETS
 from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.sampler import INITIAL_NOISE, Denoiser
 from dfkd.synthesis.schedule import Step
-from engine.store import EngineStore
-from kernels.philox import philox_normal
+from dfkd_engine.store import EngineStore
+from dfkd_kernels.philox import philox_normal
 
 RESULTS = Path(__file__).parent / "results"
 BACKEND = "onnxruntime"

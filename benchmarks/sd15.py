@@ -16,12 +16,12 @@ from transformers import ResNetConfig
 
 from dfkd.choices import NORMALISATIONS
 from dfkd.cli.prepare import FP16_LOSS_SCALE, on_device
-from dfkd.engines.functions import Sources
+from dfkd.compiled.functions import Sources
 from dfkd.synthesis.guidance import LossWeights
 from dfkd.teachers.adapters import build
 from dfkd.teachers.classifier import Classifier
-from engine.attention import set_attention
-from engine.networks import Prior
+from dfkd_engine.attention import set_attention
+from dfkd_engine.networks import Prior
 
 UNET: dict[str, Any] = {  # unet/config.json
     "act_fn": "silu",

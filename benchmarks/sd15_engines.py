@@ -27,11 +27,11 @@ import torch
 
 from benchmarks.machine import describe
 from dfkd.files import replace_text
-from engine.backends.tensorrt import TENSORRT_RTX
-from engine.errors import EngineError
-from engine.graph import Graph
-from engine.spec import EngineSpec, pairs
-from engine.targets import family
+from dfkd_engine.backends.tensorrt import TENSORRT_RTX
+from dfkd_engine.errors import EngineError
+from dfkd_engine.graph import Graph
+from dfkd_engine.spec import EngineSpec, pairs
+from dfkd_engine.targets import family
 
 RESULT = Path(__file__).parent / "results" / "sd15-engines-cpu.json"
 NETWORKS = ("unet", "gradient", "decode", "decode_vjp")
@@ -44,9 +44,9 @@ Stage = Iterator[dict[str, Any]]
 def export(network: str, size: int, folder: Path, thin: bool) -> Stage:
     """Yields what tracing and exporting cost; leaves MODEL in the folder."""
     from benchmarks.sd15 import make_sources
-    from dfkd.engines.functions import function
-    from engine.export import to_onnx
-    from engine.graph import trace
+    from dfkd.compiled.functions import function
+    from dfkd_engine.export import to_onnx
+    from dfkd_engine.graph import trace
 
     seconds, sources = timed(lambda: make_sources(size, thin))
     yield {"networks_seconds": seconds}

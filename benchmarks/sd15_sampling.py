@@ -39,14 +39,14 @@ from benchmarks.flops import counted, in_turns, peak, reason
 from benchmarks.machine import describe, name_of
 from dfkd.choices import KERNEL_NAMES
 from dfkd.cli.prepare import TORCH_DTYPES
-from dfkd.engines.functions import Sources
+from dfkd.compiled.functions import Sources
 from dfkd.files import replace_text
 from dfkd.kernel_choice import choose_kernels
 from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.sampler import INITIAL_NOISE, SamplerSettings
 from dfkd.synthesis.schedule import build_table
-from kernels.philox import philox_normal
+from dfkd_kernels.philox import philox_normal
 
 RESULTS = Path(__file__).parent / "results"
 SCHEDULER = {  # scheduler/scheduler_config.json

@@ -40,7 +40,7 @@ from benchmarks.waterfall_rows import ALGORITHM, FIXED, Technique, Way, override
 from benchmarks.waterfall_table import markdown, plot, products
 from dfkd.cli.generate import quieten_libraries
 from dfkd.files import replace_file, replace_text
-from dfkd.shards import open_folder
+from dfkd.data.shards import open_folder
 from dfkd.synthesis.run import Synthesis
 
 RESULTS = Path(__file__).parent / "results"

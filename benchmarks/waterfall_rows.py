@@ -13,16 +13,16 @@ from benchmarks.published_loop import PublishedLoop
 from dfkd.cli.generate import build_command
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.prepare import prepare
-from dfkd.engines.choose import apply, choose, in_words
-from dfkd.engines.requests import gradient_rows, rows_per_call
-from dfkd.engines.sources import sources_of
+from dfkd.compiled.choose import apply, choose, in_words
+from dfkd.compiled.requests import gradient_rows, rows_per_call
+from dfkd.compiled.sources import sources_of
 from dfkd.kernel_choice import choose_kernels
-from dfkd.shards import Record, ShardFolder
+from dfkd.data.shards import Record, ShardFolder
 from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.run import Rows, Synthesis, synthesise
 from dfkd.synthesis.sampler import INITIAL_NOISE
-from engine.store import EngineStore
-from kernels.philox import philox_normal
+from dfkd_engine.store import EngineStore
+from dfkd_kernels.philox import philox_normal
 
 START, FIXED, ALGORITHM = "start", "fixed", "algorithm"
 

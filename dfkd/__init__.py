@@ -3,21 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import kernels
-
 if TYPE_CHECKING:
     from dfkd.teachers.classifier import Classifier
 
 __all__ = ["__version__", "load_student"]
 
 __version__ = "0.1.0"
-
-# kernels refuses a foreign package of its name by itself, but not where that one comes first on the path.
-if getattr(kernels, "__project__", None) != "dfkd":
-    raise ImportError(
-        f"'kernels' is imported from {kernels.__file__}, which is not dfkd's: Hugging Face has a package of that name. "
-        "Run: pip uninstall kernels, then reinstall dfkd."
-    )
 
 
 def load_student(path: str | Path) -> "Classifier":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dfkd.errors import UsageError
-from engine.files import PARTIAL, locked, remove_partials, replace_file, replace_text, sha256
+from dfkd_engine.files import PARTIAL, locked, remove_partials, replace_file, replace_text, sha256
 
 __all__ = [
     "PARTIAL",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import dfkd
 from dfkd.errors import UsageError
 from dfkd.teachers.classifier import Classifier
-from engine.backends.packages import missing
-from engine.export import quiet
+from dfkd_engine.backends.packages import missing
+from dfkd_engine.export import quiet
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 DTYPES = {"float32": torch.float32, "uint8": torch.uint8}

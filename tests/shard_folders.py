@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dfkd.shards import Record, ShardFolder
+from dfkd.data.shards import Record, ShardFolder
 
 CLASS_NAMES = ("zero", "one", "two")
 SETTINGS = {"seed": 7, "sampler": {"name": "ddim", "steps": 20}}

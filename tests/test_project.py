@@ -72,7 +72,7 @@ def test_every_command_has_help_and_refuses_what_it_does_not_know(
 
 
 def test_versions_agree() -> None:
-    import kernels
+    import dfkd_kernels
 
     assert dfkd.__version__ == kernels.__version__
 

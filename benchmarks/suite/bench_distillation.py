@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.bench_distill import Pair, defaults, made, ways
 from benchmarks.suite.case import Absent, Group, Place, Work
-from engine.backends import get
+from dfkd_engine.backends import get
 
 SLOW_TO_MAKE = ("compile", "all")  # the quick suite leaves them out: compilers take a quarter of a minute each
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.engine_ways import WAYS, make_ways
 from benchmarks.suite import demo
 from benchmarks.suite.case import Absent, Group, Place, Work
-from dfkd.engines.functions import samples
+from dfkd.compiled.functions import samples
 
 NETWORKS = ("unet", "decode", "gradient", "pixel_gradient")
 EAGER = ("eager", "channels_last")

@@ -15,12 +15,12 @@ from torch import Tensor
 from benchmarks import bench_batch_norm_tap, bench_group_norm_silu, bench_guided_step, bench_soft_kl
 from benchmarks.suite import plain
 from benchmarks.suite.case import Absent, Group, Place, Work
-from dfkd.distillation.losses import distillation_loss
-from engine.backends import get
-from kernels.batch_norm_tap import batch_norm_tap, batch_norm_tap_ref
-from kernels.group_norm_silu import group_norm_silu_ref
-from kernels.guided_step import GUIDED_STEPS, GuidedStep
-from kernels.philox import philox_normal
+from dfkd.training.losses import distillation_loss
+from dfkd_engine.backends import get
+from dfkd_kernels.batch_norm_tap import batch_norm_tap, batch_norm_tap_ref
+from dfkd_kernels.group_norm_silu import group_norm_silu_ref
+from dfkd_kernels.guided_step import GUIDED_STEPS, GuidedStep
+from dfkd_kernels.philox import philox_normal
 
 BASELINE, COMPILE = "plain PyTorch", "torch.compile"
 MAP = (64, 32)  # channels, height and width of the feature maps of the two norms

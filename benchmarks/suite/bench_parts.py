@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.suite import plain
 from benchmarks.suite.case import Group, Place, Work
-from dfkd.loader import KINDS, draw
-from dfkd.loader.views import apply
-from dfkd.shards import Record, ShardFolder, read_folder
+from dfkd.data.loader import KINDS, draw
+from dfkd.data.loader.views import apply
+from dfkd.data.shards import Record, ShardFolder, read_folder
 from dfkd.synthesis import cutmix
 
 IMAGES, SIZE = 256, 32

@@ -18,7 +18,7 @@ from benchmarks.suite.case import Group, Place, Work
 from dfkd.kernel_choice import choose_kernels
 from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.sampler import sample_group
-from engine.networks import Prior
+from dfkd_engine.networks import Prior
 
 LATE = 6  # of the preset's 8 steps, counted from 0
 

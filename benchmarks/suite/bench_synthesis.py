@@ -21,9 +21,9 @@ from benchmarks.suite.case import Absent, Group, Place, Work
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
 from dfkd.kernel_choice import choose_kernels
 from dfkd.presets import PRESETS
-from dfkd.shards import ShardFolder
+from dfkd.data.shards import ShardFolder
 from dfkd.synthesis.run import Rows, Synthesis, synthesise
-from engine.backends import get
+from dfkd_engine.backends import get
 
 UNGUIDED: dict[str, Any] = {"guidance_step": 0, "cfg_to": 1}  # diffusers has no interval of guidance
 

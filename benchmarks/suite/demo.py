@@ -14,8 +14,8 @@ from benchmarks.guidance_paths import options_of
 from benchmarks.suite.case import Place
 from dfkd import teachers
 from dfkd.cli.prepare import prepare
-from dfkd.engines.functions import Sources
-from dfkd.engines.sources import sources_of
+from dfkd.compiled.functions import Sources
+from dfkd.compiled.sources import sources_of
 from dfkd.presets import PRESETS
 from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.schedule import StepTable

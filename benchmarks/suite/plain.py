@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.loader_ways import viewed
-from kernels.guided_step import GuidedStep
-from kernels.rows import NetworkInput
+from dfkd_kernels.guided_step import GuidedStep
+from dfkd_kernels.rows import NetworkInput
 
 
 def combined(model: Tensor, row: Tensor) -> Tensor:

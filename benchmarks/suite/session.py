@@ -18,7 +18,7 @@ from benchmarks.machine import describe
 from benchmarks.suite.case import Absent, Case, Group, Place, Work
 from benchmarks.suite.pairing import Pairing, repeats, spread
 from dfkd.errors import UsageError
-from engine.errors import EngineError
+from dfkd_engine.errors import EngineError
 
 NOT_HERE = (Absent, ImportError, UsageError, EngineError)
 WARM_UP = 1  # rounds that are not counted

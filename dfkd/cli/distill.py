@@ -14,19 +14,19 @@ from dfkd.choices import NORMALISATIONS
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
 from dfkd.cli.teacher import load_teacher
-from dfkd.distillation.checks import check_computation
-from dfkd.distillation.held_out import confusion_matrix, logits_of
-from dfkd.distillation.identity import identity
-from dfkd.distillation.settings import DistillSettings
-from dfkd.distillation.students import DistillResult
-from dfkd.distillation.train import distill
-from dfkd.distillation.world import World, join
+from dfkd.training.checks import check_computation
+from dfkd.training.held_out import confusion_matrix, logits_of
+from dfkd.training.identity import identity
+from dfkd.training.settings import DistillSettings
+from dfkd.training.students import DistillResult
+from dfkd.training.train import distill
+from dfkd.training.world import World, join
 from dfkd.errors import UsageError
 from dfkd.files import make_writable
 from dfkd.kernel_choice import choose_kernels
-from dfkd.resume import RESULT, read_checkpoint, read_result, write_result
-from dfkd.shards import open_folder
-from dfkd.shards.damage import in_words
+from dfkd.training.resume import RESULT, read_checkpoint, read_result, write_result
+from dfkd.data.shards import open_folder
+from dfkd.data.shards.damage import in_words
 from dfkd.teachers.classifier import Classifier
 
 COMMAND = "dfkd-distill"

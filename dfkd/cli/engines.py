@@ -9,14 +9,14 @@ from typing import Any
 
 from dfkd.choices import STORED_BACKENDS
 from dfkd.cli.options import command, option
-from dfkd.engines.digests import FileDigests
-from dfkd.engines.requests import DIGESTS, Request, architecture_of, request, takes
-from dfkd.engines.sets import EngineSet, narrowed, read_set, set_of
-from dfkd.engines.text import causes, size, table
-from engine.backends.packages import versions
-from engine.storage.manifest import Manifest
-from engine.store import EngineStore
-from engine.targets import family, targets_of
+from dfkd.compiled.digests import FileDigests
+from dfkd.compiled.requests import DIGESTS, Request, architecture_of, request, takes
+from dfkd.compiled.sets import EngineSet, narrowed, read_set, set_of
+from dfkd.compiled.text import causes, size, table
+from dfkd_engine.backends.packages import versions
+from dfkd_engine.storage.manifest import Manifest
+from dfkd_engine.store import EngineStore
+from dfkd_engine.targets import family, targets_of
 
 COMMAND = "dfkd-engines"
 SETS = Path("build/engines.toml")
@@ -99,9 +99,9 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
         # Only now: these load torch and the networks, and seconds pass.
         from dfkd.cli.generate import quieten_libraries
         from dfkd.device import resolve_device
-        from dfkd.engines.build import Workshop
-        from dfkd.engines.calibration import calibrate
-        from dfkd.engines.sources import load_sources
+        from dfkd.compiled.build import Workshop
+        from dfkd.compiled.calibration import calibrate
+        from dfkd.compiled.sources import load_sources
         from dfkd.kernel_choice import choose_kernels
 
         quieten_libraries()

@@ -18,7 +18,7 @@ from dfkd.choices import (
     STORED_BACKENDS,
 )
 from dfkd.cli.options import option
-from dfkd.planning.data_sheets import devices_of
+from dfkd.synthesis.planning.data_sheets import devices_of
 
 EMBEDDED_PRIOR = Path(__file__).parents[1] / "priors" / "demo"
 SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise

@@ -27,7 +27,7 @@ import dfkd
 from dfkd.cli.values import check, convert, split_optional
 from dfkd.errors import Stopped, UsageError
 from dfkd.presets import PRESETS, Preset
-from engine.errors import EngineError
+from dfkd_engine.errors import EngineError
 
 T = TypeVar("T")
 

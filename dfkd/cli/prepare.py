@@ -13,11 +13,11 @@ from dfkd.synthesis.sampler import SamplerSettings
 from dfkd.synthesis.schedule import build_table
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
-from engine.attention import choose_attention, set_attention
-from engine.errors import EngineError
-from engine.group_norms import set_group_norms
-from engine.networks import Prior, load_prior
-from engine.prior_folder import PriorError
+from dfkd_engine.attention import choose_attention, set_attention
+from dfkd_engine.errors import EngineError
+from dfkd_engine.group_norms import set_group_norms
+from dfkd_engine.networks import Prior, load_prior
+from dfkd_engine.prior_folder import PriorError
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_LOSS_SCALE = 2.0**10  # lifts gradients of 1e-7, common here, into float16's normal range

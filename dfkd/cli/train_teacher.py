@@ -15,13 +15,13 @@ from dfkd.cli.progress import progress
 from dfkd.device import resolve_device
 from dfkd.evaluation.real_data import open_images
 from dfkd.files import folder_lock, make_writable, remove_partials
-from dfkd.loader import KINDS, Images, Source, choose, open_source
-from dfkd.loader.settings import LoaderOptions
-from dfkd.log import Log
-from dfkd.resume import CHECKPOINT, RESULT, read_checkpoint, read_result, refuse_other, write_checkpoint, write_result
+from dfkd.data.loader import KINDS, Images, Source, choose, open_source
+from dfkd.data.loader.settings import LoaderOptions
+from dfkd.training.log import Log
+from dfkd.training.resume import CHECKPOINT, RESULT, read_checkpoint, read_result, refuse_other, write_checkpoint, write_result
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.train import AMP_DTYPES, SCHEDULES, Epoch, Recipe, State, accuracy, form_of, train
+from dfkd.training.teacher import AMP_DTYPES, SCHEDULES, Epoch, Recipe, State, accuracy, form_of, train
 
 COMMAND = "dfkd-train-teacher"
 LOG = "log.jsonl"

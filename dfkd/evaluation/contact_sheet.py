@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dfkd.shards import ShardPool
+from dfkd.data.shards import ShardPool
 
 SMALL = 64  # pixels: images up to here are shown enlarged by a whole factor, larger ones reduced to LARGE
 LARGE = 128

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 from dfkd.errors import UsageError
 from dfkd.evaluation.digits_on_photos import digits_on_photos
-from dfkd.evaluation.image_files import ImageFiles, Listing, decode, read_folder, read_list, read_parquet
+from dfkd.data.image_files import ImageFiles, Listing, decode, read_folder, read_list, read_parquet
 from dfkd.evaluation.split import SPLITS, stratified
-from dfkd.loader import Images
-from dfkd.shards import Pool
+from dfkd.data.loader import Images
+from dfkd.data.shards import Pool
 
 READERS: dict[str, Callable[[Path], Listing]] = {"imagefolder": read_folder, "list": read_list, "parquet": read_parquet}
 

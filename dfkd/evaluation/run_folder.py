@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dfkd.errors import UsageError
-from dfkd.shards import Record, ShardPool, open_folder, read_manifest
-from dfkd.shards.layout import MANIFEST
-from dfkd.shards.reader import scan
+from dfkd.data.shards import Record, ShardPool, open_folder, read_manifest
+from dfkd.data.shards.layout import MANIFEST
+from dfkd.data.shards.reader import scan
 
 RESULT, SETTINGS, LOG, SUMMARY = "result.json", "settings.json", "log.jsonl", "summary.json"
 

@@ -27,9 +27,9 @@ from dfkd.synthesis.microbatch import cuts
 from dfkd.synthesis.statistics import GroupLoss, Moments, bn_loss, joined, tapped
 from dfkd.synthesis.taps import Taps
 from dfkd.teachers.classifier import Classifier
-from engine.networks import Prior
-from kernels.rows import NetworkInput
-from kernels.soft_kl import soft_kl
+from dfkd_engine.networks import Prior
+from dfkd_kernels.rows import NetworkInput
+from dfkd_kernels.soft_kl import soft_kl
 
 Decode = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfkd.shards import Record, ShardFolder
+from dfkd.data.shards import Record, ShardFolder
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.memory import ShortMemory, calling, release
 from dfkd.synthesis.microbatch import in_microbatches
@@ -19,7 +19,7 @@ from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.sampler import SampledGroup, SamplerSettings, sample_group
 from dfkd.synthesis.schedule import StepTable
 from dfkd.teachers.classifier import Classifier
-from engine.networks import Prior
+from dfkd_engine.networks import Prior
 
 LOSS_DIGITS = 5  # digits of a recorded loss: the record is for reading, not for computing on
 

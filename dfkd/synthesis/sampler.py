@@ -24,11 +24,11 @@ from dfkd.synthesis.guidance import Guidance, ToLatent
 from dfkd.synthesis.memory import calling
 from dfkd.synthesis.microbatch import cuts, in_microbatches
 from dfkd.synthesis.schedule import Step, StepTable
-from engine.networks import Prior
-from kernels.guided_push import scaled
-from kernels.guided_step import GUIDED_STEPS
-from kernels.philox import philox_normal
-from kernels.rows import NetworkInput, network_rows
+from dfkd_engine.networks import Prior
+from dfkd_kernels.guided_push import scaled
+from dfkd_kernels.guided_step import GUIDED_STEPS
+from dfkd_kernels.philox import philox_normal
+from dfkd_kernels.rows import NetworkInput, network_rows
 
 INITIAL_NOISE = 0  # Philox stream of z_T; step i draws from stream 1 + i
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dfkd.choices import SAMPLERS
 from dfkd.errors import UsageError
-from kernels.guided_clean import COEFFICIENTS
+from dfkd_kernels.guided_clean import COEFFICIENTS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.synthesis.statistics import Moments, moments_of, once_each
 from dfkd.teachers.classifier import is_frozen
-from kernels.batch_norm_tap import batch_norm_tap
+from dfkd_kernels.batch_norm_tap import batch_norm_tap
 
 _RELUS = (F.relu, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")

@@ -80,8 +80,8 @@ def test_students_get_the_options_of_their_row(monkeypatch, tmp_path):
 
 
 def test_all_ways_of_a_gpu_are_options_that_fit_together():
-    from dfkd.distillation.cuda_graph import check_cuda_graph
-    from dfkd.distillation.settings import DistillSettings
+    from dfkd.training.cuda_graph import check_cuda_graph
+    from dfkd.training.settings import DistillSettings
 
     for way in ways(torch.device("cuda")).values():
         check_cuda_graph(DistillSettings(**{"augment": "none", **way.changes}), torch.device("cuda"), 1)

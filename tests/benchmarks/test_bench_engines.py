@@ -14,9 +14,9 @@ from benchmarks.bench_engines import arguments_parser, bench, markdown, row
 from benchmarks.machine import describe
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
-from dfkd.engines.sources import load_sources
+from dfkd.compiled.sources import load_sources
 from dfkd.presets import PRESETS
-from engine.backends import BACKENDS
+from dfkd_engine.backends import BACKENDS
 from tests.cli.small_generate import save_classifier
 from tests.synthesis.small_sd import make_small_sd
 

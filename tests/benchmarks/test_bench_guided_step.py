@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import bandwidth
 from benchmarks import bench_guided_step as bench
-from kernels.guided_step import GUIDED_STEPS
+from dfkd_kernels.guided_step import GUIDED_STEPS
 
 
 @pytest.fixture(autouse=True)

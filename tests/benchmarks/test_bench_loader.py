@@ -11,7 +11,7 @@ import torch
 from benchmarks import bench_loader as bench
 from benchmarks.loader_ways import OTHERS, OURS, epoch_of
 from dfkd.errors import UsageError
-from dfkd.loader import dali
+from dfkd.data.loader import dali
 
 CPU = torch.device("cpu")
 

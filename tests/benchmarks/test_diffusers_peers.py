@@ -11,8 +11,8 @@ from benchmarks.sd15_sampling import SCHEDULER
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
 from dfkd.synthesis.sampler import INITIAL_NOISE, SamplerSettings, sample_group
 from dfkd.synthesis.schedule import build_table
-from engine.networks import load_prior
-from kernels.philox import philox_normal
+from dfkd_engine.networks import load_prior
+from dfkd_kernels.philox import philox_normal
 
 CPU = torch.device("cpu")
 SEED, IMAGES, CFG = 5, 3, 2.0

@@ -9,7 +9,7 @@ from benchmarks.guidance_paths import ROWS, options_of
 from benchmarks.published_loop import PublishedLoop
 from dfkd.cli.prepare import prepare
 from dfkd.synthesis import sampler
-from kernels.philox import philox_normal
+from dfkd_kernels.philox import philox_normal
 from tests.cli.small_generate import save_classifier
 
 

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import fx
 
 from benchmarks import sd15, sd15_engines
-from engine.backends import get
-from engine.errors import EngineError
-from engine.targets import family
+from dfkd_engine.backends import get
+from dfkd_engine.errors import EngineError
+from dfkd_engine.targets import family
 from tests.engine import small_graphs
 
 

@@ -6,7 +6,7 @@ import torch
 from benchmarks import sd15, sd15_sampling
 from benchmarks.flops import counted
 from benchmarks.sd15_sampling import PEERS, ROWS, bench, flop_per_image, markdown
-from dfkd.engines.functions import function, samples
+from dfkd.compiled.functions import function, samples
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ from benchmarks.suite import bench_kernels, compare, conftest, plain, session
 from benchmarks.suite.case import Case, Group, Place, Work, cases
 from benchmarks.suite.pairing import Pairing, repeats
 from benchmarks.suite.table import markdown, terminal
-from dfkd.distillation.losses import distillation_loss
-from kernels.guided_step import GUIDED_STEPS
+from dfkd.training.losses import distillation_loss
+from dfkd_kernels.guided_step import GUIDED_STEPS
 
 CPU = torch.device("cpu")
 ROOT = conftest.SUITE.parents[1]

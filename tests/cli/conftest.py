@@ -6,7 +6,7 @@ import pytest
 
 from dfkd.cli import generate, prepare
 from tests.cli.small_generate import SMALL, save_classifier, status_of
-from tests.engines.small_engines import built, with_own_store
+from tests.compiled.small_engines import built, with_own_store
 from tests.synthesis.small_sd import make_small_sd
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dfkd.shards import Pool, read_folder
+from dfkd.data.shards import Pool, read_folder
 from dfkd.teachers import Classifier, build, checkpoint
 
 CLASS_NAMES = ("zero", "one", "two")

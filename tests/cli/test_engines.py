@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from dfkd.cli import engines
-from engine.spec import cpu_architecture
-from engine.store import EngineStore
+from dfkd_engine.spec import cpu_architecture
+from dfkd_engine.store import EngineStore
 from tests.cli.small_generate import last_line, status_of
-from tests.engines.small_engines import (
+from tests.compiled.small_engines import (
     BACKEND,
     NEEDS_IT,
     flip_a_byte,
@@ -147,8 +147,8 @@ def test_current_is_answered_in_a_new_process_without_torch(place):
 @NEEDS_IT
 def test_a_failed_build_ends_in_words_and_keeps_what_is_whole(own, tmp_path, monkeypatch, capsys):
     """The second of three fails: the first is kept, the command says why and ends with status 2."""
-    from dfkd.engines import build as workshop
-    from engine.parity import Tolerance
+    from dfkd.compiled import build as workshop
+    from dfkd_engine.parity import Tolerance
 
     empty = own._replace(store=tmp_path / "empty")
     monkeypatch.setitem(workshop.TOLERANCE, ("forward", "float32"), Tolerance(1e-12))
@@ -244,7 +244,7 @@ def test_a_folder_without_engines(tmp_path, capsys):
 
 @NEEDS_IT
 def test_engines_of_another_machine_are_not_current(own, monkeypatch, capsys):
-    monkeypatch.setattr("dfkd.engines.requests.cpu_architecture", lambda: "cpu riscv64")
+    monkeypatch.setattr("dfkd.compiled.requests.cpu_architecture", lambda: "cpu riscv64")
     assert run("explain", own) == 0
     fields = last_line(capsys.readouterr().out)["differences"][f"decode {BACKEND}"]
     assert fields == [["device", cpu_architecture(), "cpu riscv64"]]

@@ -56,7 +56,7 @@ images = torch.load({str(tmp_path / "images.pt")!r})
 {lines}
 heavy = {{"diffusers", "transformers", "accelerate", "sklearn", "scipy", "matplotlib", "onnx"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
-assert not [name for name in sys.modules if name.startswith(("dfkd.distillation", "dfkd.cli", "dfkd.evaluation"))]
+assert not [name for name in sys.modules if name.startswith(("dfkd.training", "dfkd.cli", "dfkd.evaluation"))]
 torch.save((logits, student.class_names), {str(tmp_path / "logits.pt")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dfkd.cli import engines, generate
-from dfkd.engines.guidance import CompiledGuidance
+from dfkd.compiled.guidance import CompiledGuidance
 from dfkd.synthesis.run import Synthesis
-from engine.store import EngineStore
+from dfkd_engine.store import EngineStore
 from tests.cli.small_generate import images_of, last_line, shards_of, status_of
 from tests.cli.test_generate_killed import check_killed
-from tests.engines.small_engines import (
+from tests.compiled.small_engines import (
     BACKEND,
     NEEDS_IT,
     flip_a_byte,

@@ -11,8 +11,8 @@ import torch
 from dfkd.cli import prepare
 from dfkd.cli.generate import _NOT_IDENTITY
 from dfkd.cli.generate_options import GenerateOptions
-from dfkd.shards import read_manifest
-from kernels import soft_kl
+from dfkd.data.shards import read_manifest
+from dfkd_kernels import soft_kl
 from tests.cli.small_generate import images_of, save_classifier
 
 # option -> (what both runs take, value of the second run alone); the first has the default or what SMALL gives it

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dfkd.cli import generate
-from dfkd.planning import seconds
-from dfkd.planning.remembered import REMEMBERED
+from dfkd.synthesis.planning import seconds
+from dfkd.synthesis.planning.remembered import REMEMBERED
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.run import Synthesis
-from engine.networks import Prior
+from dfkd_engine.networks import Prior
 from tests.cli.small_generate import images_of, last_line, shards_of
 
 GROUP = ("--count", 40, "--group", 40, "--batch", 512, "--shard-size", 40, "--seed", 3)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The first time that shard 3 is begun, by the second of two processes, it dies as from a lack of memory.
 DYING = """
 import os, pathlib, signal, sys
-from dfkd.shards import ShardFolder
+from dfkd.data.shards import ShardFolder
 from dfkd.cli.generate import main
 
 write, mark = ShardFolder.write, pathlib.Path(sys.argv.pop(1))

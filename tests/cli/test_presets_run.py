@@ -14,7 +14,7 @@ import torch
 from dfkd import teachers
 from dfkd.cli import distill, generate
 from dfkd.presets import PRESETS
-from dfkd.shards import open_folder
+from dfkd.data.shards import open_folder
 from dfkd.teachers import Classifier, checkpoint
 from tests.cli.small_generate import last_line, status_of
 

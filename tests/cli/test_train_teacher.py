@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dfkd.cli import train_teacher
 from dfkd.cli.options import command
 from dfkd.files import folder_lock
-from dfkd.loader import dali
+from dfkd.data.loader import dali
 from dfkd.teachers import checkpoint
 
 NO_DALI = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed")

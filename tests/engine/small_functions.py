@@ -15,7 +15,7 @@ from dfkd.teachers.adapters import Logits
 from dfkd.teachers.classifier import Classifier
 from dfkd.teachers.resnet_thin import resnet_thin
 from dfkd.teachers.wrn import WideResNet
-from engine.spec import TensorSpec
+from dfkd_engine.spec import TensorSpec
 
 CLASSES = 5
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from engine.graph import Graph, trace
-from engine.spec import EngineSpec, TensorSpec
+from dfkd_engine.graph import Graph, trace
+from dfkd_engine.spec import EngineSpec, TensorSpec
 
 BATCH = (1, 4, 6)
 SIDE, CHANNELS, WIDTH, TOKENS = 4, 4, 8, 5

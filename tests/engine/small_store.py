@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.spec import EngineSpec, TensorSpec
+from dfkd_engine.spec import EngineSpec, TensorSpec
 
 SPEC = EngineSpec(
     network="decode",

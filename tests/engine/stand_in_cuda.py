@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from engine.backends import tensorrt_run
-from engine.backends.tensorrt import TensorRT
+from dfkd_engine.backends import tensorrt_run
+from dfkd_engine.backends.tensorrt import TensorRT
 from tests.engine import stand_in_tensorrt as stand_in
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import attention
-from engine.attention import Attention, choose_attention, set_attention
-from engine.errors import EngineError
+from dfkd_engine import attention
+from dfkd_engine.attention import Attention, choose_attention, set_attention
+from dfkd_engine.errors import EngineError
 
 
 def like_xformers(supports):

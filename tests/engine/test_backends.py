@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.backends import BACKENDS, get
-from engine.backends import inductor as inductor_module
-from engine.backends import onnxruntime as onnxruntime_module
-from engine.backends.inductor import PACKAGE, jit
-from engine.backends.onnxruntime import MODEL
-from engine.compiled import Engine
-from engine.errors import EngineError
-from engine.parity import TOLERANCE, measure
+from dfkd_engine.backends import BACKENDS, get
+from dfkd_engine.backends import inductor as inductor_module
+from dfkd_engine.backends import onnxruntime as onnxruntime_module
+from dfkd_engine.backends.inductor import PACKAGE, jit
+from dfkd_engine.backends.onnxruntime import MODEL
+from dfkd_engine.compiled import Engine
+from dfkd_engine.errors import EngineError
+from dfkd_engine.parity import TOLERANCE, measure
 from tests.engine.small_graphs import BATCH, INPUTS, KINDS, arguments, graph, networks, spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,9 +152,9 @@ def test_an_engine_runs_in_a_fresh_process_with_other_threads(engines, payload, 
     script = f"""
 import json, sys, torch
 from pathlib import Path
-from engine.backends import get
-from engine.compiled import Engine
-from engine.spec import EngineSpec
+from dfkd_engine.backends import get
+from dfkd_engine.compiled import Engine
+from dfkd_engine.spec import EngineSpec
 assert "diffusers" not in sys.modules
 torch.set_num_threads({torch.get_num_threads() + 1})
 spec = EngineSpec.from_json(json.loads(Path({str(tmp_path / "spec.json")!r}).read_text()))
@@ -277,8 +277,8 @@ def test_names_flags_and_versions():
 def test_jit_reads_weights_anew_and_keeps_the_batch_free():
     from torch._dynamo.utils import counters
 
-    from engine.graph import trace
-    from engine.spec import TensorSpec
+    from dfkd_engine.graph import trace
+    from dfkd_engine.spec import TensorSpec
 
     layer = torch.nn.Linear(4, 3).requires_grad_(False)
     traced = trace(lambda x: torch.relu(layer(x)), [TensorSpec("x", (None, 4), "float32")])
@@ -298,8 +298,8 @@ def test_jit_reads_weights_anew_and_keeps_the_batch_free():
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
 def test_parity_on_a_gpu(backend, network, tmp_path, monkeypatch):
-    from engine.architecture import architecture
-    from engine.graph import trace
+    from dfkd_engine.architecture import architecture
+    from dfkd_engine.graph import trace
     from tests.engine.small_graphs import OUTPUTS
 
     if (why := get(backend).unusable("cuda")) is not None:

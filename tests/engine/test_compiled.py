@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import compiled
-from engine.architecture import architecture
-from engine.backends import BACKENDS
-from engine.compiled import Engine, load
-from engine.errors import EngineError
-from engine.spec import EngineSpec, TensorSpec, pairs
-from engine.store import EngineStore
+from dfkd_engine import compiled
+from dfkd_engine.architecture import architecture
+from dfkd_engine.backends import BACKENDS
+from dfkd_engine.compiled import Engine, load
+from dfkd_engine.errors import EngineError
+from dfkd_engine.spec import EngineSpec, TensorSpec, pairs
+from dfkd_engine.store import EngineStore
 
 SPEC = EngineSpec(
     network="gradient",

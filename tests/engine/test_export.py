@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.errors import EngineError
-from engine.export import to_onnx, to_program
-from engine.graph import trace
-from engine.spec import TensorSpec
+from dfkd_engine.errors import EngineError
+from dfkd_engine.export import to_onnx, to_program
+from dfkd_engine.graph import trace
+from dfkd_engine.spec import TensorSpec
 from tests.engine.small_functions import (
     Attention,
     PixelGradient,
@@ -85,7 +85,7 @@ def test_programs_take_any_batch():
 
 
 def test_large_weights_lie_beside(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.export._LARGEST_FILE", 100)
+    monkeypatch.setattr("dfkd_engine.export._LARGEST_FILE", 100)
     path = tmp_path / "model.onnx"
     to_onnx(attention(), path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]

@@ -8,20 +8,20 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import engine.footprint
+import dfkd_engine.footprint
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
 from dfkd.cli.prepare import prepare
-from dfkd.planning.calls import network_calls
-from dfkd.planning.plan import footprints_of
+from dfkd.synthesis.planning.calls import network_calls
+from dfkd.synthesis.planning.plan import footprints_of
 from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.sampler import SamplerSettings
 from dfkd.synthesis.schedule import build_table
 from dfkd.teachers import Classifier, build, checkpoint
-from engine.footprint import footprint, weight_bytes
-from engine.networks import Prior
-from engine.planner import ELEMENT_LIMIT, Footprint
-from tests.engines.small_engines import options_of
+from dfkd_engine.footprint import footprint, weight_bytes
+from dfkd_engine.networks import Prior
+from dfkd_engine.planner import ELEMENT_LIMIT, Footprint
+from tests.compiled.small_engines import options_of
 from tests.sd15_sizes import SD15, SD15_VAE
 from tests.synthesis.small_networks import SCHEDULER
 
@@ -98,8 +98,8 @@ def test_weights_count_once():
 
 def watched_modes(patch) -> list:
     """The modes that calls are counted in from here on; None: with data."""
-    modes, counted = [], engine.footprint._counted
-    patch.setattr(engine.footprint, "_counted", lambda call, fake: (modes.append(fake), counted(call, fake))[1])
+    modes, counted = [], dfkd_engine.footprint._counted
+    patch.setattr(dfkd_engine.footprint, "_counted", lambda call, fake: (modes.append(fake), counted(call, fake))[1])
     return modes
 
 

@@ -14,11 +14,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from dfkd.synthesis.guidance import Guidance, LossWeights
-from engine.errors import EngineError, GraphError
-from engine.graph import trace
-from engine.networks import load_prior
-from engine.spec import TensorSpec
-from engine.tracing.operations import ALLOWED
+from dfkd_engine.errors import EngineError, GraphError
+from dfkd_engine.graph import trace
+from dfkd_engine.networks import load_prior
+from dfkd_engine.spec import TensorSpec
+from dfkd_engine.tracing.operations import ALLOWED
 from tests.engine.small_functions import (
     CLASSES,
     TEACHERS,

@@ -9,11 +9,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
-from engine.errors import EngineError, GraphError
-from engine.graph import trace
-from engine.group_norms import KERNELS, KernelGroupNorm, Swapped, group_norms, running, set_group_norms
-from engine.networks import load_prior
-from engine.spec import TensorSpec
+from dfkd_engine.errors import EngineError, GraphError
+from dfkd_engine.graph import trace
+from dfkd_engine.group_norms import KERNELS, KernelGroupNorm, Swapped, group_norms, running, set_group_norms
+from dfkd_engine.networks import load_prior
+from dfkd_engine.spec import TensorSpec
 from tests.tiny_sd import TINY_VAE, UNET, VAE
 
 pytest.importorskip("triton", reason="the kernels need Triton")

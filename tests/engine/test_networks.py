@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from engine.networks import load_prior
-from engine.prior_folder import PriorError
+from dfkd_engine.networks import load_prior
+from dfkd_engine.prior_folder import PriorError
 from tests.tiny_sd import VAE, WIDTH, make_tiny_sd
 
 

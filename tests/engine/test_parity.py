@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.errors import EngineError
-from engine.parity import TOLERANCE, Parity, Tolerance, measure
+from dfkd_engine.errors import EngineError
+from dfkd_engine.parity import TOLERANCE, Parity, Tolerance, measure
 
 GRADIENT = TOLERANCE["gradient", "float32"]
 BATCHES = [4, 3]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.planner import ELEMENT_LIMIT, decoder_elements, most_rows, unet_elements
+from dfkd_engine.planner import ELEMENT_LIMIT, decoder_elements, most_rows, unet_elements
 from tests.sd15_sizes import SD15, SD15_VAE, TINY
 from tests.synthesis import small_sd
 from tests.tiny_sd import TINY_VAE, UNET, VAE

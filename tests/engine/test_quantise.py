@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from engine.backends import get
-from engine.backends.onnxruntime import MODEL
-from engine.errors import GraphError
-from engine.export import to_onnx
-from engine.graph import trace
-from engine.quantise import NARROW, QUANTISE, Amax, dequantise, is_quantised, quantise, quantised
-from engine.spec import TensorSpec
+from dfkd_engine.backends import get
+from dfkd_engine.backends.onnxruntime import MODEL
+from dfkd_engine.errors import GraphError
+from dfkd_engine.export import to_onnx
+from dfkd_engine.graph import trace
+from dfkd_engine.quantise import NARROW, QUANTISE, Amax, dequantise, is_quantised, quantise, quantised
+from dfkd_engine.spec import TensorSpec
 from tests.engine.small_graphs import arguments, graph, networks, spec
 
 RUNS_ONNX = pytest.mark.skipif(

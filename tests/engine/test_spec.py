@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import EngineError
-from engine.spec import (
+from dfkd_engine.errors import EngineError
+from dfkd_engine.spec import (
     DTYPES,
     EngineSpec,
     TensorSpec,
@@ -194,7 +194,7 @@ def test_describe_cpu(machine: str, cpuinfo: str, wanted: str) -> None:
 
 
 def test_torch_is_not_loaded() -> None:
-    script = "import sys, engine.spec, engine.store; print('torch' in sys.modules)"
+    script = "import sys, dfkd_engine.spec, dfkd_engine.store; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=_root(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import engine.storage.payload
-from engine.errors import EngineError
-from engine.storage.manifest import require_fits
-from engine.storage.recipe_links import recipe_key
-from engine.store import EngineStore
+import dfkd_engine.storage.payload
+from dfkd_engine.errors import EngineError
+from dfkd_engine.storage.manifest import require_fits
+from dfkd_engine.storage.recipe_links import recipe_key
+from dfkd_engine.store import EngineStore
 from tests.engine.small_store import FILES, OTHER, RECIPE, SPEC, make, never
 
 
@@ -164,8 +164,8 @@ def test_prune(store: EngineStore) -> None:
 def test_every_file_is_hashed_before_the_first_load_only(store: EngineStore, monkeypatch: pytest.MonkeyPatch) -> None:
     built = store.build(SPEC, RECIPE, make)
     hashed: list[str] = []
-    real = engine.storage.payload.sha256
-    monkeypatch.setattr(engine.storage.payload, "sha256", lambda path: hashed.append(path.name) or real(path))
+    real = dfkd_engine.storage.payload.sha256
+    monkeypatch.setattr(dfkd_engine.storage.payload, "sha256", lambda path: hashed.append(path.name) or real(path))
     store.payload(built)
     assert sorted(hashed) == ["model.pt2", "weights.bin"]
     store.payload(built)

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import EngineError
-from engine.storage.manifest import Manifest
-from engine.store import EngineStore
+from dfkd_engine.errors import EngineError
+from dfkd_engine.storage.manifest import Manifest
+from dfkd_engine.store import EngineStore
 from tests.engine.small_store import FILES, OTHER, RECIPE, SPEC, counted, make, never
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +146,7 @@ def test_no_changed_byte_passes(
 RIVAL = """
 import sys, time
 from pathlib import Path
-from engine.store import EngineStore
+from dfkd_engine.store import EngineStore
 from tests.engine.small_store import RECIPE, SPEC, counted, make
 
 folder = Path(sys.argv[1])
@@ -246,9 +246,9 @@ EVERY_CALL = """
 import errno, os, shutil, signal, sys
 from pathlib import Path
 
-import engine.files
-from engine.errors import EngineError
-from engine.store import EngineStore
+import dfkd_engine.files
+from dfkd_engine.errors import EngineError
+from dfkd_engine.store import EngineStore
 from tests.engine.small_store import RECIPE, SPEC, make
 
 folder, fault, start = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -274,7 +274,7 @@ def arm(nth):
 
     for name in CALLS:
         setattr(os, name, wrap(getattr(os, name)))
-    engine.files.open = wrap(open)
+    dfkd_engine.files.open = wrap(open)
     return lambda: refused
 
 
@@ -335,8 +335,8 @@ def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from pathlib import Path
-from engine.errors import EngineError
-from engine.store import EngineStore
+from dfkd_engine.errors import EngineError
+from dfkd_engine.store import EngineStore
 from tests.engine.small_store import RECIPE, SPEC, make
 
 store = EngineStore(Path(sys.argv[1]))
@@ -359,8 +359,8 @@ store.payload(store.build(SPEC, RECIPE, make))
 OWN_DISK = """
 import errno, os, subprocess, sys
 from pathlib import Path
-from engine.errors import EngineError
-from engine.store import EngineStore
+from dfkd_engine.errors import EngineError
+from dfkd_engine.store import EngineStore
 from tests.engine.small_store import OTHER, RECIPE, SPEC, make, never
 
 disk = Path(sys.argv[1])

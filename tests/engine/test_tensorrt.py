@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.backends import get, machine_cache
-from engine.backends import tensorrt as tensorrt_module
-from engine.backends.tensorrt import PLAN, TENSORRT, TENSORRT_RTX, WAY, TensorRT
-from engine.backends.tensorrt_library import profiles
-from engine.compiled import Engine
-from engine.errors import EngineError
-from engine.export import to_onnx
-from engine.graph import trace
-from engine.parity import TOLERANCE, measure
-from engine.spec import TensorSpec
-from engine.targets import covers, family, targets_of
+from dfkd_engine.backends import get, machine_cache
+from dfkd_engine.backends import tensorrt as tensorrt_module
+from dfkd_engine.backends.tensorrt import PLAN, TENSORRT, TENSORRT_RTX, WAY, TensorRT
+from dfkd_engine.backends.tensorrt_library import profiles
+from dfkd_engine.compiled import Engine
+from dfkd_engine.errors import EngineError
+from dfkd_engine.export import to_onnx
+from dfkd_engine.graph import trace
+from dfkd_engine.parity import TOLERANCE, measure
+from dfkd_engine.spec import TensorSpec
+from dfkd_engine.targets import covers, family, targets_of
 from tests.engine import stand_in_tensorrt as stand_in
 from tests.engine.small_functions import PixelGradient, images, teacher
 from tests.engine.small_graphs import BATCH, INPUTS, KINDS, OUTPUTS, arguments, graph, networks, spec
@@ -59,7 +59,7 @@ def payload(models, monkeypatch, tmp_path):
     places = {}
 
     def build(backend, network, own=None):
-        monkeypatch.setattr("engine.export.to_onnx", lambda _, path: path.write_bytes(models(network).read_bytes()))
+        monkeypatch.setattr("dfkd_engine.export.to_onnx", lambda _, path: path.write_bytes(models(network).read_bytes()))
         folder = tmp_path / f"{network}-{len(places)}"
         folder.mkdir()
         places[folder] = network

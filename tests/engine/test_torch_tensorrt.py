@@ -15,10 +15,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from engine.backends import get
-from engine.backends import torch_tensorrt as module
-from engine.backends.torch_tensorrt import BINDINGS, OPTIONS, PLAN
-from engine.errors import EngineError
+from dfkd_engine.backends import get
+from dfkd_engine.backends import torch_tensorrt as module
+from dfkd_engine.backends.torch_tensorrt import BINDINGS, OPTIONS, PLAN
+from dfkd_engine.errors import EngineError
 from tests.engine.small_graphs import arguments, graph, spec
 
 # Of the function that converts and of CompilationSettings both, in 2.11 to 2.14; 2.11 and 2.12 have TYPING beside them.

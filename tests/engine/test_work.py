@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.work import Operation, Work, work
+from dfkd_engine.work import Operation, Work, work
 from tests.synthesis.small_networks import classifier
 
 

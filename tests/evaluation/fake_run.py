@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dfkd.shards import Record, ShardFolder, open_folder
+from dfkd.data.shards import Record, ShardFolder, open_folder
 from dfkd.teachers import build, checkpoint
 from dfkd.teachers.classifier import Classifier
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from dfkd.errors import UsageError
 from dfkd.evaluation import digits_on_photos as world
-from dfkd.evaluation.image_files import ImageFiles, read_folder
+from dfkd.data.image_files import ImageFiles, read_folder
 from dfkd.evaluation.real_data import load, open_images
 from dfkd.evaluation.split import SPLITS, stratified
-from dfkd.loader import Form, LoaderChoice, Step, Views, dali, open_source
+from dfkd.data.loader import Form, LoaderChoice, Step, Views, dali, open_source
 
 COUNTS = {"train": 3500, "validation": 500, "test": 1000}
 

@@ -15,7 +15,7 @@ from dfkd.evaluation.metrics import Band, confidence
 from dfkd.evaluation.page import duration, number, percent, signed
 from dfkd.evaluation.report import OURS, measure
 from dfkd.evaluation.run_folder import read_run
-from dfkd.shards import Record, ShardFolder, open_folder
+from dfkd.data.shards import Record, ShardFolder, open_folder
 from dfkd.teachers import checkpoint
 from tests.evaluation.fake_run import CLASS_NAMES, write_images, write_json, write_run, write_student, write_teacher
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import batch_norm_launches
-from kernels import batch_norm_tap as module
-from kernels.batch_norm_launches import tile_of
-from kernels.batch_norm_tap import batch_norm_tap, batch_norm_tap_gradient_ref, batch_norm_tap_ref
+from dfkd_kernels import batch_norm_launches
+from dfkd_kernels import batch_norm_tap as module
+from dfkd_kernels.batch_norm_launches import tile_of
+from dfkd_kernels.batch_norm_tap import batch_norm_tap, batch_norm_tap_gradient_ref, batch_norm_tap_ref
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import batch_norm_launches
+from dfkd_kernels import batch_norm_launches
 from tests.kernels.test_batch_norm_tap import BF16, F16, F32, F64, FORMATS, Inputs, judge
 
 # that NaN stays NaN is tested, and the interpreter's numpy mentions them

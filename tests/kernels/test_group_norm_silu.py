@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import group_norm_silu as module
-from kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
-from kernels.group_norm_tiles import STEPS, tiling
+from dfkd_kernels import group_norm_silu as module
+from dfkd_kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from dfkd_kernels.group_norm_tiles import STEPS, tiling
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -72,7 +72,7 @@ def with_gradient(function, i, x, w, b, dy):
 def cut_small(patch):
     """Small maps over many programs too, in tiles of a few pixels and channels."""
     for name, value in {"WHOLE": 0, "TILE": 32, "WIDE": 8, "PROGRAMS": 2, "PARTS": 8}.items():
-        patch.setattr(f"kernels.group_norm_tiles.{name}", value)
+        patch.setattr(f"dfkd_kernels.group_norm_tiles.{name}", value)
 
 
 def judge(i):

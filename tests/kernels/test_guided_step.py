@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels.guided_clean import guided_clean, guided_clean_ref
-from kernels.guided_push import guided_push, guided_push_ref, scaled
-from kernels.guided_step import GUIDED_STEPS
-from kernels.guided_update import guided_update, guided_update_ref
-from kernels.rows import NetworkInput, copies_of, network_rows, row_count
+from dfkd_kernels.guided_clean import guided_clean, guided_clean_ref
+from dfkd_kernels.guided_push import guided_push, guided_push_ref, scaled
+from dfkd_kernels.guided_step import GUIDED_STEPS
+from dfkd_kernels.guided_update import guided_update, guided_update_ref
+from dfkd_kernels.rows import NetworkInput, copies_of, network_rows, row_count
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -171,7 +171,7 @@ def test_rows_and_back(images, micro, copies):
 
 @pytest.mark.parametrize("order", [NCHW, NHWC])
 def test_operators(order):
-    from kernels import guided_clean, guided_push, guided_update
+    from dfkd_kernels import guided_clean, guided_push, guided_update
 
     t = Inputs(order=order).tensors()
     t = {k: v.contiguous(memory_format=NCHW) if v.dim() == 4 else v for k, v in t.items()}

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels import philox
-from kernels.philox import philox_4x32, philox_bits, philox_normal, philox_uniform
+from dfkd_kernels import philox
+from dfkd_kernels.philox import philox_4x32, philox_bits, philox_normal, philox_uniform
 
 triton = pytest.importorskip("triton", reason="the kernel needs Triton")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import soft_kl as module
-from kernels.soft_kl import soft_kl, soft_kl_ref
+from dfkd_kernels import soft_kl as module
+from dfkd_kernels.soft_kl import soft_kl, soft_kl_ref
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import soft_kl as module
+from dfkd_kernels import soft_kl as module
 from tests.kernels.test_soft_kl import BF16, F16, F32, F64, Inputs, judge
 
 # past a row's end there is log 0 - log 0, which the interpreter's numpy mentions

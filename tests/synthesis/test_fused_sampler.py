@@ -12,9 +12,9 @@ from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.microbatch import in_microbatches
 from dfkd.synthesis.sampler import Denoiser, SamplerSettings, sample_group, scaled
 from dfkd.synthesis.schedule import build_table
-from kernels import guided_clean, guided_push, guided_update
-from kernels.philox import philox_normal
-from kernels.rows import NetworkInput
+from dfkd_kernels import guided_clean, guided_push, guided_update
+from dfkd_kernels.philox import philox_normal
+from dfkd_kernels.rows import NetworkInput
 from tests.synthesis.small_networks import CHANNELS, SCHEDULER, SIDE, SmallPrior, classifier
 
 SEED, STEPS = 11, 4

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfkd.engines.guidance import CompiledGuidance
+from dfkd.compiled.guidance import CompiledGuidance
 from dfkd.synthesis.guidance import Guidance, LossWeights, adversarial_loss, identity
 from dfkd.synthesis.sampler import scaled
-from kernels import soft_kl
-from kernels.rows import NetworkInput
+from dfkd_kernels import soft_kl
+from dfkd_kernels.rows import NetworkInput
 from tests.synthesis.small_networks import CHANNELS, SIDE, SmallPrior, classifier, plain_loss
 
 F64 = torch.float64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfkd.errors import UsageError
-from dfkd.shards import ShardFolder, read_folder
+from dfkd.data.shards import ShardFolder, read_folder
 from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.run import Rows, Synthesis, synthesise
 from dfkd.synthesis.sampler import SamplerSettings

@@ -7,11 +7,11 @@ import torch
 
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
 from dfkd.cli.prepare import prepare
-from dfkd.engines.requests import CALL_UNIT
+from dfkd.compiled.requests import CALL_UNIT
 from dfkd.synthesis.guidance import LossWeights
 from dfkd.synthesis.run import Synthesis
 from dfkd.teachers import Classifier, build, checkpoint
-from tests.engines.small_engines import options_of
+from tests.compiled.small_engines import options_of
 
 NAMES = tuple("abcdefghij")
 GROUP = 40  # no multiple of a call, nor of a vector's 16 values, whose remainder is computed otherwise

@@ -12,8 +12,8 @@ from dfkd.synthesis import cutmix, sampler
 from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.sampler import SamplerSettings, sample_group, scaled
 from dfkd.synthesis.schedule import build_table
-from engine.networks import Prior, load_prior
-from kernels.philox import philox_normal
+from dfkd_engine.networks import Prior, load_prior
+from dfkd_kernels.philox import philox_normal
 from tests.synthesis.small_networks import CHANNELS, SCHEDULER, SIDE, SmallPrior, classifier, plain_bn_loss, plain_loss
 from tests.synthesis.small_networks import bn_inputs as bn_inputs_of
 from tests.synthesis.small_sd import make_small_sd

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfkd.choices import BN_LOSSES
-from dfkd.engines.guidance import CompiledGuidance
+from dfkd.compiled.guidance import CompiledGuidance
 from dfkd.synthesis import taps as module
 from dfkd.synthesis.guidance import Guidance, LossWeights, identity
 from dfkd.synthesis.statistics import tapped
 from dfkd.synthesis.taps import Taps
 from dfkd.teachers import Classifier, build
-from engine.group_norms import set_group_norms
-from engine.networks import load_prior
-from kernels.rows import NetworkInput
+from dfkd_engine.group_norms import set_group_norms
+from dfkd_engine.networks import load_prior
+from dfkd_kernels.rows import NetworkInput
 from tests.synthesis.small_networks import SmallPrior, bn_inputs, classifier, plain_bn_loss, plain_loss
 from tests.synthesis.small_sd import make_small_sd
 

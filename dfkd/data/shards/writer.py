@@ -1,0 +1,193 @@
+"""The writing side of a folder of shards: atomic, resumable, one run at a time, of one process or several."""
+
+import io
+import json
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dfkd.choices import IMAGE_FORMATS
+from dfkd.errors import UsageError
+from dfkd.files import PARTIAL, folder_lock, locked, make_writable, remove_partials, replace_file, replace_text, sha256
+from dfkd.ranks import Rank
+from dfkd.data.shards.codec import encode
+from dfkd.data.shards.index import repair_index, write_index
+from dfkd.data.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest
+
+WAIT = 0.5  # seconds between two looks at what the other processes have done
+
+
+class ShardFolder:
+    """The writing side of a folder of shards; holds its lock until closed, best by ``with``.
+
+    The processes of a run share a folder: each has the shards whose index is its rank modulo their number, the first
+    holds the lock, and what one writes it commits alone, under a lock of that moment.
+    """
+
+    def __init__(self, path: Path, layout: Layout, shards: list[dict[str, Any]], rank: Rank, lock: ExitStack) -> None:
+        self.path, self.layout, self.rank = path, layout, rank
+        self._shards = {entry["file"]: entry for entry in shards}
+        self._lock = lock
+
+    @classmethod
+    def create_or_open(
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        class_names: Sequence[str],
+        image_size: int,
+        image_format: str,
+        count: int,
+        shard_size: int,
+        rank: Rank = Rank(),  # noqa: B008 (frozen)
+    ) -> Self:
+        """Start a folder, or take up one that a run of the same settings has begun.
+
+        settings must be plain JSON values. Raises UsageError when the folder cannot be written, is in use, or belongs
+        to other settings (naming each field with both values).
+        """
+        if image_format not in IMAGE_FORMATS:
+            raise UsageError(f"image format {image_format!r} is unknown", f"known are {', '.join(IMAGE_FORMATS)}")
+        wanted = Layout(_plain(settings), tuple(class_names), image_size, image_format, count, shard_size)
+        make_writable(path)
+        with ExitStack() as lock:
+            if rank.first:
+                lock.enter_context(folder_lock(path))
+            with _committing(path):
+                if rank.count == 1:
+                    remove_partials(path)
+                for name in ("shard-*", MANIFEST):  # those that nobody is writing now
+                    for leftover in path.glob(name + PARTIAL):
+                        leftover.unlink()
+                shards: list[dict[str, Any]] = []
+                if (path / MANIFEST).exists():
+                    found, shards = read_manifest(path)
+                    _refuse_other(path, found, wanted)
+                elif any(path.glob("shard-*.tar")):
+                    raise UsageError(
+                        f"{path} holds shards without {MANIFEST}", "they would be overwritten", "choose another --out"
+                    )
+                folder = cls(path, wanted, shards, rank, lock)
+                if not (path / MANIFEST).exists():
+                    folder._write_manifest()
+                for file in folder._shards if rank.first else ():  # an index that is absent or damaged costs no image
+                    repair_index(path / file)
+            folder._lock = lock.pop_all()
+            return folder
+
+    def missing(self) -> list[int]:
+        """This process's shards that are absent or whose bytes are not those that the manifest has on record."""
+        return [i for i in range(self.layout.shard_count()) if self.rank.owns(i) and not self._whole(i)]
+
+    def missing_of_others(self) -> list[int]:
+        """The same of the other processes, by the manifest as it is now."""
+        self._read_manifest()
+        return [i for i in range(self.layout.shard_count()) if not self.rank.owns(i) and not self._whole(i)]
+
+    def wait_for_others(self) -> None:
+        """Return when every shard of the other processes is there; torchrun ends this process if one of them fails."""
+        pending = self.missing_of_others()
+        while pending:
+            time.sleep(WAIT)
+            self._read_manifest()
+            pending = [index for index in pending if not self._whole(index)]
+
+    def write(self, index: int, images: npt.NDArray[np.uint8], records: Sequence[Record], seconds: float = 0.0) -> Path:
+        """Commit one shard: images uint8 [n, H, W, 3] and their records, both in the order of the shard's ids."""
+        ids, size = self.layout.ids(index), self.layout.image_size
+        if [record.id for record in records] != list(ids):
+            raise ValueError(f"shard {index} holds the ids {ids.start} to {ids.stop - 1}, in that order")
+        if images.shape != (len(ids), size, size, 3) or images.dtype != np.uint8:
+            raise ValueError(f"images are {images.dtype} {images.shape}; want uint8 {(len(ids), size, size, 3)}")
+        file = _file_name(index)
+        path = self.path / file
+        with _committing(self.path):
+            replace_file(path, lambda out: _write_tar(out, images, records, self.layout.image_format))
+            write_index(path)
+            self._read_manifest()
+            self._shards[file] = {
+                "file": file,
+                "first_id": ids.start,
+                "count": len(ids),
+                "sha256": sha256(path),
+                "seconds": round(seconds, 3),
+            }
+            self._write_manifest()
+        return path
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _whole(self, index: int) -> bool:
+        entry, path = self._shards.get(_file_name(index)), self.path / _file_name(index)
+        return entry is not None and path.is_file() and sha256(path) == entry["sha256"]
+
+    def _read_manifest(self) -> None:
+        self._shards = {entry["file"]: entry for entry in read_manifest(self.path)[1]}
+
+    def _write_manifest(self) -> None:
+        shards = [self._shards[file] for file in sorted(self._shards)]
+        manifest = {"version": VERSION, **asdict(self.layout), "shards": shards}
+        replace_text(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _committing(path: Path) -> AbstractContextManager[None]:
+    """Alone among the processes that commit to the folder; waits for its turn."""
+    return locked(path / ".commit", lambda owner: None)
+
+
+def _write_tar(out: BinaryIO, images: npt.NDArray[np.uint8], records: Sequence[Record], image_format: str) -> None:
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for image, record in zip(images, records, strict=True):
+            parts = {
+                image_format: encode(image, image_format),
+                "cls": str(record.label).encode(),
+                "json": json.dumps(asdict(record), sort_keys=True).encode(),
+            }
+            for extension, data in parts.items():
+                info = tarfile.TarInfo(f"{record.id:08d}.{extension}")  # mtime, uid and gid are 0, names empty
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _file_name(index: int) -> str:
+    return f"shard-{index:05d}.tar"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON reads it back, so that settings compare equal with those of a manifest."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
+    return plain
+
+
+def _refuse_other(path: Path, found: Layout, wanted: Layout) -> None:
+    there, asked = _flat(_plain(asdict(found))), _flat(_plain(asdict(wanted)))
+    absent = "(absent)"
+    differing = [
+        f"{key.removeprefix('settings.')} is {there.get(key, absent)} there and {asked.get(key, absent)} here"
+        for key in sorted(there.keys() | asked.keys())
+        if there.get(key, absent) != asked.get(key, absent)
+    ]
+    if differing:
+        todo = "repeat those settings, or choose another --out"
+        raise UsageError(f"{path} holds images of other settings", "; ".join(differing), todo)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item})
+    return flat

@@ -1,0 +1,31 @@
+"""Rewrites of a traced graph that change no value.
+
+Each takes the torch.fx graph module and changes it. Nodes carry what they compute in meta["val"].
+"""
+
+from typing import Any
+
+from torch import fx
+
+from dfkd_engine.rewrites.constants import constant, drop_unused, fold_constants, identity, name_constants
+from dfkd_engine.rewrites.copies import describe, describe_operation, merge_equal, without_copies, without_writes
+from dfkd_engine.rewrites.kernels import ordered_group_norms, plain_layer_norms, plain_max_pools
+from dfkd_engine.rewrites.sizes import plain_shapes
+
+__all__ = ["constant", "describe", "describe_operation", "identity", "name_constants", "simplify"]
+
+
+def simplify(module: fx.GraphModule, live: frozenset[Any] = frozenset()) -> None:
+    """All rewrites, in the order in which they help each other. live: see `fold_constants`."""
+    without_writes(module)
+    plain_shapes(module)
+    merge_equal(module)
+    fold_constants(module, live)
+    without_copies(module)
+    merge_equal(module)
+    plain_max_pools(module)
+    plain_layer_norms(module)
+    ordered_group_norms(module)
+    module.graph.eliminate_dead_code()
+    drop_unused(module)
+    module.recompile()
