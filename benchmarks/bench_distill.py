@@ -38,7 +38,7 @@ from benchmarks.flops import in_turns, matmuls, peak, reason
 from benchmarks.machine import describe, name_of
 from benchmarks.quality import DATA, call
 from dfkd import teachers
-from dfkd.device import resolve_device
+from dfkd.runtime import resolve_device
 from dfkd.training.checks import AMP_DTYPES, check_computation
 from dfkd.training.settings import DistillSettings
 from dfkd.training.state import State
@@ -46,7 +46,7 @@ from dfkd.training.step import Step
 from dfkd.training.world import World
 from dfkd.errors import UsageError
 from dfkd.files import replace_text
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10

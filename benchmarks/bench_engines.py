@@ -28,7 +28,7 @@ from benchmarks.engine_ways import WAYS, Way, make_ways, without_grad
 from benchmarks.flops import counted, in_turns, matmuls, peak, precision, reason
 from benchmarks.machine import describe, name_of
 from benchmarks.quality import call
-from dfkd.choices import DTYPES
+from dfkd.config import DTYPES
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
 from dfkd.cli.prepare import TORCH_DTYPES

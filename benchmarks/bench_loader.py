@@ -30,13 +30,13 @@ from benchmarks.flops import in_turns, reason
 from benchmarks.loader_ways import MEAN, OTHERS, OURS, STD, epoch_of
 from benchmarks.machine import describe, name_of
 from dfkd import teachers
-from dfkd.device import resolve_device
+from dfkd.runtime import resolve_device
 from dfkd.training.checks import AMP_DTYPES
 from dfkd.training.losses import distillation_loss
 from dfkd.training.mixing import mix
 from dfkd.errors import UsageError
 from dfkd.files import replace_text
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.data.loader import Batch, Form, LoaderChoice, Order, choose, dali, open_source
 from dfkd.data.loader import steps as steps_of
 from dfkd.presets import PRESETS

@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.guidance_paths import student_accuracy, timed
 from benchmarks.machine import describe
 from benchmarks.quality import call
-from dfkd.choices import QUANTISE_NAMES
+from dfkd.config import QUANTISE_NAMES
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
 from dfkd.cli.prepare import prepare

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import ResNetConfig
 
-from dfkd.choices import NORMALISATIONS
+from dfkd.config import NORMALISATIONS
 from dfkd.cli.prepare import FP16_LOSS_SCALE, on_device
 from dfkd.compiled.functions import Sources
 from dfkd.synthesis.guidance import LossWeights

@@ -37,11 +37,11 @@ from benchmarks import sd15
 from benchmarks.diffusers_peers import MODES, Peer, compiled, of_prior
 from benchmarks.flops import counted, in_turns, peak, reason
 from benchmarks.machine import describe, name_of
-from dfkd.choices import KERNEL_NAMES
+from dfkd.config import KERNEL_NAMES
 from dfkd.cli.prepare import TORCH_DTYPES
 from dfkd.compiled.functions import Sources
 from dfkd.files import replace_text
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.run import Synthesis
 from dfkd.synthesis.sampler import INITIAL_NOISE, SamplerSettings

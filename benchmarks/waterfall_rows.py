@@ -16,7 +16,7 @@ from dfkd.cli.prepare import prepare
 from dfkd.compiled.choose import apply, choose, in_words
 from dfkd.compiled.requests import gradient_rows, rows_per_call
 from dfkd.compiled.sources import sources_of
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.data.shards import Record, ShardFolder
 from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.run import Rows, Synthesis, synthesise

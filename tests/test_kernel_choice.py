@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfkd.errors import UsageError
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.guidance_paths import ROWS
 from benchmarks.suite import demo
 from benchmarks.suite.case import Group, Place, Work
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.synthesis.prompts import labels_of, prompt_of
 from dfkd.synthesis.sampler import sample_group
 from dfkd_engine.networks import Prior

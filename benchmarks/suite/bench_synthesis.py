@@ -19,7 +19,7 @@ from benchmarks.guidance_paths import ROWS
 from benchmarks.suite import demo
 from benchmarks.suite.case import Absent, Group, Place, Work
 from dfkd.cli.generate_options import EMBEDDED_PRIOR
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.presets import PRESETS
 from dfkd.data.shards import ShardFolder
 from dfkd.synthesis.run import Rows, Synthesis, synthesise

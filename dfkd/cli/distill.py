@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dfkd import teachers
-from dfkd.choices import NORMALISATIONS
+from dfkd.config import NORMALISATIONS
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
 from dfkd.cli.teacher import load_teacher
@@ -23,7 +23,7 @@ from dfkd.training.train import distill
 from dfkd.training.world import World, join
 from dfkd.errors import UsageError
 from dfkd.files import make_writable
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.training.resume import RESULT, read_checkpoint, read_result, write_result
 from dfkd.data.shards import open_folder
 from dfkd.data.shards.damage import in_words

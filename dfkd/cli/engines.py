@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from dfkd.choices import STORED_BACKENDS
+from dfkd.config import STORED_BACKENDS
 from dfkd.cli.options import command, option
 from dfkd.compiled.digests import FileDigests
 from dfkd.compiled.requests import DIGESTS, Request, architecture_of, request, takes
@@ -98,11 +98,11 @@ def build(options: BuildOptions, more: Sequence[str]) -> dict[str, Any]:
     if missing:
         # Only now: these load torch and the networks, and seconds pass.
         from dfkd.cli.generate import quieten_libraries
-        from dfkd.device import resolve_device
+        from dfkd.runtime import resolve_device
         from dfkd.compiled.build import Workshop
         from dfkd.compiled.calibration import calibrate
         from dfkd.compiled.sources import load_sources
-        from dfkd.kernel_choice import choose_kernels
+        from dfkd.runtime import choose_kernels
 
         quieten_libraries()
         given, ahead = chosen.options, bool(chosen.targets)

@@ -15,14 +15,14 @@ from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import command, plain, save_settings
 from dfkd.cli.prepare import prepare
 from dfkd.cli.progress import progress
-from dfkd.device import device_of
+from dfkd.runtime import device_of
 from dfkd.compiled.choose import Choice, apply, choose, in_words
 from dfkd.compiled.requests import gradient_rows
 from dfkd.compiled.sources import sources_of
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 from dfkd.data.imagefolder import export_imagefolder
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.synthesis.planning.data_sheets import devices_of
 from dfkd.synthesis.planning.elsewhere import predict_elsewhere, work_of_group
 from dfkd.synthesis.planning.plan import make_plan
@@ -31,7 +31,7 @@ from dfkd.synthesis.planning.seconds import predict
 from dfkd.synthesis.planning.smaller import Smaller
 from dfkd.synthesis.planning.words import as_json, elsewhere_as_json, elsewhere_in_words
 from dfkd.synthesis.planning.words import in_words as plan_in_words
-from dfkd.ranks import own_rank
+from dfkd.runtime import own_rank
 from dfkd.data.shards import ShardFolder, open_folder, read_manifest, require_space
 from dfkd.data.shards.layout import MANIFEST
 from dfkd.synthesis.run import Synthesis, synthesise

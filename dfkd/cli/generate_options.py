@@ -4,7 +4,7 @@ import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from dfkd.choices import (
+from dfkd.config import (
     ATTENTION_NAMES,
     BACKEND_NAMES,
     BN_LOSSES,

@@ -4,7 +4,7 @@ import torch
 
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.teacher import load_teacher
-from dfkd.device import resolve_device
+from dfkd.runtime import resolve_device
 from dfkd.errors import UsageError
 from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.synthesis.prompts import chosen_classes, prompt_of

@@ -10,7 +10,7 @@ import torch
 
 from dfkd.cli.options import command, option
 from dfkd.cli.teacher import load_teacher
-from dfkd.device import resolve_device
+from dfkd.runtime import resolve_device
 from dfkd.evaluation.report import OURS, measure
 from dfkd.evaluation.run_folder import RunFolder, read_run
 from dfkd.files import make_writable

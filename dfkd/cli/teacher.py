@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dfkd.choices import NORMALISATIONS
+from dfkd.config import NORMALISATIONS
 from dfkd.errors import UsageError
 from dfkd.teachers import checkpoint
 from dfkd.teachers.classifier import Classifier

@@ -12,7 +12,7 @@ import torch
 from dfkd import teachers
 from dfkd.cli.options import command, option, plain, save_settings
 from dfkd.cli.progress import progress
-from dfkd.device import resolve_device
+from dfkd.runtime import resolve_device
 from dfkd.evaluation.real_data import open_images
 from dfkd.files import folder_lock, make_writable, remove_partials
 from dfkd.data.loader import KINDS, Images, Source, choose, open_source

@@ -14,7 +14,7 @@ Without it no 8-bit engine is looked at.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dfkd.choices import STORED_BACKENDS
+from dfkd.config import STORED_BACKENDS
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.compiled.build import identity as held_by
 from dfkd.compiled.digests import FileDigests

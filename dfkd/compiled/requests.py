@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dfkd.choices import QUANTISING_BACKENDS, STORED_BACKENDS
+from dfkd.config import QUANTISING_BACKENDS, STORED_BACKENDS
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.compiled import digests
 from dfkd.compiled.digests import FileDigests
@@ -208,7 +208,7 @@ def architecture_of(device: str) -> str:
     no_gpu = not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists()
     if device == "cpu" or (device == "auto" and no_gpu):
         return cpu_architecture()
-    from dfkd.device import resolve_device
+    from dfkd.runtime import resolve_device
     from dfkd_engine.architecture import architecture
 
     return architecture(resolve_device(device))

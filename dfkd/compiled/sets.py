@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dfkd.choices import QUANTISING_BACKENDS, STORED_BACKENDS
+from dfkd.config import QUANTISING_BACKENDS, STORED_BACKENDS
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.options import parse
 from dfkd.compiled.requests import needed, takes

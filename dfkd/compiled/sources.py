@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from dfkd.cli.generate_options import GenerateOptions
 from dfkd.cli.prepare import latent_size, load_networks, loss_scale, prepare
-from dfkd.device import resolve_device
+from dfkd.runtime import resolve_device
 from dfkd.compiled.functions import OF_TEACHER, Sources
 from dfkd.synthesis.run import Synthesis
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.choices import BN_LOSSES
+from dfkd.config import BN_LOSSES
 from dfkd.synthesis.microbatch import cuts
 from dfkd.synthesis.statistics import GroupLoss, Moments, bn_loss, joined, tapped
 from dfkd.synthesis.taps import Taps

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd.choices import SAMPLERS
+from dfkd.config import SAMPLERS
 from dfkd.errors import UsageError
 from dfkd_kernels.guided_clean import COEFFICIENTS
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dfkd.training.losses import kl_at_temperature
-from dfkd.randomness import derived_seed
+from dfkd.runtime import derived_seed
 from dfkd.teachers.classifier import Classifier
 
 ROWS = 500

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dfkd.choices import KERNEL_NAMES
+from dfkd.config import KERNEL_NAMES
 from dfkd.cli.options import option
 from dfkd.training.mixing import MIXES
 from dfkd.errors import UsageError

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfkd.data.loader import Form, Images, Source, Step, draw
-from dfkd.randomness import derived_seed, seed_global
+from dfkd.runtime import derived_seed, seed_global
 from dfkd.teachers.classifier import Classifier
 
 SCHEDULES = ("multistep", "cosine", "onecycle")

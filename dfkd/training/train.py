@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfkd.device import resolve_device
+from dfkd.runtime import resolve_device
 from dfkd.training.cached_logits import choose_cache, logits_table
 from dfkd.training.checks import AMP_DTYPES, check, check_last_batch
 from dfkd.training.consistency import Compared, compared
@@ -35,9 +35,9 @@ from dfkd.training.students import DistillResult, HeldOut, finish, result_of
 from dfkd.training.world import Agreement, World
 from dfkd.errors import Stopped
 from dfkd.files import folder_lock, make_writable, remove_partials
-from dfkd.kernel_choice import choose_kernels
+from dfkd.runtime import choose_kernels
 from dfkd.data.loader import Batch, Form, Images, Order, Source, choose, open_source, read_all, steps
-from dfkd.randomness import derived_seed, seed_global
+from dfkd.runtime import derived_seed, seed_global
 from dfkd.training.resume import CHECKPOINT, read_checkpoint
 from dfkd.teachers.classifier import Classifier
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from dfkd.device import device_of, resolve_device
+from dfkd.runtime import device_of, resolve_device
 from dfkd.errors import UsageError
-from dfkd.ranks import Rank, own_rank
+from dfkd.runtime import Rank, own_rank
 
 T = TypeVar("T")
 

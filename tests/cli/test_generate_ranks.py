@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfkd.device import device_of
+from dfkd.runtime import device_of
 from dfkd.errors import UsageError
-from dfkd.ranks import Rank, own_rank
+from dfkd.runtime import Rank, own_rank
 from tests.cli.small_generate import last_line, shards_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dfkd.choices import STORED_BACKENDS
+from dfkd.config import STORED_BACKENDS
 from dfkd.cli import engines, generate
 from dfkd.compiled import build
 from dfkd.compiled.build import Workshop

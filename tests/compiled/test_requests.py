@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dfkd.choices import STORED_BACKENDS
+from dfkd.config import STORED_BACKENDS
 from dfkd.compiled import digests, requests
 from dfkd.compiled.digests import FileDigests
 from dfkd.compiled.requests import needed, rows_per_call

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfkd.choices import IMAGE_FORMATS
+from dfkd.config import IMAGE_FORMATS
 from dfkd.errors import UsageError
 from dfkd.data.shards import open_folder, read_folder
 from tests.shard_folders import make

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfkd.choices import IMAGE_FORMATS
+from dfkd.config import IMAGE_FORMATS
 from dfkd.data.imagefolder import export_imagefolder
 from dfkd.data.loader import dali
 from tests.shard_folders import CLASS_NAMES, contents, fill, make, open_for_writing, sample

@@ -9,7 +9,7 @@ import pytest
 import torch
 import webdataset
 
-from dfkd.choices import IMAGE_FORMATS
+from dfkd.config import IMAGE_FORMATS
 from dfkd.errors import UsageError
 from dfkd.data.shards import open_folder, read_folder, require_space, required_bytes
 from tests.shard_folders import CLASS_NAMES, contents, fill, make, open_for_writing, sample

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from dfkd.choices import SAMPLERS
+from dfkd.config import SAMPLERS
 from dfkd.errors import UsageError
 from dfkd.synthesis.schedule import PREDICTION_TYPES, build_table
 

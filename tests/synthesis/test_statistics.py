@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd.choices import BN_LOSSES
+from dfkd.config import BN_LOSSES
 from dfkd.synthesis.microbatch import cuts
 from dfkd.synthesis.statistics import GroupLoss, Moments, add_moments, bn_loss, group_moments, tapped
 from dfkd.teachers import build

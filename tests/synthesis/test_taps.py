@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfkd.choices import BN_LOSSES
+from dfkd.config import BN_LOSSES
 from dfkd.compiled.guidance import CompiledGuidance
 from dfkd.synthesis import taps as module
 from dfkd.synthesis.guidance import Guidance, LossWeights, identity

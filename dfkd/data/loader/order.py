@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from dfkd.data.loader.views import Views, draw
-from dfkd.randomness import generator
+from dfkd.runtime import generator
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from dfkd.choices import IMAGE_FORMATS
+from dfkd.config import IMAGE_FORMATS
 from dfkd.errors import UsageError
 from dfkd.files import PARTIAL, folder_lock, locked, make_writable, remove_partials, replace_file, replace_text, sha256
-from dfkd.ranks import Rank
+from dfkd.runtime import Rank
 from dfkd.data.shards.codec import encode
 from dfkd.data.shards.index import repair_index, write_index
 from dfkd.data.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest

