@@ -100,7 +100,6 @@ class DistillCommand(Config):
     data: tuple[str, ...] = option(
         MISSING, "folders of synthetic images: of dfkd-generate, or class folders of images", identity=False
     )
-    student: str = option(MISSING, "architecture of the student: a name of the zoo, or timm:NAME and the like")
     out: Path = option(MISSING, "folder to write", identity=False)
     test: str | None = option(None, "real images for one test after the training: " + DATA_HELP, identity=False)
     test_split: str = option("test", "which of them", choices=("test", "validation"), identity=False)

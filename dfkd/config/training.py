@@ -1,6 +1,6 @@
 """Settings of training: what teacher and student have in common, and what each adds."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 from dfkd.config.fields import Config, nested, option
 
@@ -172,6 +172,9 @@ class DistillConfig(Config):
 
     SECTION = "distill"
 
+    student: str = option(
+        MISSING, "architecture of the student: a name of the zoo (resnet18, wrn16_2, ...), or timm:NAME and the like"
+    )
     train: TrainConfig = nested(TrainConfig, epochs=240, lr=0.2, schedule="multistep")
     temperature: float = option(30.0, "of the softened distributions", low=1e-3)
     ce_weight: float = option(0.0, "weight of the cross-entropy with the labels beside the KL divergence", low=0)
