@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dfkd.errors import UsageError
-from dfkd_kernels.guided_update import paste
+from dfkd_kernels.guided_step import paste
 from dfkd_kernels.philox import philox_bits, philox_uniform
 
 # Streams of random numbers from here on belong to CutMix, two for each event; the sampler's noise takes those below.

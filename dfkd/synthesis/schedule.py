@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dfkd.config import SAMPLERS
 from dfkd.errors import UsageError
-from dfkd_kernels.guided_clean import COEFFICIENTS
+from dfkd_kernels.guided_step import COEFFICIENTS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -85,7 +85,7 @@ class StepTable:
         return len(self.timesteps)
 
     def coefficients(self, cfg: float, like: Tensor) -> Tensor:
-        """[S, 8] on the device and in the dtype of latents `like`: a row of guided_clean.COEFFICIENTS a step."""
+        """[S, 8] on the device and in the dtype of latents `like`: a row of guided_step.COEFFICIENTS a step."""
         columns = [getattr(self, name) for name in COEFFICIENTS[:-1]]
         return torch.stack([*columns, torch.full_like(self.alpha, cfg)], 1).to(like.device, like.dtype)
 

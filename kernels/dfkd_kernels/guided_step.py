@@ -1,31 +1,250 @@
-"""A guided step beside its networks: two launches, and what they are on a CPU.
+"""One step of guided diffusion sampling in one launch: CFG, guidance push, sampler step, noise and Latent CutMix.
 
-    UNet -> m  |  clean: m -> x       |  decoder, teacher -> g  |  update: g, m, z -> z', the UNet's next input
-               |  guided_clean.py     |                         |  guided_update.py
+    m  = model[0], or u + cfg (c - u)                      classifier-free guidance, arXiv:2207.12598 (cfg: their w + 1)
+    z0 = z0_z z + z0_model m + push                        the guided clean estimate
+    z' = step_z z + step_model m + step_prev before + step_z0 push + step_noise n
+    z', z0 [i, box i]  <-  z', z0 [partner i, box i]       Latent CutMix, arXiv:1905.04899 for latents
 
-A step without guidance is `update` alone. `push` (guided_push.py) is one more launch for every further guidance step at
-one noise level; of a step through the UNet, which is called again after it, it is the first launch.
+`before` is z0 of the step before (DPM-Solver++ 2M needs it), `push` what guidance adds to the clean estimate, and n the
+Philox normal of (run seed, image id, stream), drawn in the kernel. A term whose tensor is None is left out. Every
+linear sampler is a row of these coefficients, which stays on the device so that no step waits for the host.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from dfkd_kernels.guided_clean import guided_clean, guided_clean_ref
-from dfkd_kernels.guided_push import guided_push, guided_push_ref
-from dfkd_kernels.guided_update import guided_update, guided_update_ref
+import torch
+from torch import Tensor
+
+from dfkd_kernels.philox import philox_normal
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # a CPU-only installation needs the reference alone
+    triton = None
+
+COEFFICIENTS = ("z0_z", "z0_model", "step_z", "step_model", "step_prev", "step_noise", "step_z0", "cfg")
+TILE, WARPS = 2048, 8  # eight values a thread: two 128-bit loads of float32, or one of a half
+
+Noise = tuple[int, Tensor, int]  # run seed, ids int64 [G], stream
+Mix = tuple[Tensor, Tensor]  # partner int64 [G], box int64 [G, 4]
 
 
-@dataclass(frozen=True)
-class GuidedStep:
-    """The three functions, as one implementation has them."""
+def combined(model: Tensor, row: Tensor) -> Tensor:
+    """The network's output under classifier-free guidance: model [K, G, C, h, w] -> [G, C, h, w] in the dtype of `row`.
 
-    clean: Callable[..., Any]
-    push: Callable[..., Any]
-    update: Callable[..., Any]
+    K = 1 is taken as it is; K = 2 holds the unconditional and the conditional output.
+    """
+    model = model.to(row.dtype)
+    return model[0] if len(model) == 1 else model[0] + row[7] * (model[1] - model[0])
 
 
-GUIDED_STEPS: Mapping[str, GuidedStep] = {
-    "torch": GuidedStep(guided_clean_ref, guided_push_ref, guided_update_ref),
-    "triton": GuidedStep(guided_clean, guided_push, guided_update),
-}
+def clean_estimate(z: Tensor, model: Tensor, row: Tensor) -> Tensor:
+    """The image that the network's output means, before guidance: z0_z z + z0_model m, [G, C, h, w]; differentiable."""
+    return row[0] * z + row[1] * combined(model, row)
+
+
+def paste(z: Tensor, partner: Tensor, box: Tensor) -> Tensor:
+    """z [G, C, h, w] with every image's box [G, 4] (y0, x0, y1, x1) from its partner [G], both int64; a new tensor."""
+    y, x = torch.arange(z.shape[2], device=z.device)[:, None], torch.arange(z.shape[3], device=z.device)
+    y0, x0, y1, x1 = box.T[:, :, None, None]
+    inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+    return torch.where(inside[:, None], z[partner], z)
+
+
+def guided_step_ref(
+    z: Tensor,
+    model: Tensor,
+    row: Tensor,
+    *,
+    push: Tensor | None = None,
+    before: Tensor | None = None,
+    noise: Noise | None = None,
+    mix: Mix | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`guided_step` in PyTorch, which is also what runs on a CPU. Works in float64 where z and row are."""
+    m = combined(model, row)
+    z_next, z0 = row[2] * z + row[3] * m, row[0] * z + row[1] * m
+    if before is not None:
+        z_next = z_next + row[4] * before
+    if push is not None:
+        z_next, z0 = z_next + row[6] * push, z0 + push
+    if noise is not None:
+        seed, ids, stream = noise
+        z_next = z_next + row[5] * philox_normal(seed, ids, stream, tuple(z.shape[1:]), z.dtype)
+    return (z_next, z0) if mix is None else (paste(z_next, *mix), paste(z0, *mix))
+
+
+if triton is not None:
+    from dfkd_kernels.philox import image_words, interleaved, normal_pair
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _normals(image, tile, k0, k1, stream_id, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Elements tile TILE + 0, 1, ... of an image's noise; Philox makes four in a block."""
+        c0, c1, c2, c3 = image_words(tile * (TILE // 4) + tl.arange(0, TILE // 4), image, k0, k1, stream_id)
+        v0, v1 = normal_pair(c0, c1)
+        v2, v3 = normal_pair(c2, c3)
+        return tl.reshape(interleaved(v0, v1, v2, v3), [TILE])
+
+    # A group's size and a step's seed and stream compile nothing anew; n does, for wide accesses where 16 divides it.
+    @triton.jit(do_not_specialize=["k0", "k1", "stream_id", "images", "pixels", "width"])  # type: ignore[untyped-decorator]
+    def _kernel(  # type: ignore[no-untyped-def]
+        next_ptr,  # [G, C, h, w] float32, as are z0, z, push and before
+        z0_ptr,
+        z_ptr,
+        model_ptr,  # [CFG_ROWS, G, C, h, w], any floating dtype
+        row_ptr,  # [8] float32
+        push_ptr,  # or None
+        before_ptr,  # or None
+        ids_ptr,  # [G] int64, or None: no noise
+        partner_ptr,  # [G] int64, or None: no CutMix
+        box_ptr,  # [G, 4] int64, or None
+        k0: tl.uint32,
+        k1: tl.uint32,
+        stream_id: tl.uint32,
+        images,
+        n,  # C h w
+        pixels,  # h w
+        width,
+        CFG_ROWS: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        image = tl.program_id(0).to(tl.int64)
+        tile = tl.program_id(1)
+        f = tile * TILE + tl.arange(0, TILE)
+        live = f < n
+        source = image * n + f  # inside the box it is the partner's
+        if partner_ptr is not None:
+            partner = tl.load(partner_ptr + image)
+            y, x = f % pixels // width, f % pixels % width
+            inside = (y >= tl.load(box_ptr + 4 * image)) & (x >= tl.load(box_ptr + 4 * image + 1))
+            inside &= (y < tl.load(box_ptr + 4 * image + 2)) & (x < tl.load(box_ptr + 4 * image + 3))
+            source = tl.where(inside, partner, image) * n + f
+        z = tl.load(z_ptr + source, mask=live, other=0.0)
+        m = tl.load(model_ptr + source, mask=live, other=0.0).to(tl.float32)
+        if CFG_ROWS == 2:
+            c = tl.load(model_ptr + images.to(tl.int64) * n + source, mask=live, other=0.0).to(tl.float32)
+            m += tl.load(row_ptr + 7) * (c - m)
+        z_next = tl.load(row_ptr + 2) * z + tl.load(row_ptr + 3) * m
+        z0 = tl.load(row_ptr) * z + tl.load(row_ptr + 1) * m
+        if before_ptr is not None:
+            z_next += tl.load(row_ptr + 4) * tl.load(before_ptr + source, mask=live, other=0.0)
+        if push_ptr is not None:
+            push = tl.load(push_ptr + source, mask=live, other=0.0)
+            z_next += tl.load(row_ptr + 6) * push
+            z0 += push
+        if ids_ptr is not None:
+            noise = _normals(tl.load(ids_ptr + image), tile, k0, k1, stream_id, TILE)
+            if partner_ptr is not None:
+                noise = tl.where(inside, _normals(tl.load(ids_ptr + partner), tile, k0, k1, stream_id, TILE), noise)
+            z_next += tl.load(row_ptr + 5) * noise
+        tl.store(next_ptr + image * n + f, z_next, mask=live)
+        tl.store(z0_ptr + image * n + f, z0, mask=live)
+
+
+def _launch(
+    z: Tensor,
+    model: Tensor,
+    row: Tensor,
+    push: Tensor | None,
+    before: Tensor | None,
+    ids: Tensor | None,
+    partner: Tensor | None,
+    box: Tensor | None,
+    seed: int,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    z_next, z0 = torch.empty_like(z), torch.empty_like(z)
+    images, channels, height, width = z.shape
+    n, seed = channels * height * width, seed % 2**64
+    # Triton launches on the current device, which may be another GPU; where z is on a CPU nothing changes.
+    with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
+        _kernel[(images, -(-n // TILE))](
+            z_next, z0, z, model, row, push, before, ids, partner, box, seed & 0xFFFFFFFF, seed >> 32, stream,
+            images, n, height * width, width, CFG_ROWS=len(model), TILE=TILE, num_warps=WARPS,
+        )  # fmt: skip
+    return z_next, z0
+
+
+@torch.library.custom_op("dfkd::guided_step", mutates_args=())
+def _operator(
+    z: Tensor,
+    model: Tensor,
+    row: Tensor,
+    push: Tensor | None,
+    before: Tensor | None,
+    ids: Tensor | None,
+    partner: Tensor | None,
+    box: Tensor | None,
+    seed: int,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    """z' and z0; every tensor contiguous, the seed as a signed integer of 64 bits."""
+    if triton is not None and z.device.type == "cpu" and not isinstance(_kernel, triton.runtime.jit.JITFunction):
+        return _launch(z, model, row, push, before, ids, partner, box, seed, stream)  # TRITON_INTERPRET=1
+    noise = None if ids is None else (seed % 2**64, ids, stream)
+    mix = None if partner is None or box is None else (partner, box)
+    return guided_step_ref(z, model, row, push=push, before=before, noise=noise, mix=mix)
+
+
+_operator.register_kernel("cuda")(_launch)
+
+
+@_operator.register_fake
+def _(z: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(z)
+
+
+def guided_step(
+    z: Tensor,
+    model: Tensor,
+    row: Tensor,
+    *,
+    push: Tensor | None = None,
+    before: Tensor | None = None,
+    noise: Noise | None = None,
+    mix: Mix | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One sampling step of a group of G images in one kernel launch (equations at the top of the file).
+
+    Tensors of another memory format are copied to contiguous NCHW first: latents are small beside the networks.
+
+    Args:
+        z: latents [G, C, h, w], float32, not empty.
+        model: the network's output [K, G, C, h, w], any floating dtype; K = 1, or 2 (unconditional, conditional).
+        row: float32 [8], a value for each of COEFFICIENTS.
+        push: like z, what guidance adds to the clean estimate.
+        before: like z, the guided clean estimate of the step before.
+        noise: run seed (0 <= seed < 2^64), ids int64 [G], stream (0 <= stream < 2^32).
+        mix: Latent CutMix, partner int64 [G] (indices within the group) and box int64 [G, 4] (y0, x0, y1, x1).
+
+    Returns:
+        The next latents z' and the guided clean estimate z0, like z and new tensors.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        RuntimeError: Triton is not installed.
+    """
+    if triton is None:
+        raise RuntimeError("Triton is not installed, and kernels=triton needs it. pip install triton")
+    if z.dim() != 4 or z.dtype != torch.float32 or not z.numel():
+        raise ValueError(f"z: {tuple(z.shape)} {z.dtype}; want [G, C, h, w] float32, not empty")
+    if model.shape[1:] != z.shape or len(model) not in (1, 2) or not model.is_floating_point():
+        raise ValueError(f"model: {tuple(model.shape)} {model.dtype}; want [1 or 2, {', '.join(map(str, z.shape))}]")
+    seed, ids, stream = noise or (0, None, 0)
+    partner, box = mix or (None, None)
+    images, whole = z.shape[:1], torch.int64
+    for name, tensor, shape, dtype in (
+        ("model", model, model.shape, model.dtype), ("row", row, (len(COEFFICIENTS),), z.dtype),
+        ("push", push, z.shape, z.dtype), ("before", before, z.shape, z.dtype),
+        ("ids", ids, images, whole), ("partner", partner, images, whole), ("box", box, (*images, 4), whole),
+    ):  # fmt: skip
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != z.device):
+            found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: {found}; want {tuple(shape)} {dtype} on {z.device}")
+    given = (None if t is None else t.contiguous() for t in (z, model, row, push, before, ids, partner, box))
+    z_next, z0 = _operator(*given, seed - (seed >> 63 << 64), stream)
+    return z_next, z0
+
+
+GUIDED_STEPS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {"torch": guided_step_ref, "triton": guided_step}
