@@ -13,6 +13,7 @@ from dfkd.config.fields import Config, leaves, merged, nested, option, plain, pr
 from dfkd.config.synthesis import (
     BACKENDS,
     DTYPES,
+    IMAGE_FORMATS,
     METHODS,
     NORMALISATIONS,
     QUANTISING_BACKENDS,
@@ -27,6 +28,9 @@ from dfkd.config.synthesis import (
     TeacherConfig,
 )
 from dfkd.config.training import (
+    LOADERS,
+    MIXES,
+    VIEWS,
     DistillConfig,
     LoaderConfig,
     LoggingConfig,
@@ -40,10 +44,14 @@ from dfkd.config.training import (
 __all__ = [
     "BACKENDS",
     "DTYPES",
+    "IMAGE_FORMATS",
+    "LOADERS",
     "METHODS",
+    "MIXES",
     "NORMALISATIONS",
     "QUANTISING_BACKENDS",
     "SAMPLERS",
+    "VIEWS",
     "BatchingConfig",
     "ComputeConfig",
     "Config",

@@ -10,6 +10,7 @@ BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch-tensor
 QUANTISING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")  # those that take 8-bit graphs
 SAMPLERS = ("ddpm", "ddim", "euler", "dpmpp2m")
 METHODS = ("guided", "deepinversion", "noise")
+IMAGE_FORMATS = ("png", "jpg", "npy")
 SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise
 
 Channels = tuple[float, float, float]
@@ -235,7 +236,7 @@ class ShardConfig(Config):
     shard_size: int = option(
         0, f"images a shard, a multiple of --group; 0: about {SHARD_IMAGES}", low=0, identity=False
     )
-    image_format: str = option("png", "file format of the images", choices=("png", "jpg", "npy"), identity=False)
+    image_format: str = option("png", "file format of the images", choices=IMAGE_FORMATS, identity=False)
 
 
 @dataclass(frozen=True, kw_only=True)
