@@ -1,1 +1,12 @@
-"""The commands: thin shells that turn flags into typed options and call the method."""
+"""The commands: thin shells that turn flags into settings and call the library; each has a `main(argv)`."""
+
+COMMANDS = {
+    "run": "the whole job from one file: teacher, images, student, test, baselines, report",
+    "train-teacher": "real images -> a classifier to learn from",
+    "generate": "teacher and diffusion prior -> labelled images",
+    "distill": "images and teacher -> a student",
+    "evaluate": "a classifier on labelled real images -> accuracy, calibration, agreement",
+    "report": "the folders of a run -> one page to read",
+    "export": "a classifier -> one ONNX file",
+    "engines": "networks compiled ahead of time: build, list, explain, verify, prune",
+}

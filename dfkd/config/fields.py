@@ -87,6 +87,7 @@ class Config:
 
     SECTION: ClassVar[str] = ""  # of a preset or run file
     EXAMPLE: ClassVar[str] = ""  # a line of flags for --help
+    POSITIONAL: ClassVar[str] = ""  # flat name that a command also takes without its flag
     EXCLUSIVE: ClassVar[tuple[tuple[str, ...], ...]] = ()  # flat names of which the last one given counts
 
     def __post_init__(self) -> None:
