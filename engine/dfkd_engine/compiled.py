@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dfkd_engine.architecture import architecture
 from dfkd_engine.backends import Run, get
+from dfkd_engine.devices import architecture
 from dfkd_engine.errors import EngineError
 from dfkd_engine.spec import EngineSpec, TensorSpec, differing
 
@@ -34,7 +34,7 @@ class Engine:
         self.spec, self.device, self._run = spec, torch.device(device), run
         self._binds_out: bool = getattr(run, "binds_out", False)
         whole = [result.name for result in spec.outputs if not _batched(result)]
-        if whole and spec.batch[0] < 2:
+        if whole and spec.rows[0] < 2:
             why = f"one row is computed as two equal ones, and {', '.join(whole)} has no batch to cut"
             raise EngineError(f"{spec.network} cannot allow a batch of 1", why, "let its smallest batch be 2")
 
@@ -91,7 +91,7 @@ class Engine:
                 raise ValueError(
                     f"{spec.network}: {wanted.name} has {len(tensor)} rows and {first} has {batch}; wanted are as many"
                 )
-        smallest, _, largest = spec.batch
+        smallest, _, largest = spec.rows
         if first and not smallest <= batch <= largest:
             raise ValueError(
                 f"{spec.network}: {first} has {batch} rows; this engine takes {smallest} to {largest} at a time"
@@ -142,7 +142,7 @@ def load(store: "EngineStore", key: str, device: torch.device | str) -> Engine:
     if (why := backend.unusable(device, spec.dtype)) is not None:
         raise EngineError(what, why, "or choose another backend")
     own = backend.versions()
-    if changed := differing({name: old for name, old in spec.versions if name in own}, own):
+    if changed := differing({name: old for name, old in spec.versions.items() if name in own}, own):
         why = "; ".join(f"it was built with {name} {old}, here is {new}" for name, old, new in changed)
         raise EngineError(what, why, _BUILD)
     return Engine(spec, backend.load(store.payload(manifest), spec, device), device)

@@ -1,5 +1,6 @@
-"""Files that are whole or absent, and locks between processes that the kernel frees when their holder dies."""
+"""Files that are whole or absent, digests of files, locks between processes, and a disk's errors in words."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -9,7 +10,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from dfkd_engine.errors import EngineError, first_line
+
 PARTIAL = ".partial"
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
+# What a compiler's own files can meet as well; other errors of a compiler speak for themselves.
+_OF_THE_DISK = {*_FULL, errno.EROFS, errno.EFBIG, errno.EIO}
+# Less than this and nothing of an engine fits: then a compiler's error, whatever it says, comes from the disk.
+_NOTHING_FITS = 1 << 20
+
+Stamp = tuple[int, ...]
+_known: dict[Stamp, str] = {}
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -66,8 +80,22 @@ def sync_file(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256`, remembered in this process for as long as the kernel's record says that the file was not touched."""
+    mark = stamp(path.stat())
+    if mark not in _known:
+        _known[mark] = sha256(path)
+    return _known[mark]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What changes when a file does: device, inode, size and both times of change."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @contextmanager
@@ -113,3 +141,55 @@ def _is_open_file(path: Path, file: int) -> bool:
         return path.stat().st_ino == os.fstat(file).st_ino
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def explained(what: str, folder: Path) -> Iterator[None]:
+    """Turn an OSError into EngineError: `what`, the system's reason with the file, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(what, folder, error) from error
+
+
+@contextmanager
+def compiler_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turn whatever is raised into EngineError where the disk is the cause; all else passes as it is."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in _OF_THE_DISK:
+            raise _disk_error(what, folder, cause) from error
+        free = free_bytes(folder)
+        if free is not None and free < _NOTHING_FITS:
+            why = f"{free} bytes are left where {folder} lies, and the compiler stopped ({first_line(error)})"
+            raise EngineError(what, why, "make room, for instance with dfkd-engines prune, then run again") from error
+        raise
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that are free where `folder` lies or would lie; None where the system does not say."""
+    for place in (folder, *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return None
+
+
+def _disk_error(what: str, folder: Path, error: OSError) -> EngineError:
+    why = error.strerror or str(error)
+    if error.filename is not None:
+        why += f" ({error.filename})"
+    if error.errno in _FULL:
+        free = free_bytes(folder)
+        left = "" if free is None else f", {free / 1e6:.1f} MB are left where {folder} lies"
+        return EngineError(what, why + left, "make room, for instance with dfkd-engines prune, then run again")
+    if error.errno in _REFUSED:
+        return EngineError(what, why, "make the folder writable or choose another one for the engines")
+    if error.errno in _NO_FOLDER:
+        return EngineError(what, why, "choose a folder for the engines that is one, or can be made")
+    if error.errno == errno.EFBIG:
+        return EngineError(what, why, "raise the limit of file sizes (ulimit -f, or the file system's), then run again")
+    return EngineError(what, why, "see to the disk, then run again")

@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from dfkd_engine import rewrites
 from dfkd_engine.decompositions import table
-from dfkd_engine.errors import GraphError
+from dfkd_engine.errors import EngineError
 from dfkd_engine.spec import DTYPES, TensorSpec
 from dfkd_engine.tracing.interception import Interception
 from dfkd_engine.tracing.module_paths import ModulePaths, networks_of
@@ -117,7 +117,7 @@ def trace(
         backends that run them in this process can take it then.
 
     Raises:
-        GraphError: an operation that no plain ones stand for, with the layer it comes from; a result that depends on
+        EngineError: an operation that no plain ones stand for, with the layer it comes from; a result that depends on
             values for its shape; a batch that is not free; a gradient of weights; float64.
     """
     networks = networks_of(function)
@@ -141,10 +141,10 @@ def trace(
             module = tracer(*examples)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
             what = rewrites.describe_operation(error.func, paths.failed)
-            raise GraphError(what, "its result depends on values, not on shapes", "Compute it with masks") from error
+            raise EngineError(what, "its result depends on values, not on shapes", "Compute it with masks") from error
         except GuardOnDataDependentSymNode as error:
             why = "a graph takes one way for all values"
-            raise GraphError(f"{paths.failed or 'the function'} decides by a value", why, "Use a mask") from error
+            raise EngineError(f"{paths.failed or 'the function'} decides by a value", why, "Use a mask") from error
     rewrites.simplify(module, _weights(networks) if live else frozenset())
     rewrites.name_constants(module, networks)
     _check(module, inputs, examples, env, ALLOWED | set(also))
@@ -171,7 +171,7 @@ def _output_names(names: Sequence[str] | None, results: Sequence[Tensor]) -> lis
         return ["output"] if len(results) == 1 else [f"output_{index}" for index in range(len(results))]
     if len(names) != len(results):
         why = f"{len(names)} are named: {', '.join(names)}"
-        raise GraphError(f"the function returns {len(results)} tensors", why, "Name each of them")
+        raise EngineError(f"the function returns {len(results)} tensors", why, "Name each of them")
     return list(names)
 
 
@@ -185,10 +185,10 @@ def _spec(name: str, value: Tensor, examples: Sequence[Tensor]) -> TensorSpec:
     shape = [None if str(size) in batches else size for size in value.shape]
     if any(isinstance(size, torch.SymInt) for size in shape) or None in shape[1:]:
         why = "the batch may only be a result's first size, alone"
-        raise GraphError(f"the result {name!r} has the shape {list(value.shape)}", why, "Reshape the result")
+        raise EngineError(f"the result {name!r} has the shape {list(value.shape)}", why, "Reshape the result")
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise GraphError(f"the result {name!r} is {dtype}", f"a graph gives {', '.join(DTYPES)}", "Cast it")
+        raise EngineError(f"the result {name!r} is {dtype}", f"a graph gives {', '.join(DTYPES)}", "Cast it")
     return TensorSpec(name, tuple(None if size is None else int(size) for size in shape), dtype)
 
 
@@ -199,21 +199,21 @@ def _check(
     env: ShapeEnv,
     allowed: Collection[Any],
 ) -> None:
-    """Raises GraphError: an operation that is not plain, float64, or a batch that tracing turned into a number."""
+    """Raises EngineError: an operation that is not plain, float64, or a batch that tracing turned into a number."""
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target not in allowed:
             why = "a graph holds plain operations only, and no decomposition is known for it"
             todo = "Write the layer with other operations, or add a decomposition in engine/decompositions"
-            raise GraphError(rewrites.describe(node), why, todo)
+            raise EngineError(rewrites.describe(node), why, todo)
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dtype == torch.float64:
             why = "float64 is not computed in a graph"
-            raise GraphError(f"{rewrites.describe(node)} gives float64", why, "Cast to float32 before it")
+            raise EngineError(f"{rewrites.describe(node)} gives float64", why, "Cast to float32 before it")
     for spec, example in zip(inputs, examples, strict=True):
         if spec.shape[:1] == (None,) and not _is_free(example.shape[0]):
             place = next((str(guard.sloc) for guard in env.guards if guard.expr.is_Equality), "an unknown place")
             todo = "Take it as tensor.shape[0], which len(tensor) does not, and compare it with nothing"
-            raise GraphError(f"the batch of {spec.name!r} is not free", f"it became a number in {place}", todo)
+            raise EngineError(f"the batch of {spec.name!r} is not free", f"it became a number in {place}", todo)
 
 
 def _is_free(size: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dfkd_engine.errors import GraphError
+from dfkd_engine.errors import EngineError
 from dfkd_engine.graph import Graph
 from dfkd_engine.rewrites import constant, describe_operation
 from dfkd_engine.rewrites.constants import drop_unused
@@ -68,8 +68,8 @@ def quantised(graph: Graph, layers: Mapping[str, Amax], narrow: str) -> Graph:
 
     layers: by the path that node.meta["module"] has. narrow: a key of NARROW.
 
-    Raises GraphError: a layer that the graph does not hold, or whose weights it does not hold as they are (a transposed
-    convolution, or a product of two results); a magnitude that is not finite.
+    Raises EngineError: a layer that the graph does not hold, or whose weights it does not hold as they are (a
+    transposed convolution, or a product of two results); a magnitude that is not finite.
     """
     module = _copy(graph.module)
     pairs: dict[Any, fx.Node] = {}  # one pair for the layers that share an input
@@ -92,7 +92,7 @@ def quantised(graph: Graph, layers: Mapping[str, Amax], narrow: str) -> Graph:
         node.args = tuple(arguments)
     if absent := sorted(layers.keys() - found):
         why = f"the graph has no product of that name ({len(absent)} of {len(layers)} are missing)"
-        raise GraphError(f"{absent[0]} cannot be quantised", why, _RECALIBRATE)
+        raise EngineError(f"{absent[0]} cannot be quantised", why, _RECALIBRATE)
     module.graph.eliminate_dead_code()
     drop_unused(module)
     module.graph.lint()
@@ -141,7 +141,7 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
 def _check(node: fx.Node, amax: Amax) -> None:
     if not (torch.isfinite(amax.weight).all() and 0 <= amax.input < float("inf")):
         why = "the magnitudes of its input or weights are not finite"
-        raise GraphError(_what(node), why, "Calibrate with a network and inputs that are")
+        raise EngineError(_what(node), why, "Calibrate with a network and inputs that are")
 
 
 def _weight(module: fx.GraphModule, node: fx.Node, place: int) -> tuple[Tensor, int]:
@@ -153,7 +153,7 @@ def _weight(module: fx.GraphModule, node: fx.Node, place: int) -> tuple[Tensor, 
     transposed = node.target is aten.convolution.default and node.args[6]
     if not isinstance(origin, fx.Node) or origin.op != "get_attr" or transposed:
         why = "its second factor is no constant with the output channels along one axis"
-        raise GraphError(_what(node), why, "Leave the layer out")
+        raise EngineError(_what(node), why, "Leave the layer out")
     value = constant(module, origin)
     if node.target is aten.convolution.default:
         return value, 0
@@ -175,7 +175,7 @@ def _pair(module: fx.GraphModule, node: fx.Node, source: Any, scale: Tensor, nar
 def _stored(module: fx.GraphModule, node: fx.Node, weight: Tensor, amax: Tensor, axis: int, narrow: str) -> fx.Node:
     if amax.shape != (weight.shape[axis],):
         why = f"it has {weight.shape[axis]} output channels, and magnitudes of shape {list(amax.shape)} are given"
-        raise GraphError(_what(node), why, _RECALIBRATE)
+        raise EngineError(_what(node), why, _RECALIBRATE)
     scales = _scale(amax, narrow, weight.dtype).to(weight.device)
     shape = [-1 if dim == axis else 1 for dim in range(weight.dim())]
     values = quantise(weight.contiguous(), scales.reshape(shape), narrow)

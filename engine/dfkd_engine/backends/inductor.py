@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_engine.backends.packages import missing, versions
+from dfkd_engine.devices import kind_of
 from dfkd_engine.errors import EngineError
-from dfkd_engine.spec import kind_of
 
 if TYPE_CHECKING:
     from dfkd_engine.backends import Device, Run
@@ -64,7 +64,7 @@ class Inductor:
 
         if (why := self.unusable(spec.device, spec.dtype)) is not None:
             raise EngineError(f"{spec.network} cannot be compiled by inductor", why, "or choose another backend")
-        program = to_program(graph, *spec.batch[1:])
+        program = to_program(graph, *spec.rows[1:])
         with _own_cache(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what torch's parts say to one another
             aoti_compile_and_package(
@@ -75,7 +75,7 @@ class Inductor:
         import torch
         from torch._inductor import aoti_load_package
 
-        if "group_norm" in dict(spec.flags):
+        if "group_norm" in spec.flags:
             import dfkd_kernels.group_norm_silu  # noqa: F401 (its code calls the operations that this registers)
 
         place = torch.device(device)

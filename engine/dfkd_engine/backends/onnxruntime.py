@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_engine.backends.packages import missing, versions
+from dfkd_engine.devices import kind_of
 from dfkd_engine.errors import EngineError
-from dfkd_engine.spec import kind_of
 
 if TYPE_CHECKING:
     import torch

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 from dfkd_engine.backends import machine_cache
 from dfkd_engine.backends.packages import missing, versions
 from dfkd_engine.backends.tensorrt_library import Profile, library_log, profiles
+from dfkd_engine.devices import kind_of, targets_of
 from dfkd_engine.errors import EngineError
-from dfkd_engine.spec import kind_of
-from dfkd_engine.targets import targets_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +112,7 @@ class TensorRT:
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is meant where the graph says so
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _workspace())
-        for profile in profiles(spec.batch):
+        for profile in profiles(spec.rows):
             config.add_optimization_profile(_profile(builder, spec, profile))
         targets = targets_of(spec.device)
         if targets:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dfkd_engine.architecture import architecture
 from dfkd_engine.backends import machine_cache
 from dfkd_engine.backends.tensorrt_library import library_log, profiles
+from dfkd_engine.devices import architecture
 from dfkd_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Plan:
             raise EngineError(f"{self._what} cannot be loaded", why, _REBUILD)
 
     def _check_profiles(self) -> None:
-        wanted, found = len(profiles(self.spec.batch)), self._engine.num_optimization_profiles
+        wanted, found = len(profiles(self.spec.rows)), self._engine.num_optimization_profiles
         if found != wanted:
             why = f"its plan has {found} profiles, its spec asks for {wanted}"
             raise EngineError(f"{self._what} cannot be loaded", why, _REBUILD)
@@ -120,7 +120,7 @@ class Plan:
     # calls
 
     def _profile_of(self, rows: int) -> int:
-        ranges = profiles(self.spec.batch)
+        ranges = profiles(self.spec.rows)
         fitting = [place for place, (low, _, high) in enumerate(ranges) if low <= rows <= high]
         if not fitting:
             why = f"its profiles are {', '.join(f'{low} to {high}' for low, _, high in ranges)} rows"

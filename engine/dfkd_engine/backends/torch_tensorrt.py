@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_engine.backends.packages import missing, versions
+from dfkd_engine.devices import kind_of, targets_of
 from dfkd_engine.errors import EngineError
-from dfkd_engine.spec import kind_of
-from dfkd_engine.targets import targets_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -87,7 +86,7 @@ class TorchTensorRT:
         known = inspect.signature(convert).parameters
         options |= {name: value for name, value in _TYPED.items() if name in known}
         require_known(options, convert, torch_tensorrt.dynamo.CompilationSettings, torch_tensorrt.__version__)
-        _, planned, largest = (max(rows, 2) for rows in spec.batch)
+        _, planned, largest = (max(rows, 2) for rows in spec.rows)
         program = to_program(graph, planned, largest)
         _scale_by_factors(program)
         inputs = [_input(torch_tensorrt, tensor, planned, largest) for tensor in spec.inputs]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfkd_engine.decompositions.frozen import refuse_weight_gradients
-from dfkd_engine.errors import GraphError
+from dfkd_engine.errors import EngineError
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -167,7 +167,7 @@ def _up(v: Tensor | None) -> Tensor | None:
 def _running(mean: Tensor | None, variance: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
     if training or mean is None or variance is None:
         why = "its output for one image depends on the other images of the batch"
-        raise GraphError("a batch norm uses the statistics of its batch", why, "Call eval() on the networks")
+        raise EngineError("a batch norm uses the statistics of its batch", why, "Call eval() on the networks")
     return mean, variance
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dfkd_engine.errors import GraphError
+from dfkd_engine.errors import EngineError
 from dfkd_engine.rewrites.constants import constant, identity
 from dfkd_engine.rewrites.views import SAME, is_view
 
@@ -15,7 +15,7 @@ _NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Ten
 
 
 def without_writes(module: fx.GraphModule) -> None:
-    """add_, relu_ and their like as add and relu. Raises GraphError where another tensor would see the write.
+    """add_, relu_ and their like as add and relu. Raises EngineError where another tensor would see the write.
 
     Tracing lets every later use of the written tensor read the result, so only its views need a look.
     """
@@ -30,7 +30,7 @@ def without_writes(module: fx.GraphModule) -> None:
         twin = _out_of_place(node.target)
         if twin is None or is_view(written) or later:
             why = "a graph writes nothing in place, and this tensor has other names that would change with it"
-            raise GraphError(f"{describe(node)} writes into a tensor", why, "Use the operation without the underscore")
+            raise EngineError(f"{describe(node)} writes into a tensor", why, "Use the operation without the underscore")
         node.target = twin
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from dfkd_engine.decompositions.frozen import weight_gradient
 from dfkd_engine.decompositions.resize import interpolate
-from dfkd_engine.errors import GraphError
+from dfkd_engine.errors import EngineError
 
 
 class Interception(TorchFunctionMode):
@@ -34,7 +34,7 @@ class Interception(TorchFunctionMode):
         if func in (torch.autograd.backward, Tensor.backward):
             why = "it adds to the gradients of weights, which are frozen in a graph"
             todo = "Call torch.autograd.grad on a detached copy of the input"
-            raise GraphError("backward() is called", why, todo)
+            raise EngineError("backward() is called", why, todo)
         return func(*args, **kwargs)
 
 
@@ -53,7 +53,7 @@ def attention(
     attn_mask: broadcastable to [..., L, S]; added, or, if boolean, of the places to attend to.
     """
     if dropout_p:
-        raise GraphError("attention has dropout", "a graph has no random operation", "Call eval() on the networks")
+        raise EngineError("attention has dropout", "a graph has no random operation", "Call eval() on the networks")
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
