@@ -1,1 +1,1 @@
-"""The networks of a synthesis as compiled engines: which a run needs, building them, choosing among backends."""
+"""Functions of tensors as compiled engines: their key, building them, choosing among backends."""

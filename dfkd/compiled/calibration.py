@@ -1,8 +1,7 @@
-"""How large the factors of a UNet's layers get on the prior's own way from noise to image: what 8 bits have to span.
+"""How large the factors of a network's layers get on inputs such as a run has: what 8 bits have to span.
 
-NVIDIA ModelOpt watches a copy of the UNet while it denoises the run's prompts, unguided, with the run's sampler, steps
-and classifier-free guidance: the largest magnitude of every layer's input, and of each output channel of its weights.
-The noise is that of a fixed seed, so the same options give the same engine.
+NVIDIA ModelOpt watches a copy of the network: the largest magnitude of every layer's input, and of each output channel
+of its weights. For a UNet such inputs are those of trajectories from noise to image, by the run's prompts and sampler.
 
 What stays wide, with the error of the demo's prediction against float64, mean over the unguided trajectories of ten
 images; measured once, with WIDE as the rows say:
@@ -24,56 +23,38 @@ import contextlib
 import copy
 import io
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
-from dfkd.cli.generate_options import GenerateOptions
-from dfkd.cli.prepare import latent_size
-from dfkd.cli.teacher import load_teacher
-from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of
-from dfkd.synthesis.sampler import INITIAL_NOISE, Denoiser, SamplerSettings
-from dfkd.synthesis.schedule import StepTable, build_table
 from dfkd_engine.backends.packages import missing
 from dfkd_engine.errors import EngineError
-from dfkd_engine.networks import Prior
 from dfkd_engine.quantise import Amax
-from dfkd_kernels.philox import philox_normal
 
-# Images, so rows of the UNet: GROUPS * IMAGES * steps, twice that with classifier-free guidance. Two groups of 16 are
-# two seconds for the demo; Stable Diffusion 1.5 in 50 steps at 512 pixels takes 3 200 rows, 2.6 PFLOP: seconds on a
-# GPU of 400 TFLOP/s, hours on a CPU. More images found outliers, and a larger error (0.023 of four groups of 50).
-GROUPS, IMAGES = 2, 16
-SEED = 2**40  # of the trajectories; no run's own, unless it asks for it
 WIDE = ("conv_in.*", "conv_out.*", "*time_emb*", "*conv_shortcut.*")  # quantisers of ModelOpt, as it matches names
 BITS: dict[str, Any] = {"int8": 8, "fp8": (4, 3)}
 
 
-def calibrate(options: GenerateOptions, prior: Prior, narrow: str) -> dict[str, Amax]:
-    """Magnitudes of every layer of the prior's UNet that is to be in 8 bits, by its name in the UNet.
+@torch.no_grad()
+def magnitudes(network: nn.Module, run: Callable[[nn.Module], object], narrow: str) -> dict[str, Amax]:
+    """Magnitudes of every layer that is to be in 8 bits, by its name in the network, which stays as it is.
 
-    narrow: a key of BITS. Raises EngineError where ModelOpt is not installed, and UsageError for options that do not
-    fit the prior or the teacher.
+    run: calls the copy of the network that it is given, on inputs such as a run has. narrow: a key of BITS.
+    Raises EngineError where ModelOpt is not installed.
     """
     if missing("modelopt"):
         why = "ModelOpt, which calibrates it, is not installed"
-        raise EngineError(f"no {narrow} UNet can be built", why, "pip install 'dfkd[quantise]'")
-    prompts = _prompts(options)
-    table = build_table(prior.scheduler_config, options.sampler, options.steps)
-    unet = copy.deepcopy(prior.unet)
-
-    def loop(network: Any) -> None:
-        for group in range(GROUPS):
-            _denoise(options, replace(prior, unet=network), table, prompts, group)
-
+        raise EngineError(f"no {narrow} network can be built", why, "pip install 'dfkd[quantise]'")
+    watched = copy.deepcopy(network)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers' version, which a UNet does not go through
         import modelopt.torch.quantization as mtq
 
-        mtq.quantize(unet, _config(narrow), loop)
+        mtq.quantize(watched, _config(narrow), run)
     found = {}
-    for name, layer in unet.named_modules():
+    for name, layer in watched.named_modules():
         weight: Any = getattr(layer, "weight_quantizer", None)
         if weight is not None and weight.is_enabled:
             amax: Any = layer.input_quantizer.amax
@@ -91,36 +72,3 @@ def _config(narrow: str) -> dict[str, Any]:
         {"quantizer_name": "*", "parent_class": "nn.LayerNorm", "enable": False},  # it has an input, and no weights
     ]
     return {"quant_cfg": rules, "algorithm": "max"}
-
-
-def _prompts(options: GenerateOptions) -> list[str]:
-    """Of all images, GROUPS after one another."""
-    names: tuple[str, ...] = ("",)
-    if "{" in options.prompt:
-        given = (options.teacher, options.teacher_checkpoint, options.normalisation, options.classes)
-        names = options.classes or load_teacher(*given).class_names
-    classes = chosen_classes(names, options.only if names != ("",) else ())
-    labels = labels_of(torch.arange(GROUPS * IMAGES), classes).tolist()
-    return [prompt_of(options.prompt, names[label]) for label in labels]
-
-
-@torch.no_grad()
-def _denoise(options: GenerateOptions, prior: Prior, table: StepTable, prompts: list[str], group: int) -> None:
-    """One group from noise to latents, as `sample_group` does without a teacher; nothing is decoded."""
-    settings = SamplerSettings(cfg=options.cfg, cfg_from=options.cfg_from, cfg_to=options.cfg_to)
-    ids = torch.arange(group * IMAGES, (group + 1) * IMAGES, device=prior.device)
-    conditional = prior.encode_prompts([prompts[i] for i in ids.tolist()])
-    unconditional = prior.encode_prompts([options.negative_prompt])
-    denoise = Denoiser(prior, conditional, unconditional, settings.cfg, IMAGES)
-    shape = (prior.latent_channels, *latent_size(options, prior))
-    z = table.init_scale * philox_normal(SEED, ids, INITIAL_NOISE, shape)
-    before = torch.zeros_like(z)
-    for i in range(len(table)):
-        row = table.row(i)
-        t = torch.as_tensor(row.timestep, device=z.device)
-        model = denoise(z, t, settings.classifier_free(i, len(table)))
-        clean = row.z0_z * z + row.z0_model * model
-        z = row.step_z * z + row.step_model * model + row.step_prev * before
-        if row.step_noise:
-            z = z + row.step_noise * philox_normal(SEED, ids, 1 + i, shape)
-        before = clean
