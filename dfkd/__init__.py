@@ -1,23 +1,81 @@
-"""Data-free knowledge distillation: a frozen teacher and a frozen diffusion prior make a student's training set."""
+"""Data-free knowledge distillation: a frozen teacher and a frozen diffusion prior make a student's training set.
 
+    teacher = dfkd.Classifier.from_pretrained("timm:resnet50")
+    pipe = dfkd.GuidedPipeline(dfkd.Prior.from_pretrained("demo"), teacher, dfkd.GenerateConfig.preset("demo"))
+    data = dfkd.generate(pipe, "runs/mine/synthetic", count=64)
+    student = dfkd.distill(data, teacher, dfkd.DistillConfig.preset("demo"), out="runs/mine/student")
+
+Each name is imported when it is first used, so that `import dfkd` loads no torch.
+"""
+
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import dfkd.priors  # noqa: F401  (makes the embedded prior known by its name)
 
 if TYPE_CHECKING:
-    from dfkd.teachers.classifier import Classifier
-
-__all__ = ["__version__", "load_student"]
+    from dfkd.config import DistillConfig, GenerateConfig, TeacherTrainConfig
+    from dfkd.errors import UsageError
+    from dfkd.evaluation import Evaluation, evaluate
+    from dfkd.synthesis.pipeline import GuidedPipeline
+    from dfkd.synthesis.run import generate
+    from dfkd.teachers import Classifier
+    from dfkd.training import distill, train_teacher
+    from dfkd_engine.prior import Prior
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Classifier": "dfkd.teachers",
+    "DistillConfig": "dfkd.config",
+    "Evaluation": "dfkd.evaluation",
+    "GenerateConfig": "dfkd.config",
+    "GuidedPipeline": "dfkd.synthesis.pipeline",
+    "Prior": "dfkd_engine.prior",
+    "TeacherTrainConfig": "dfkd.config",
+    "UsageError": "dfkd.errors",
+    "distill": "dfkd.training",
+    "evaluate": "dfkd.evaluation",
+    "generate": "dfkd.synthesis.run",
+    "train_teacher": "dfkd.training",
+}
+
+__all__ = [
+    "Classifier",
+    "DistillConfig",
+    "Evaluation",
+    "GenerateConfig",
+    "GuidedPipeline",
+    "Prior",
+    "TeacherTrainConfig",
+    "UsageError",
+    "__version__",
+    "distill",
+    "evaluate",
+    "generate",
+    "load_student",
+    "train_teacher",
+]
 
 
 def load_student(path: str | Path) -> "Classifier":
     """A student of dfkd-distill (OUT/last), or a teacher of dfkd-train-teacher, in evaluation mode on the CPU.
 
-    Its logits(images) takes images [B, 3, H, W] in 0..1 and gives [B, C]; class_names, input_size, mean and std are
-    there too, and the network itself, of normalised images, is ``module``. Neither diffusers nor transformers is
-    loaded. Raises dfkd.errors.UsageError: no such folder, or weights that do not fit.
+    Called with images [B, 3, H, W] in 0..1, or PIL images, it gives logits [B, C]. Neither diffusers nor transformers
+    is loaded. Raises dfkd.UsageError: no such folder, or weights that do not fit.
     """
-    from dfkd.teachers import checkpoint
+    from dfkd.teachers import Classifier
 
-    return checkpoint.load(None, Path(path))
+    return Classifier.from_pretrained(Path(path))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dfkd' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Networks of other libraries behind the zoo's two functions; a library is imported only when its prefix is used.
+"""Networks of other libraries; a library is imported only when its prefix is used.
 
 timm:NAME               any timm model
 torchvision:NAME        any torchvision classification model
@@ -7,17 +7,29 @@ file:PATH.py:FUNCTION   FUNCTION(num_classes) -> nn.Module, in a Python file of 
 """
 
 import importlib
-import importlib.util
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from dfkd.errors import UsageError
-from dfkd.teachers.classifier import Classifier
+from dfkd.extension import resolve
 
 PREFIXES = ("timm", "torchvision", "transformers", "file")
+Channels = tuple[float, float, float]
+
+
+class Pretrained(NamedTuple):
+    """A network with published weights, in evaluation mode, and how it is fed and read.
+
+    class_names: in the order of the logits; their numbers where the library ships no names.
+    """
+
+    module: nn.Module
+    class_names: tuple[str, ...]
+    mean: Channels
+    std: Channels
+    input_size: int
 
 
 class Logits(nn.Module):
@@ -33,15 +45,17 @@ class Logits(nn.Module):
 
 
 def handles(name: str) -> bool:
-    prefix, colon, rest = name.partition(":")
-    return prefix in PREFIXES and bool(colon and rest)
+    """Whether the name has one of the prefixes and something behind it."""
+    prefix, _, rest = name.partition(":")
+    return prefix in PREFIXES and bool(rest)
 
 
 def build(name: str, num_classes: int) -> nn.Module:
     """An untrained network with num_classes logits. Raises UsageError: library absent, model or file unknown."""
     prefix, _, rest = name.partition(":")
     if prefix == "file":
-        return _from_file(rest, num_classes)
+        function, settings = resolve(rest, {}, "network")
+        return _module(function(num_classes, **settings), name)
     library = _library(prefix)
     try:
         if prefix == "timm":
@@ -55,19 +69,16 @@ def build(name: str, num_classes: int) -> nn.Module:
 
 
 def input_size(name: str) -> int:
-    """The side in pixels that the network was made for; file: networks say it themselves as `input_size`, else 224."""
+    """The side in pixels that the network was made for; 224 where the library does not say."""
     prefix, _, rest = name.partition(":")
     if prefix == "timm":
-        library = _library("timm")
-        config = library.get_pretrained_cfg(rest, allow_unregistered=True)
+        config = _library("timm").get_pretrained_cfg(rest, allow_unregistered=True)
         return int(config.input_size[-1]) if config else 224
-    if prefix == "transformers":
-        return _image_size(_processor(rest))
-    return 224
+    return _image_size(_processor(rest)) if prefix == "transformers" else 224
 
 
-def pretrained(name: str) -> Classifier:
-    """The published weights of a timm, torchvision or transformers model, with their classes and normalisation.
+def pretrained(name: str) -> Pretrained:
+    """The published weights of a timm, torchvision or transformers model.
 
     Raises UsageError: library absent, model unknown, no network to fetch it, or a file: name, which has no weights.
     """
@@ -77,53 +88,23 @@ def pretrained(name: str) -> Classifier:
     library = _library(prefix)
     try:
         if prefix == "timm":
-            return _pretrained_timm(library, name, rest)
+            model: Any = _module(library.create_model(rest, pretrained=True), name).eval()
+            facts = library.data.resolve_model_data_config(model)
+            numbers = tuple(str(index) for index in range(model.num_classes))
+            side = int(facts["input_size"][-1])
+            return Pretrained(model, numbers, _three(facts["mean"]), _three(facts["std"]), side)
         if prefix == "torchvision":
-            return _pretrained_torchvision(library, name, rest)
-        return _pretrained_transformers(library, name, rest)
+            weights = library.models.get_model_weights(rest).DEFAULT
+            model = _module(library.models.get_model(rest, weights=weights), name).eval()
+            shown, classes = weights.transforms(), tuple(weights.meta["categories"])
+            return Pretrained(model, classes, _three(shown.mean), _three(shown.std), int(shown.crop_size[0]))
+        model = _module(library.AutoModelForImageClassification.from_pretrained(rest), name).eval()
+        facts, labels = _processor(rest), model.config.id2label
+        classes = tuple(str(labels[index]) for index in sorted(labels))
+        mean, std = _three(facts["image_mean"]), _three(facts["image_std"])
+        return Pretrained(Logits(model).eval(), classes, mean, std, _image_size(facts))
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(f"cannot load '{name}'", str(error), "check the name, or give a local checkpoint") from error
-
-
-def _pretrained_timm(library: ModuleType, name: str, rest: str) -> Classifier:
-    model: Any = _module(library.create_model(rest, pretrained=True), name)
-    config = library.data.resolve_model_data_config(model)
-    mean, std = _three(config["mean"]), _three(config["std"])
-    # timm ships no class names with its weights.
-    names = tuple(str(index) for index in range(model.num_classes))
-    return Classifier(model.eval(), name, names, int(config["input_size"][-1]), mean, std)
-
-
-def _pretrained_torchvision(library: ModuleType, name: str, rest: str) -> Classifier:
-    weights = library.models.get_model_weights(rest).DEFAULT
-    model = _module(library.models.get_model(rest, weights=weights), name)
-    transform = weights.transforms()
-    mean, std = _three(transform.mean), _three(transform.std)
-    return Classifier(model.eval(), name, tuple(weights.meta["categories"]), int(transform.crop_size[0]), mean, std)
-
-
-def _pretrained_transformers(library: ModuleType, name: str, rest: str) -> Classifier:
-    model: Any = _module(library.AutoModelForImageClassification.from_pretrained(rest), name)
-    processor = _processor(rest)
-    labels = model.config.id2label
-    names = tuple(str(labels[index]) for index in sorted(labels))
-    mean, std = _three(processor["image_mean"]), _three(processor["image_std"])
-    return Classifier(Logits(model).eval(), name, names, _image_size(processor), mean, std)
-
-
-def _from_file(rest: str, num_classes: int) -> nn.Module:
-    path, _, function = rest.rpartition(":")
-    if not path.endswith(".py") or not function:
-        raise UsageError(f"cannot read 'file:{rest}'", "the form is file:PATH.py:FUNCTION")
-    if not Path(path).is_file():
-        raise UsageError(f"no file {path}", todo="give the path of a Python file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise UsageError(f"{path} has no function '{function}'", todo=f"define {function}(num_classes) in it")
-    return _module(getattr(module, function)(num_classes), f"file:{rest}")
 
 
 def _library(prefix: str) -> ModuleType:
@@ -149,21 +130,17 @@ def _processor(rest: str) -> dict[str, Any]:
         config: dict[str, Any] = get_image_processor_config(rest)
     except (ValueError, OSError) as error:
         raise UsageError(f"cannot load 'transformers:{rest}'", str(error)) from error
-    missing = {"size", "image_mean", "image_std"} - set(config)
-    if missing:
-        raise UsageError(
-            f"'transformers:{rest}' does not say its {', '.join(sorted(missing))}", "see its image processor"
-        )
+    if missing := {"size", "image_mean", "image_std"} - set(config):
+        why = "its preprocessor_config.json tells how images are fed"
+        raise UsageError(f"'transformers:{rest}' does not say its {', '.join(sorted(missing))}", why)
     return config
 
 
 def _image_size(processor: dict[str, Any]) -> int:
     size = processor["crop_size"] if processor.get("do_center_crop") and "crop_size" in processor else processor["size"]
-    if isinstance(size, dict):
-        size = size.get("height") or size["shortest_edge"]
-    return int(size)
+    return int(size.get("height") or size["shortest_edge"]) if isinstance(size, dict) else int(size)
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _three(values: Any) -> Channels:
     red, green, blue = (float(value) for value in values)
     return red, green, blue

@@ -5,7 +5,7 @@ The zoo runs it on 32x32 images with its ImageNet strides: 1x1 before the poolin
 
 from torch import Tensor, nn
 
-from dfkd.teachers.residual import initialise
+from dfkd.teachers.resnet import initialise
 
 # Expansion, channels out, blocks, stride of the first block (table 2).
 STAGES = (

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.teachers.residual import initialise
+from dfkd.teachers.resnet import initialise
 
 
 class PlainBlock(nn.Module):

@@ -8,7 +8,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.teachers.residual import initialise
+from dfkd.teachers.resnet import initialise
 
 WIDTHS = (64, 128, 256, 512, 512)
 # Convolutions in each of the five blocks.

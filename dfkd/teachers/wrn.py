@@ -6,7 +6,7 @@ Names follow the zoo of arXiv:1905.09768 (wresnet), from which the CIFAR checkpo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.teachers.residual import initialise
+from dfkd.teachers.resnet import initialise
 
 
 class PreactBlock(nn.Module):
