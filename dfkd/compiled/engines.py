@@ -22,7 +22,7 @@ from dfkd.compiled.functions import Call, Function
 from dfkd.config import BACKENDS, QUANTISING_BACKENDS
 from dfkd.extension import described, resolve, source_digest
 from dfkd_engine import sources_digest
-from dfkd_engine.backends import Backend, Tunable, get
+from dfkd_engine.backends import Backend, Tunable, compile_graph, get
 from dfkd_engine.backends.packages import versions
 from dfkd_engine.compiled import Engine
 from dfkd_engine.devices import architecture, covers, family, kind_of, targets_of
@@ -187,7 +187,7 @@ def _compile(
     graph = _traced(function, "torch")
     if function.quantise != "none":
         graph = _in_eight_bits(function, graph)
-    backend.compile(graph, spec, folder)
+    compile_graph(backend, graph, spec, folder)
     return {}
 
 
@@ -225,7 +225,7 @@ def _quicker(function: Function, backend: Backend, spec: EngineSpec, folder: Pat
     engines = {}
     for name in ("torch", "triton"):
         (folder / name).mkdir()
-        backend.compile(_traced(function, name), spec, folder / name)
+        compile_graph(backend, _traced(function, name), spec, folder / name)
         engines[name] = Engine(spec, backend.load(folder / name, spec, function.device), function.device)
     milliseconds = _in_turns(engines, function)
     kept = min(milliseconds, key=lambda name: milliseconds[name])

@@ -24,7 +24,7 @@ class Attention:
 
 
 def choose_attention(wanted: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Attention:
-    """What ``wanted`` of NAMES comes to: "auto" is xformers where that has an operator, forward and backward.
+    """What `wanted` of NAMES comes to: "auto" is xformers where that has an operator, forward and backward.
 
     Raises EngineError for another name, or xformers where it cannot run.
     """
@@ -43,7 +43,7 @@ def choose_attention(wanted: str, device: torch.device | str, dtype: torch.dtype
 
 
 def xformers_unusable(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why xformers cannot compute attention of ``dtype`` and its gradient on ``device``; None: it can."""
+    """Why xformers cannot compute attention of `dtype` and its gradient on `device`; None: it can."""
     if missing("xformers"):
         return "xformers is not installed (pip install 'dfkd[gpu]')"
     try:

@@ -1,4 +1,4 @@
-"""An engine as its caller has it: one function whose arguments are checked by name and whose results are its own."""
+"""An engine as a function: arguments are checked by name, and results are the caller's own."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dfkd_engine.backends import Run, get
+from dfkd_engine.backends import Backend, Run, get
 from dfkd_engine.devices import architecture
 from dfkd_engine.errors import EngineError
 from dfkd_engine.spec import EngineSpec, TensorSpec, differing
@@ -22,7 +22,7 @@ class Engine:
     """Calls a backend's function with what it needs, and nothing else reaches it.
 
     spec: names, shapes and dtypes of arguments and results, and the batches that are allowed.
-    run: from `Backend.load`, or any function of the spec's inputs on ``device``. It sees contiguous tensors and a batch
+    run: from `Backend.load`, or any function of the spec's inputs on `device`. It sees contiguous tensors and a batch
         of at least 2.
     device: where arguments have to be; without an index, any device of the kind.
 
@@ -32,44 +32,29 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, run: Run, device: torch.device | str = "cpu") -> None:
         self.spec, self.device, self._run = spec, torch.device(device), run
-        self._binds_out: bool = getattr(run, "binds_out", False)
-        whole = [result.name for result in spec.outputs if not _batched(result)]
+        whole = [result.name for result in spec.outputs if not result.batched]
         if whole and spec.rows[0] < 2:
             why = f"one row is computed as two equal ones, and {', '.join(whole)} has no batch to cut"
             raise EngineError(f"{spec.network} cannot allow a batch of 1", why, "let its smallest batch be 2")
 
-    def __call__(self, *tensors: Tensor, out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-        """The results in the spec's order, new tensors in any memory format, or ``out`` itself once it is filled.
-
-        ``out`` is written to directly where the backend can and its tensors are contiguous.
-
-        Arguments may have any strides.
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The results in the spec's order: new tensors, in any memory format. Arguments may have any strides.
 
         Raises:
             TypeError: a wrong number of arguments, a wrong dtype, or one that requires a gradient.
-            ValueError: a wrong shape, batch or device.
+            ValueError: a wrong shape, number of rows or device.
         """
-        batch = self._check(tensors)
-        if out is not None:
-            self._check_out(out, batch)
+        rows = self._check(tensors)
         with torch.no_grad():
             arguments = tensors
-            if batch == 1:  # compiled code takes a batch for at least 2: 1 broadcasts, and is compiled apart
+            if rows == 1:  # compiled code takes a batch for at least 2: 1 broadcasts, and is compiled apart
                 pairs = zip(tensors, self.spec.inputs, strict=True)
-                arguments = tuple(x.expand(2, *x.shape[1:]) if _batched(wanted) else x for x, wanted in pairs)
-            arguments = tuple(_plain(tensor) for tensor in arguments)
-            if out is not None and batch != 1 and self._binds_out and _bindable(out, arguments):
-                self._run(*arguments, out=out)
-                return out
-            results = self._run(*arguments)
-            self._check_results(results)
-            if batch == 1:
-                results = tuple(result[:1] for result in results)
-            if out is None:
-                return _own(results, tensors)
-            for target, result in zip(out, results, strict=True):
-                target.copy_(result)
-            return out
+                arguments = tuple(x.expand(2, *x.shape[1:]) if wanted.batched else x for x, wanted in pairs)
+            results = self._run(*map(_plain, arguments))
+            if len(results) != len(self.spec.outputs):
+                why = f"it returned {len(results)} results and its spec has {len(self.spec.outputs)}"
+                raise EngineError(f"{self.spec.network} cannot be used", why, "build it again with dfkd-engines build")
+            return _own([result[:1] for result in results] if rows == 1 else results, tensors)
 
     def _check(self, tensors: tuple[Tensor, ...]) -> int:
         """The batch of the arguments, once every one of them is found right."""
@@ -85,9 +70,9 @@ class Engine:
                     f"{spec.network}: {wanted.name} requires a gradient, and an engine has no backward pass; "
                     f"detach it, or call under torch.no_grad()"
                 )
-            if _batched(wanted) and not first:
+            if wanted.batched and not first:
                 batch, first = len(tensor), wanted.name
-            elif _batched(wanted) and len(tensor) != batch:
+            elif wanted.batched and len(tensor) != batch:
                 raise ValueError(
                     f"{spec.network}: {wanted.name} has {len(tensor)} rows and {first} has {batch}; wanted are as many"
                 )
@@ -110,24 +95,11 @@ class Engine:
         if tensor.device.type != self.device.type or (index is not None and tensor.device.index != index):
             raise ValueError(f"{network}: {name} is on {tensor.device}; wanted is {self.device}")
 
-    def _check_out(self, out: tuple[Tensor, ...], batch: int) -> None:
-        spec = self.spec
-        if len(out) != len(spec.outputs):
-            names = ", ".join(str(wanted) for wanted in spec.outputs)
-            raise TypeError(f"{spec.network} got {len(out)} tensors in out; it wants {len(spec.outputs)}: {names}")
-        for tensor, wanted in zip(out, spec.outputs, strict=True):
-            self._check_tensor(tensor, wanted)
-            if _batched(wanted) and len(tensor) != batch:
-                raise ValueError(f"{spec.network}: out's {wanted.name} has {len(tensor)} rows; wanted are {batch}")
 
-    def _check_results(self, results: tuple[Tensor, ...]) -> None:
-        if len(results) != len(self.spec.outputs):
-            why = f"it returned {len(results)} results and its spec has {len(self.spec.outputs)}"
-            raise EngineError(f"{self.spec.network} cannot be used", why, "build it again with dfkd-engines build")
+def load(store: "EngineStore", key: str, device: torch.device | str, backend: Backend | None = None) -> Engine:
+    """The engine of this key out of the store, on `device`.
 
-
-def load(store: "EngineStore", key: str, device: torch.device | str) -> Engine:
-    """The engine of this key out of the store, on ``device``.
+    backend: of the caller's own; None: the one of the name that the engine's spec has.
 
     Every file is verified before any is loaded. Raises EngineError: there is none, it is damaged, it was built for
     another device or by other versions, or its backend cannot run here.
@@ -135,7 +107,8 @@ def load(store: "EngineStore", key: str, device: torch.device | str) -> Engine:
     manifest = store.get(key)
     if manifest is None:
         raise EngineError(f"the engine {key} is missing", f"{store.root} does not hold it", _BUILD)
-    spec, backend = manifest.spec, get(manifest.spec.backend)
+    spec = manifest.spec
+    backend = get(spec.backend) if backend is None else backend
     what = f"the engine {manifest} cannot run here"
     if spec.device != (here := architecture(device)):
         raise EngineError(what, f"it was built for {spec.device}, this is {here}", _BUILD)
@@ -151,10 +124,6 @@ def load(store: "EngineStore", key: str, device: torch.device | str) -> Engine:
 _BUILD = "build it with dfkd-engines build"
 
 
-def _batched(tensor: TensorSpec) -> bool:
-    return tensor.shape[:1] == (None,)
-
-
 def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
     return len(shape) == len(wanted) and all(size in (None, found) for found, size in zip(shape, wanted, strict=True))
 
@@ -166,17 +135,7 @@ def _dtype(tensor: Tensor) -> str:
 def _plain(tensor: Tensor) -> Tensor:
     """The same values as compiled code assumes them: contiguous and aligned, whatever it was compiled with."""
     plain = tensor.detach().contiguous()
-    return plain if _is_plain(plain) else plain.clone()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
-
-
-def _bindable(out: Sequence[Tensor], arguments: Sequence[Tensor]) -> bool:
-    """Whether results can be written where they are wanted: plainly, and over nothing that is still to be read."""
-    read = {tensor.untyped_storage().data_ptr() for tensor in arguments}
-    return all(_is_plain(tensor) and tensor.untyped_storage().data_ptr() not in read for tensor in out)
+    return plain.clone() if plain.data_ptr() % _ALIGNMENT else plain
 
 
 def _own(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ class EngineError(ValueError):
     """A prior that cannot be used, or an engine that cannot be traced, built, stored, loaded or called.
 
     what: the fact, naming the engine, file or tensor. why: the rule it breaks. todo: what to do about it.
-    ``str()`` reads "what: why. todo."
+    `str()` reads "what: why. todo."
     """
 
     def __init__(self, what: str, why: str, todo: str) -> None:

@@ -27,7 +27,7 @@ _known: dict[Stamp, str] = {}
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside ``path``, flush to the disk, rename over it: a crash leaves the old file or the new one.
+    """Write beside `path`, flush to the disk, rename over it: a crash leaves the old file or the new one.
 
     A failure leaves the old file and nothing beside it.
     """
@@ -100,9 +100,9 @@ def stamp(status: os.stat_result) -> Stamp:
 
 @contextmanager
 def locked(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file ``path``, between processes and between threads.
+    """Hold the lock file `path`, between processes and between threads.
 
-    Where another holds it, ``on_busy(process id, or "?")`` is called once: it may raise, or return to wait. The kernel
+    Where another holds it, `on_busy(process id, or "?")` is called once: it may raise, or return to wait. The kernel
     frees the lock when its process ends, however it ends, so a stale file is simply taken over.
     """
     told = False

@@ -5,7 +5,7 @@ The digest is known before anything is traced or compiled, and nothing here impo
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -134,6 +134,11 @@ class EngineSpec:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(f"{type(error).__name__}: {error}") from None
+
+
+def rows_of(tensors: Sequence[Sized], inputs: Sequence[TensorSpec]) -> int:
+    """The batch of a call's arguments; 0 where none has one."""
+    return next((len(tensor) for tensor, wanted in zip(tensors, inputs, strict=True) if wanted.batched), 0)
 
 
 def canonical_json(plain: object) -> str:

@@ -1,25 +1,22 @@
 """What runs a graph: one contract, one object a backend.
 
-    eager            torch's kernels, one op after another; nothing is stored
     inductor         torch's compiler; stored as an AOTInductor package: code and weights in one shared library
     onnxruntime      stored as an ONNX file, which holds no code
     tensorrt         stored as a plan for one GPU; tensorrt-rtx: for several architectures, also without a GPU
     torch-tensorrt   a plan too, converted from the operations themselves, without ONNX
 
-Nothing here imports torch, onnxruntime or TensorRT before a backend compiles or loads: which engines are current is
-answered without them.
+Nothing here imports torch, onnxruntime or TensorRT before a backend compiles or loads.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
-from dfkd_engine.backends.eager import Eager
 from dfkd_engine.backends.inductor import Inductor
 from dfkd_engine.backends.onnxruntime import OnnxRuntime
 from dfkd_engine.backends.tensorrt import TENSORRT, TENSORRT_RTX
 from dfkd_engine.backends.torch_tensorrt import TorchTensorRT
-from dfkd_engine.errors import EngineError
+from dfkd_engine.errors import EngineError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -33,22 +30,20 @@ Run: TypeAlias = "Callable[..., tuple[Tensor, ...]]"
 
 
 class Backend(Protocol):
-    """One way to run a graph. What it loads is called through `engine.compiled.Engine`, never by itself.
+    """One way to run a graph. Compile with `compile_graph`, and call what is loaded through `compiled.Engine`.
 
-    name: as in EngineSpec.backend. stored: whether it compiles to files.
-    fixed_rows: whether it compiles for the planned rows of a call, and a larger call needs another engine.
-    targets: GPU architectures that it can compile for on a machine without one.
+    name: as in EngineSpec.backend. fixed_rows: whether it compiles for the planned rows of a call, and a larger call
+    needs another engine. targets: GPU architectures that it can compile for on a machine without one.
     """
 
     name: str
-    stored: bool
     fixed_rows: bool
     targets: tuple[str, ...]
 
     def unusable(self, device: Device, dtype: str = "float32") -> str | None:
-        """Why it cannot compile or run networks of ``dtype`` on ``device`` here, and what would change that.
+        """Why it cannot compile or run networks of `dtype` on `device` here, and what would change that; None: it can.
 
-        device: also a family of targets (engine/targets.py), which nothing can be run on.
+        device: also a family of targets (`devices.family`), which nothing can be run on.
         """
 
     def versions(self) -> dict[str, str]:
@@ -58,16 +53,16 @@ class Backend(Protocol):
         """Options that change what it compiles."""
 
     def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
-        """Write the payload into ``folder``, which is empty; the batch of the result is 2 to the spec's largest.
+        """Write the payload into `folder`, which is empty, for 2 rows to the spec's largest.
 
-        Raises EngineError where `unusable` has a reason. What a compiler itself raises passes through.
+        It is called where `unusable` has nothing to say. Whatever a compiler raises may pass through.
         """
 
     def load(self, folder: Path, spec: "EngineSpec", device: Device) -> Run:
-        """The payload as a function of contiguous tensors on ``device``, in the spec's order.
+        """The payload as a function of contiguous tensors on `device`, in the spec's order.
 
-        Its results are new tensors at every call. A function whose attribute ``binds_out`` is true also takes
-        ``out=``, contiguous tensors that become the results. Raises EngineError where the payload cannot be loaded.
+        It is called where `unusable` has nothing to say. The function's results are new tensors at every call. Raises
+        EngineError where the payload cannot be loaded.
         """
 
 
@@ -76,11 +71,11 @@ class Tunable(Protocol):
     """A backend whose payload can be run in more than one way."""
 
     def tune(self, folder: Path, spec: "EngineSpec", device: Device, arguments: "Sequence[Tensor]") -> dict[str, float]:
-        """Time the ways on ``device`` and note the quickest in ``folder`` for `load`; milliseconds a call of each."""
+        """Time the ways on `device` and note the quickest in `folder` for `load`; milliseconds a call of each."""
 
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime(), TENSORRT, TENSORRT_RTX, TorchTensorRT())
+    backend.name: backend for backend in (Inductor(), OnnxRuntime(), TENSORRT, TENSORRT_RTX, TorchTensorRT())
 }
 
 
@@ -89,3 +84,21 @@ def get(name: str) -> Backend:
     if name not in BACKENDS:
         raise EngineError(f"the backend {name!r} is unknown", f"known are {', '.join(BACKENDS)}", "choose one of them")
     return BACKENDS[name]
+
+
+def compile_graph(backend: Backend, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
+    """Write the payload of an engine into `folder`, which is empty.
+
+    Raises EngineError: the backend cannot be used here, or its compiler fails, whose first line is the reason. An
+    OSError, such as that of a full disk, passes through.
+    """
+    what = f"{spec.network} cannot be compiled by {backend.name}"
+    if (why := backend.unusable(spec.device, spec.dtype)) is not None:
+        raise EngineError(what, why, "or choose another backend")
+    try:
+        backend.compile(graph, spec, folder)
+    except (EngineError, OSError):
+        raise
+    except Exception as error:  # compilers share no base of their exceptions
+        why = f"its compiler stopped ({type(error).__name__}: {first_line(error)})"
+        raise EngineError(what, why, "choose another backend for it, or report it with the network") from error

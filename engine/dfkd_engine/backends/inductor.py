@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfkd_engine.backends.packages import missing, versions
 from dfkd_engine.devices import kind_of
-from dfkd_engine.errors import EngineError
+from dfkd_engine.errors import EngineError, first_line
 
 if TYPE_CHECKING:
     from dfkd_engine.backends import Device, Run
@@ -38,7 +38,6 @@ _OPTIONS: dict[str, Any] = {
 
 class Inductor:
     name = "inductor"
-    stored = True
     fixed_rows = False
     targets: tuple[str, ...] = ()
 
@@ -62,8 +61,6 @@ class Inductor:
 
         from dfkd_engine.export import to_program
 
-        if (why := self.unusable(spec.device, spec.dtype)) is not None:
-            raise EngineError(f"{spec.network} cannot be compiled by inductor", why, "or choose another backend")
         program = to_program(graph, *spec.rows[1:])
         with _own_cache(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what torch's parts say to one another
@@ -83,39 +80,14 @@ class Inductor:
         try:
             package = aoti_load_package(str(folder / PACKAGE), device_index=index)
         except (OSError, RuntimeError) as error:
-            first_line = str(error).strip().partition("\n")[0]
-            why = f"torch {torch.__version__} does not take its package ({first_line})"
-            raise EngineError(f"{spec.network} {spec.key()} cannot be loaded", why, _REBUILD) from error
+            why = f"torch {torch.__version__} does not take its package ({first_line(error)})"
+            todo = "build it again with dfkd-engines build"
+            raise EngineError(f"{spec.network} {spec.key()} cannot be loaded", why, todo) from error
 
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return tuple(package(*tensors))
 
         return run
-
-
-def jit(graph: "Graph") -> "Run":
-    """The graph through torch.compile, in this process only; it reads its weights anew at every call.
-
-    The batch is dynamic from 2 on, all other sizes are compiled in.
-    """
-    import torch
-
-    compiled = torch.compile(graph.module, fullgraph=True)
-
-    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        marked = []
-        for tensor, spec in zip(tensors, graph.inputs, strict=True):
-            own = tensor.detach()  # the mark stays on the tensor, and this one is the caller's
-            if spec.shape[:1] == (None,):
-                torch._dynamo.mark_dynamic(own, 0)
-            marked.append(own)
-        with torch.no_grad():
-            return tuple(compiled(*marked))
-
-    return run
-
-
-_REBUILD = "build it again with dfkd-engines build"
 
 
 def _options(device: "Device") -> dict[str, Any]:
@@ -126,7 +98,7 @@ def _options(device: "Device") -> dict[str, Any]:
 
 @contextmanager
 def _own_cache(folder: Path) -> Iterator[None]:
-    """Let inductor and Triton work in a folder of their own below ``folder``, removed at the end.
+    """Let inductor and Triton work in a folder of their own below `folder`, removed at the end.
 
     Below, so that the disk that is meant for engines is the one that fills, and whoever sweeps up after a killed build
     finds it.

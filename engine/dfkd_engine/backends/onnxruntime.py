@@ -1,12 +1,12 @@
 """ONNX Runtime on CPU and CUDA. A stored engine is the ONNX file; it is optimised for the machine when it is loaded."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_engine.backends.packages import missing, versions
 from dfkd_engine.devices import kind_of
-from dfkd_engine.errors import EngineError
+from dfkd_engine.errors import EngineError, first_line
+from dfkd_engine.spec import rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 class OnnxRuntime:
     name = "onnxruntime"
-    stored = True
     fixed_rows = False
     targets: tuple[str, ...] = ()
 
@@ -52,15 +51,11 @@ class OnnxRuntime:
     def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
         from dfkd_engine.export import to_onnx
 
-        if (why := self.unusable(spec.device, spec.dtype)) is not None:
-            raise EngineError(f"{spec.network} cannot be compiled for ONNX Runtime", why, "or choose another backend")
         to_onnx(graph, folder / MODEL)
 
     def load(self, folder: Path, spec: "EngineSpec", device: "Device") -> "Run":
         import torch
 
-        if (why := self.unusable(device, spec.dtype)) is not None:
-            raise EngineError(f"{spec.network} {spec.key()} cannot be loaded", why, "or choose another backend")
         place = torch.device(device)
         session = _session(folder / MODEL, spec, place)
         index = place.index or 0
@@ -68,15 +63,10 @@ class OnnxRuntime:
         def bound(tensor: torch.Tensor) -> tuple[str, int, type, list[int], int]:
             return place.type, index, _element(tensor.dtype), list(tensor.shape), tensor.data_ptr()
 
-        def run(*tensors: torch.Tensor, out: "Sequence[torch.Tensor] | None" = None) -> tuple[torch.Tensor, ...]:
-            batches = (len(x) for x, wanted in zip(tensors, spec.inputs, strict=True) if wanted.shape[:1] == (None,))
-            batch = next(batches, 0)
-            results = tuple(out or ()) or tuple(
-                torch.empty(
-                    [batch if size is None else size for size in result.shape],
-                    dtype=getattr(torch, result.dtype),
-                    device=place,
-                )
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            rows = rows_of(tensors, spec.inputs)
+            results = tuple(
+                torch.empty(result.sizes(rows), dtype=getattr(torch, result.dtype), device=place)
                 for result in spec.outputs
             )
             binding = session.io_binding()  # the memory of torch's tensors itself: nothing is copied
@@ -94,12 +84,11 @@ class OnnxRuntime:
                 raise
             return results
 
-        run.binds_out = True  # type: ignore[attr-defined]
         return run
 
 
 def _session(path: Path, spec: "EngineSpec", device: "torch.device") -> Any:
-    """A session whose only provider for networks is the one of ``device``; raises EngineError."""
+    """A session whose only provider for networks is the one of `device`; raises EngineError."""
     import onnxruntime
     import torch
 
@@ -119,8 +108,7 @@ def _session(path: Path, spec: "EngineSpec", device: "torch.device") -> Any:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
     except Exception as error:  # its exceptions share no other base
-        first_line = str(error).strip().partition("\n")[0]
-        why = f"onnxruntime {onnxruntime.__version__} does not take its model ({first_line})"
+        why = f"onnxruntime {onnxruntime.__version__} does not take its model ({first_line(error)})"
         raise EngineError(what, why, "build it again with dfkd-engines build") from error
     used = session.get_providers()
     if used[:1] != [provider]:
@@ -132,7 +120,7 @@ def _session(path: Path, spec: "EngineSpec", device: "torch.device") -> Any:
 
 def _in_short(error: Exception) -> str:
     """The end of a message of ONNX Runtime, past the node and its own source files."""
-    return str(error).strip().partition("\n")[0].rpartition(") ")[2]
+    return first_line(error).rpartition(") ")[2]
 
 
 def _element(dtype: "torch.dtype") -> type:

@@ -19,16 +19,15 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dfkd_engine.backends import machine_cache
 from dfkd_engine.backends.packages import missing, versions
-from dfkd_engine.backends.tensorrt_library import Profile, library_log, profiles
 from dfkd_engine.devices import kind_of, targets_of
-from dfkd_engine.errors import EngineError
+from dfkd_engine.errors import EngineError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dfkd_engine.backends import Device, Run
+    from dfkd_engine.backends.tensorrt_plan import Profile
     from dfkd_engine.graph import Graph
     from dfkd_engine.spec import EngineSpec
 
@@ -46,7 +45,6 @@ class TensorRT:
     written for. targets: architectures that it can compile for without having one; () for none.
     """
 
-    stored = True
     fixed_rows = True
 
     def __init__(self, name: str, module: str, oldest: str, newest: str, targets: tuple[str, ...] = ()) -> None:
@@ -85,8 +83,6 @@ class TensorRT:
     def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
         from dfkd_engine.export import to_onnx
 
-        if (why := self.unusable(spec.device, spec.dtype)) is not None:
-            raise EngineError(f"{spec.network} cannot be compiled by {self.name}", why, "or choose another backend")
         # Below the payload, so that the disk that is meant for engines is the one that fills.
         with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
             to_onnx(graph, Path(work) / _MODEL)
@@ -99,6 +95,8 @@ class TensorRT:
 
         Raises EngineError naming the node, and the layer it comes from, that the library refuses.
         """
+        from dfkd_engine.backends.tensorrt_plan import cache_file, library_log, profiles, read_cache, write_cache
+
         trt = self.library()
         log = library_log(trt)
         builder = trt.Builder(log)
@@ -119,23 +117,21 @@ class TensorRT:
             config.num_compute_capabilities = len(targets)
             for place, target in enumerate(targets):
                 config.set_compute_capability(getattr(trt.ComputeCapability, target.replace("sm_", "SM")), place)
-        timings = None if self.targets else machine_cache.place("timings", self.name, trt.__version__, spec.device)
+        timings = None if self.targets else cache_file("timings", self.name, trt.__version__, spec.device)
         if timings is not None:
             config.set_flag(trt.BuilderFlag.EDITABLE_TIMING_CACHE)  # what was timed before decides again
-            config.set_timing_cache(config.create_timing_cache(machine_cache.read(timings)), False)
+            config.set_timing_cache(config.create_timing_cache(read_cache(timings)), False)
         log.clear()
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise self._refused(spec, model, [log.blamed(_nodes(model))])
         if timings is not None:
-            machine_cache.write(timings, bytes(config.get_timing_cache().serialize()))
+            write_cache(timings, bytes(config.get_timing_cache().serialize()))
         return memoryview(plan)
 
     def load(self, folder: Path, spec: "EngineSpec", device: "Device") -> "Run":
-        from dfkd_engine.backends.tensorrt_run import Plan, captured
+        from dfkd_engine.backends.tensorrt_plan import Plan, captured
 
-        if (why := self.unusable(device, spec.dtype)) is not None:
-            raise EngineError(f"{spec.network} {spec.key()} cannot be loaded", why, "or choose another backend")
         as_graph = _as_graph(folder)
         plan = Plan(self.library(), (folder / PLAN).read_bytes(), spec, device, as_graph)
         return captured(plan) if as_graph and not plan.captures_itself else plan
@@ -171,9 +167,8 @@ class TensorRT:
         try:
             return import_module(self._module)
         except (ImportError, OSError, RuntimeError) as error:
-            first_line = str(error).strip().partition("\n")[0]
             todo = "install its libraries (pip takes those of tensorrt from NVIDIA's own package index)"
-            raise EngineError(f"{self._module} cannot be imported", first_line, todo) from error
+            raise EngineError(f"{self._module} cannot be imported", first_line(error), todo) from error
 
     def _refused(self, spec: "EngineSpec", model: Path, errors: Sequence[tuple[str, str, str]]) -> EngineError:
         """What the library said, with the layers of the nodes that it names: (node, operation, message)."""
@@ -187,16 +182,16 @@ class TensorRT:
         what = f"{spec.network} cannot be compiled by {self.name} {self.library().__version__}"
         if any("memory" in message.lower() or "workspace" in message for _, _, message in errors):
             allowed = f"{_workspace() / 2**30:g} GiB"
-            todo = f"plan fewer rows with --micro-batch, or allow other than {allowed} of scratch with {WORKSPACE}"
+            todo = f"plan fewer rows with --batch, or allow other than {allowed} of scratch with {WORKSPACE}"
             return EngineError(what, "; ".join(parts), todo)
         todo = "use another backend for it, or write the layer with other operations"
         return EngineError(what, "; ".join(parts), todo)
 
 
-def _profile(builder: Any, spec: "EngineSpec", rows: Profile) -> Any:
+def _profile(builder: Any, spec: "EngineSpec", rows: "Profile") -> Any:
     profile = builder.create_optimization_profile()
     for tensor in spec.inputs:
-        if tensor.shape[:1] == (None,):
+        if tensor.batched:
             profile.set_shape(tensor.name, *((count, *tensor.shape[1:]) for count in rows))
     return profile
 
@@ -214,7 +209,7 @@ def _check_ends(trt: Any, network: Any, spec: "EngineSpec") -> None:
 
 
 def _nodes(model: Path) -> dict[str, tuple[str, str]]:
-    """ONNX node name -> (layer, operation of the graph), as engine.export writes them."""
+    """ONNX node name -> (layer, operation of the graph), as `export.to_onnx` writes them."""
     import onnx
 
     found = {}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfkd_engine.backends.packages import missing, versions
 from dfkd_engine.devices import kind_of, targets_of
-from dfkd_engine.errors import EngineError
+from dfkd_engine.errors import EngineError, first_line
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -43,7 +43,6 @@ _TYPED = {"use_explicit_typing": True}
 
 class TorchTensorRT:
     name = "torch-tensorrt"
-    stored = True
     fixed_rows = True  # kernels are chosen for the planned rows; fewer are allowed
     targets: tuple[str, ...] = ()
 
@@ -75,10 +74,7 @@ class TorchTensorRT:
     def compile(self, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
         from dfkd_engine.export import to_program
 
-        what = f"{spec.network} cannot be compiled by torch-tensorrt"
-        if (why := self.unusable(spec.device, spec.dtype)) is not None:
-            raise EngineError(what, why, "or choose another backend")
-        torch_tensorrt = _imported(what)
+        torch_tensorrt = _imported(f"{spec.network} cannot be compiled by torch-tensorrt")
         convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
         timing = folder / "timing.cache"  # by default a file in /tmp that decides kernels, whoever wrote it
         place = torch_tensorrt.Device(gpu_id=_index(next((x.device for x in graph.module.buffers()), "cuda")))
@@ -90,11 +86,7 @@ class TorchTensorRT:
         program = to_program(graph, planned, largest)
         _scale_by_factors(program)
         inputs = [_input(torch_tensorrt, tensor, planned, largest) for tensor in spec.inputs]
-        try:
-            plan = convert(program, inputs, **options)
-        except Exception as error:  # its exceptions share no other base
-            why = f"torch-tensorrt {torch_tensorrt.__version__} failed ({_first_line(error)})"
-            raise EngineError(what, why, "choose another backend for this network") from error
+        plan = convert(program, inputs, **options)
         names = {
             "inputs": list(program.graph_signature.user_inputs),
             "outputs": [f"output{index}" for index in range(len(spec.outputs))],
@@ -107,8 +99,6 @@ class TorchTensorRT:
         import torch
 
         what = f"{spec.network} {spec.key()} cannot be loaded"
-        if (why := self.unusable(device, spec.dtype)) is not None:
-            raise EngineError(what, why, "or choose another backend")
         torch_tensorrt = _imported(what)
         place = torch_tensorrt.Device(gpu_id=_index(device))
         try:
@@ -122,7 +112,7 @@ class TorchTensorRT:
             )
             module.set_output_tensors_as_unowned(True)  # results are the caller's, never memory that a call reuses
         except Exception as error:  # its exceptions share no other base
-            why = f"torch-tensorrt {torch_tensorrt.__version__} does not take its plan ({_first_line(error)})"
+            why = f"torch-tensorrt {torch_tensorrt.__version__} does not take its plan ({first_line(error)})"
             raise EngineError(what, why, "build it again with dfkd-engines build") from error
 
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -160,13 +150,11 @@ def _scale_by_factors(program: "ExportedProgram") -> None:
 def _input(torch_tensorrt: Any, tensor: "TensorSpec", planned: int, largest: int) -> Any:
     import torch
 
-    def shape(rows: int) -> list[int]:
-        return [rows if size is None else size for size in tensor.shape]
-
     dtype = getattr(torch, tensor.dtype)
-    if tensor.shape[:1] != (None,):
-        return torch_tensorrt.Input(shape=shape(0), dtype=dtype)
-    return torch_tensorrt.Input(min_shape=shape(2), opt_shape=shape(planned), max_shape=shape(largest), dtype=dtype)
+    if not tensor.batched:
+        return torch_tensorrt.Input(shape=tensor.sizes(0), dtype=dtype)
+    smallest, best, most = (tensor.sizes(rows) for rows in (2, planned, largest))
+    return torch_tensorrt.Input(min_shape=smallest, opt_shape=best, max_shape=most, dtype=dtype)
 
 
 def _index(device: "Device") -> int:
@@ -180,7 +168,7 @@ def _imported(what: str) -> Any:
     try:
         import torch_tensorrt
     except Exception as error:  # such as TensorRT's libraries, which its wheels fetch from elsewhere
-        why = f"torch_tensorrt is installed and does not load ({_first_line(error)})"
+        why = f"torch_tensorrt is installed and does not load ({first_line(error)})"
         raise EngineError(what, why, "reinstall it, or choose another backend") from error
     return torch_tensorrt
 
@@ -188,7 +176,3 @@ def _imported(what: str) -> Any:
 def _release(version: str) -> str:
     """ "2.13.0+cu130" -> "2.13"."""
     return ".".join(version.split("+")[0].split(".")[:2])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]

@@ -4,21 +4,27 @@ Nothing is copied and nothing waits: a call enqueues. Scratch memory comes from 
 call, so all engines share it and a lack of it is torch.OutOfMemoryError.
 """
 
+import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dfkd_engine.backends import machine_cache
-from dfkd_engine.backends.tensorrt_library import library_log, profiles
 from dfkd_engine.devices import architecture
 from dfkd_engine.errors import EngineError
+from dfkd_engine.files import replace_file
+from dfkd_engine.spec import rows_of
 
 if TYPE_CHECKING:
     from dfkd_engine.backends import Run
     from dfkd_engine.spec import EngineSpec, TensorSpec
+
+Profile = tuple[int, int, int]
 
 _ALIGNMENT = 256  # what TensorRT takes for granted of an address
 _REBUILD = "build it again with dfkd-engines build"
@@ -32,8 +38,6 @@ class Plan:
 
     Raises EngineError: the plan is damaged, of another version, or for another GPU.
     """
-
-    binds_out = True
 
     def __init__(
         self, trt: Any, plan: bytes, spec: "EngineSpec", device: torch.device | str, as_graph: bool = False
@@ -57,8 +61,8 @@ class Plan:
         self._side: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor, out: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """``out``: contiguous tensors that become the results; without them the results are new."""
-        rows = _rows(tensors, self.spec.inputs)
+        """`out`: contiguous tensors that become the results; without them the results are new."""
+        rows = rows_of(tensors, self.spec.inputs)
         profile = self._profile_of(rows)
         with torch.cuda.device(self.device):
             arguments = [_aligned(tensor) for tensor in tensors]
@@ -76,13 +80,11 @@ class Plan:
                 if not context.execute_async_v3(stream):
                     raise self._failed(rows)
             if first and self.captures_itself:  # it has finished its kernels for this GPU: spare the next process that
-                machine_cache.write(self._kernels(), bytes(self._config.get_runtime_cache().serialize()))
+                write_cache(self._kernels(), bytes(self._config.get_runtime_cache().serialize()))
             for result, target in zip(given, targets, strict=True):
                 if result is not target:
                     result.copy_(target)
         return tuple(given)
-
-    # loading
 
     def _check_validity(self, plan: bytes) -> None:
         """TensorRT-RTX alone tells from a plan's head why it cannot run here."""
@@ -108,16 +110,14 @@ class Plan:
             strategy = self._trt.CudaGraphStrategy
             config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if as_graph else strategy.DISABLED
             kernels = config.create_runtime_cache()
-            if known := machine_cache.read(self._kernels()):
+            if known := read_cache(self._kernels()):
                 kernels.deserialize(known)
             config.set_runtime_cache(kernels)
         return config
 
     def _kernels(self) -> Any:
         words = (self.spec.backend, self._trt.__version__, architecture(self.device), self.spec.key())
-        return machine_cache.place("kernels", *words)
-
-    # calls
+        return cache_file("kernels", *words)
 
     def _profile_of(self, rows: int) -> int:
         ranges = profiles(self.spec.rows)
@@ -162,8 +162,7 @@ class Plan:
             current.wait_stream(self._side)
 
     def _empty(self, wanted: "TensorSpec", rows: int) -> Tensor:
-        shape = [rows if size is None else size for size in wanted.shape]
-        return torch.empty(shape, dtype=getattr(torch, wanted.dtype), device=self.device)
+        return torch.empty(wanted.sizes(rows), dtype=getattr(torch, wanted.dtype), device=self.device)
 
     def _require(self, done: bool, name: str, rows: int) -> None:
         if not done:
@@ -182,7 +181,7 @@ def captured(plan: Plan) -> "Run":
     graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]] = {}
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        rows = _rows(tensors, plan.spec.inputs)
+        rows = rows_of(tensors, plan.spec.inputs)
         if rows not in graphs:
             arguments = [tensor.clone() for tensor in tensors]
             results = plan(*arguments)  # the first call of a shape may allocate and load: not to be captured
@@ -200,9 +199,72 @@ def captured(plan: Plan) -> "Run":
     return run
 
 
-def _rows(tensors: Sequence[Tensor], inputs: "Sequence[TensorSpec]") -> int:
-    return next((len(x) for x, wanted in zip(tensors, inputs, strict=True) if wanted.shape[:1] == (None,)), 0)
-
-
 def _aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def profiles(batch: tuple[int, int, int]) -> tuple[Profile, ...]:
+    """(smallest, best, largest) rows of the profiles for a spec's batch: the planned rows alone, then all others.
+
+    A call of one row is computed as two (engine/compiled.py). Half of the planned rows is what the others are best at:
+    a step without classifier-free guidance, or a call that was halved for want of memory.
+    """
+    planned = max(batch[1], 2)
+    largest = max(batch[2], planned)
+    others = largest if largest > planned else planned - 1
+    fixed = (planned, planned, planned)
+    return (fixed,) if others < 2 else (fixed, (2, max(2, planned // 2), others))
+
+
+@cache
+def library_log(trt: Any) -> Any:
+    """The one logger that all builders and runtimes of a process share: it keeps errors and passes nothing on."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+        def clear(self) -> None:
+            self.errors.clear()
+
+        def said(self) -> str:
+            """The last error, "" where there was none."""
+            return self.errors[-1] if self.errors else ""
+
+        def blamed(self, nodes: dict[str, Any]) -> tuple[str, str, str]:
+            """(node, "", message) of the first error that names a node, or ("", "", what was said last)."""
+            for message in self.errors:
+                named = [name for name in nodes if name and name in message.replace("'", " ").split()]
+                if named:
+                    return max(named, key=len), "", message
+            return "", "", self.said() or "it gave no reason"
+
+    return Log()
+
+
+def cache_file(*words: str) -> Path:
+    """Where a library keeps what it learnt about this machine, under words such as its name, version and a device.
+
+    In the user's cache folder, as CUDA's own: timings and finished kernels belong to a GPU and a driver, no engine
+    depends on them, and what is lost or cannot be written costs time alone.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "dfkd" / re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(words))
+
+
+def read_cache(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def write_cache(file: Path, content: bytes) -> None:
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, lambda stream: stream.write(content))
