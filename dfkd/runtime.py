@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -83,8 +84,19 @@ def cpu_threads(asked: int = 0, environment: Mapping[str, str] = os.environ) -> 
     if asked:
         return asked
     if "TORCHELASTIC_RUN_ID" in environment and environment.get("OMP_NUM_THREADS") == "1":
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return _cores()
     return torch.get_num_threads()
+
+
+def _cores() -> int:
+    """Cores that this process may use; two threads of one core count once, as they do in torch's own default."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    return len(cores)
 
 
 def derived_seed(seed: int, purpose: str, index: int) -> int:
