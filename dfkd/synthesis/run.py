@@ -1,196 +1,247 @@
-"""A synthesis run: which images are missing, group by group, into shards.
+"""A synthesis run: the images that a folder lacks, call by call, into shards.
 
-The unit of work is a group (images that interact), the unit of commit a shard of whole groups. A shard's bytes follow
-from the run's settings alone, so a run that was killed is finished by computing the shards that are not there.
+The unit of commit is a shard of whole groups. Its bytes follow from (identity, seed), the call size, the thread count
+and the machine, so that a run that was killed is finished by making the shards that are not there, and several
+processes that share the shards out write the bytes of one. The folder records call size, threads and engines, and a run
+that continues it goes by these.
 """
 
+import inspect
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from dfkd.data.shards import Record, ShardFolder
-from dfkd.synthesis.guidance import Guidance
-from dfkd.synthesis.memory import ShortMemory, calling, release
-from dfkd.synthesis.microbatch import in_microbatches
-from dfkd.synthesis.prompts import labels_of, prompt_of
-from dfkd.synthesis.sampler import SampledGroup, SamplerSettings, sample_group
-from dfkd.synthesis.schedule import StepTable
-from dfkd.teachers.classifier import Classifier
-from dfkd_engine.networks import Prior
+from dfkd.config import GenerateConfig, plain
+from dfkd.config.synthesis import SHARD_IMAGES
+from dfkd.data import MANIFEST, ShardFolder, ShardPool, open_folder, read_manifest, require_space
+from dfkd.errors import UsageError
+from dfkd.extension import source_digest
+from dfkd.runtime import Rank, cpu_threads, own_rank
+from dfkd.synthesis.batching import ShortMemory, calling, release
+from dfkd.synthesis.plan import Plan, plan_calls
+from dfkd.synthesis.synthesizer import Sample, Synthesizer
 
-LOSS_DIGITS = 5  # digits of a recorded loss: the record is for reading, not for computing on
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Images per call of the UNet, of the decoder at the end, and of the guidance gradient."""
-
-    unet: int
-    decode: int
-    gradient: int
+Progress = Callable[[int, int], object]
+Say = Callable[[str], object]
 
 
-@dataclass(frozen=True)
-class Synthesis:
-    """All that the pixels depend on, but for the image id.
+def generate(
+    synthesizer: Synthesizer,
+    out: Path | str,
+    count: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    config: GenerateConfig | None = None,
+    say: Say | None = None,
+    rank: Rank | None = None,
+) -> ShardPool:
+    """Make `count` images into shards in the folder `out`; returns its images.
 
-    classes      label indices to synthesise, in turn
-    group        images that are sampled together; image i belongs to group i // group
-    latent_size  (h, w)
-    kernels      of kernels.guided_step.GUIDED_STEPS; results differ by rounding
+    Started again it makes what is missing or damaged and nothing else. Processes that torchrun started share the shards
+    out, and each returns when all are there.
+
+    progress: called with (images done, images of this process) after every call. config: batch, threads and how shards
+    are stored; the synthesizer's own `config` where not given. say: gets lines for people, in the first process.
+    rank: this process among several; by torchrun's environment where not given.
+
+    Raises UsageError: the folder holds images of another identity, cannot be written or is in use, the disk is too
+    small, or the smallest call runs out of memory.
     """
-
-    prior: Prior
-    teacher: Classifier
-    guidance: Guidance | None
-    table: StepTable
-    settings: SamplerSettings
-    seed: int
-    classes: Sequence[int]
-    group: int
-    prompt: str
-    negative_prompt: str
-    latent_size: tuple[int, int]
-    device: torch.device
-    kernels: str = "torch"
-
-    def sample(
-        self, group: int, micro: int, gradient_micro: int | None = None, decode_micro: int | None = None
-    ) -> tuple[Tensor, list[Record]]:
-        """Sample group number `group` whole: images uint8 [group, H, W, 3] on the CPU and their records.
-
-        micro, gradient_micro, decode_micro: as of `sample_group`, and what it raises.
-        """
-        ids = torch.arange(group * self.group, (group + 1) * self.group)
-        labels = labels_of(ids, self.classes)
-        names = [self.teacher.class_names[label] for label in labels.tolist()]
-        prompts = [prompt_of(self.prompt, name) for name in names]
-        sampled = sample_group(
-            self.prior,
-            self.guidance,
-            self.table,
-            self.settings,
-            self.seed,
-            ids.to(self.device),
-            labels.to(self.device),
-            self.prior.encode_prompts(prompts),
-            self.prior.encode_prompts([self.negative_prompt]),
-            self.latent_size,
-            micro,
-            self.kernels,
-            gradient_micro,
-            decode_micro,
-        )
-        pixels = (sampled.images.clamp(0, 1) * 255).round().to(torch.uint8)
-        with calling("gradient" if self.guidance else "decode"):  # the teacher has as many rows as where it guides
-            few = min(micro, gradient_micro or micro, decode_micro or micro)
-            sure = self._teacher_probability(pixels, labels.to(self.device), few).cpu()
-        records = _records(sampled, ids, labels, names, prompts, self.seed, sure)
-        return pixels.permute(0, 2, 3, 1).contiguous().cpu(), records
-
-    @torch.no_grad()
-    def _teacher_probability(self, pixels: Tensor, labels: Tensor, micro: int) -> Tensor:
-        """The teacher's probability [G] of the label, on the pixels as they are stored."""
-
-        def of(rows: Tensor) -> Tensor:
-            return self.teacher.logits(pixels[rows].float() / 255).float().softmax(1)
-
-        return in_microbatches(of, len(pixels), micro, pixels.device).gather(1, labels[:, None])[:, 0]
-
-
-def _records(
-    sampled: SampledGroup,
-    ids: Tensor,
-    labels: Tensor,
-    names: Sequence[str],
-    prompts: Sequence[str],
-    seed: int,
-    sure: Tensor,
-) -> list[Record]:
-    curves = {name: values.cpu().double() for name, values in sampled.curves.items()}
-    plan = sampled.plan
-    partners = plan.partner.cpu() if plan else None
-    boxes = plan.box.cpu().tolist() if plan else None
-    records = []
-    for i in range(len(ids)):
-        curve = {name: [float(f"{v:.{LOSS_DIGITS}g}") for v in values[i].tolist()] for name, values in curves.items()}
-        records.append(
-            Record(
-                id=int(ids[i]),
-                label=int(labels[i]),
-                class_name=names[i],
-                seed=seed,
-                prompt=prompts[i],
-                partner=int(ids[partners[i]]) if partners is not None else None,
-                box=tuple(boxes[i]) if boxes is not None else None,
-                losses={name: values[-1] for name, values in curve.items()},
-                loss_curve=curve,
-                teacher_probability=float(f"{float(sure[i]):.{LOSS_DIGITS}g}"),
-            )
-        )
-    return records
+    with open_run(synthesizer, Path(out), count, seed, config, say, rank) as run:
+        run.write(progress)
+    return open_folder(Path(out))
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """What a run did: images and shards written now, seconds of sampling, shards that were there already, and the rows
-    that the last group was sampled with.
+class Written:
+    """What a run did.
+
+    images, shards: written now, by all processes. before: shards that were whole already. seconds: of this process,
+    the wait for the others included.
     """
 
     images: int
     shards: int
-    shards_before: int
+    before: int
     seconds: float
-    rows: Rows
 
 
-def synthesise(
-    folder: ShardFolder,
-    synthesis: Synthesis,
-    rows: Rows,
-    advance: Callable[[int], object],
-    smaller: Callable[[str, Rows, str], Rows] | None = None,
-) -> RunResult:
-    """Write the shards that `folder` lacks; `advance(n)` is called after every n images.
+@contextmanager
+def open_run(
+    synthesizer: Synthesizer,
+    out: Path,
+    count: int,
+    seed: int = 0,
+    config: GenerateConfig | None = None,
+    say: Say | None = None,
+    rank: Rank | None = None,
+) -> Iterator["Run"]:
+    """A run on its folder, which is locked, begun or taken up inside; nothing is made yet.
 
-    Images beyond the folder's count, sampled because their group needs them, are dropped.
-
-    smaller: (network, rows, the device's words) -> the rows to go on with where a call of `network` found too little
-        memory. The group is sampled again with them, and those that follow. None: ShortMemory ends the run.
+    Arguments and errors as of `generate`.
     """
-    missing = folder.missing()
-    started, written = time.perf_counter(), 0
-    for index in missing:
-        shard_started = time.perf_counter()
-        ids = folder.layout.ids(index)
-        images: list[Tensor] = []
-        records: list[Record] = []
-        for group in range(ids.start // synthesis.group, -(-ids.stop // synthesis.group)):
-            (pixels, described), rows = _sampled(synthesis, group, rows, smaller)
-            keep = sum(record.id < ids.stop for record in described)
-            images.append(pixels[:keep])
-            records += described[:keep]
-            advance(keep)
-        folder.write(index, torch.cat(images).numpy(), records, time.perf_counter() - shard_started)
-        written += len(records)
-    seconds = time.perf_counter() - started
-    return RunResult(written, len(missing), folder.layout.shard_count() - len(missing), seconds, rows)
+    config, rank = config or getattr(synthesizer, "config", None) or GenerateConfig(), rank or own_rank()
+    before = run_on_record(out)
+    plan = None if before else plan_calls(synthesizer, config, rank.neighbours)
+    call_size = plan.call_size if plan else int(before["call_size"])
+    facts = {"call_size": call_size, "threads": before.get("threads") or cpu_threads(config.compute.threads)}
+    if hasattr(synthesizer, "use_engines"):
+        facts["engines"] = dict(synthesizer.use_engines(before.get("engines") if before else None))
+    folder = ShardFolder.create_or_open(
+        out,
+        identity_of(synthesizer, seed),
+        synthesizer.class_names,
+        synthesizer.image_size,
+        config.shards.image_format,
+        count,
+        shard_size(synthesizer, config, out, call_size),
+        rank,
+        facts,
+    )
+    silent = say is None or not rank.first
+    with folder, threads(int(facts["threads"])):
+        yield Run(synthesizer, seed, folder, plan, (lambda line: None) if silent else say)
 
 
-def _sampled(
-    synthesis: Synthesis, group: int, rows: Rows, smaller: Callable[[str, Rows, str], Rows] | None
-) -> tuple[tuple[Tensor, list[Record]], Rows]:
-    """A group, and the rows that it was sampled with in the end."""
-    while True:
+class Run:
+    """The images that a folder lacks, and how they get there.
+
+    plan: of a new folder, None of one that is continued. own: this process's missing shards; missing: of all processes,
+    where this is the first. call_size: images per call, fewer once memory was short.
+    """
+
+    def __init__(self, synthesizer: Synthesizer, seed: int, folder: ShardFolder, plan: Plan | None, say: Say) -> None:
+        self.synthesizer, self.seed, self.folder, self.plan, self.say = synthesizer, seed, folder, plan, say
+        self.call_size = int(folder.run["call_size"])
+        self.own = folder.missing()
+        self.missing = self.own + (folder.missing_of_others() if folder.rank.first else [])
+
+    def images(self, shards: list[int]) -> int:
+        """Images that the shards hold."""
+        return sum(len(self.folder.layout.ids(index)) for index in shards)
+
+    def write(self, progress: Progress | None = None) -> Written:
+        """Make this process's missing shards, then wait for those of the others. Raises UsageError as `generate`."""
+        layout, rank = self.folder.layout, self.folder.rank
+        require_space(self.folder.path, self.images(self.missing), layout.image_size, layout.image_format)
+        self.say(self._begins())
+        started, done, total = time.perf_counter(), 0, self.images(self.own)
+        for index in self.own:
+            begun, samples = time.perf_counter(), []
+            for sample in self._samples(layout.ids(index)):
+                samples.append(sample)
+                done += len(sample)
+                if progress is not None:
+                    progress(done, total)
+            images = torch.cat([sample.images for sample in samples]).permute(0, 2, 3, 1).contiguous().numpy()
+            records = [record for sample in samples for record in sample.records]
+            self.folder.write(index, images, records, time.perf_counter() - begun)
+        if rank.count > 1:
+            self.folder.wait_for_others()
+        whole = layout.shard_count() - len(self.missing)
+        return Written(self.images(self.missing), len(self.missing), whole, time.perf_counter() - started)
+
+    def _begins(self) -> str:
+        layout, rank = self.folder.layout, self.folder.rank
+        size, group = layout.image_size, self.synthesizer.group
+        groups = f", groups of {group}" if group > 1 else ""
+        begun = "" if self.plan else ", as the folder was begun"
+        shared = f"; {rank.count} processes, {self.images(self.own)} images of the first" if rank.count > 1 else ""
+        return (
+            f"{layout.count} images of {size}x{size}, {self.images(self.missing)} to make: calls of {self.call_size}"
+            f"{groups}, {self.folder.run['threads']} threads{begun}{shared}"
+        )
+
+    def _samples(self, ids: range) -> Iterator[Sample]:
+        """The images of a shard: calls of whole groups, the last one smaller where the shard ends."""
+        group, start = self.synthesizer.group, ids.start
+        while start < ids.stop:
+            images = max(self.call_size // group, 1) * group
+            sample = self._sampled(range(start, min(start + images, ids.stop)))
+            if sample is not None:
+                start += len(sample)
+                yield sample
+
+    def _sampled(self, ids: range) -> Sample | None:
+        """The images of a call; None where memory was short, and the next call is to be smaller."""
+        if hasattr(self.synthesizer, "call_size"):
+            self.synthesizer.call_size = self.call_size
         try:
-            return synthesis.sample(group, rows.unet, rows.gradient, rows.decode), rows
+            with calling(self.synthesizer.name):
+                return self.synthesizer(ids, seed=self.seed)
         except ShortMemory as error:
-            if smaller is None:
-                raise
-            short = error.network, error.why
+            network, why = error.network, error.why
         # here the error is gone, and with it the frames that hold the failed call's tensors
-        release(synthesis.device)
-        rows = smaller(short[0], rows, short[1])
+        release(getattr(self.synthesizer, "device", torch.device("cpu")))
+        self._halve(network, why)
+        return None
+
+    def _halve(self, network: str, why: str) -> None:
+        """Half the call size, in whole groups; a synthesizer with a call size of its own cuts groups too."""
+        group = self.synthesizer.group
+        least = 1 if hasattr(self.synthesizer, "call_size") else group
+        if self.call_size <= least:
+            what = f"a call of {network} runs out of memory with {least} image{'s' * (least > 1)}"
+            todo = "take a lower --size, --dtype bf16 or fp16, a smaller --group, or a device with more memory"
+            raise UsageError(what, why, todo)
+        half = self.call_size // 2
+        half = max(half - half % group if half > group else half, least)
+        self.say(f"{network}: out of memory in calls of {self.call_size} images ({why}); again with {half}, recorded")
+        self.call_size = half
+        self.folder.record(call_size=half)
+
+
+def identity_of(synthesizer: Synthesizer, seed: int) -> dict[str, Any]:
+    """What the images of a run follow from, in JSON's types: a folder takes no others.
+
+    A synthesizer in a file of the user's own is told by its source too, and by its plain fields where it is a
+    dataclass, so that a changed line or setting makes another run.
+    """
+    cls, found = type(synthesizer), {"method": synthesizer.name}
+    if cls.__module__.partition(".")[0] != "dfkd":
+        if is_dataclass(synthesizer):
+            values = {field.name: getattr(synthesizer, field.name) for field in fields(synthesizer)}
+            found |= {name: v for name, v in values.items() if v is None or isinstance(v, int | float | str | tuple)}
+        if (source := inspect.getsourcefile(cls)) is not None:
+            found["source"] = source_digest(Path(source))
+    identity: dict[str, Any] = plain({**found, **synthesizer.identity(), "seed": seed})
+    return identity
+
+
+def run_on_record(out: Path) -> dict[str, Any]:
+    """Call size, threads and engines that a folder has on record; {} of a new folder. Raises UsageError: damaged."""
+    return dict(read_manifest(out)[0].run) if (out / MANIFEST).exists() else {}
+
+
+def shard_size(synthesizer: Synthesizer, config: GenerateConfig, out: Path, call_size: int) -> int:
+    """Images a shard: as asked, as the folder has it, or about SHARD_IMAGES in whole calls of whole groups.
+
+    Raises UsageError: what is asked is no multiple of the group.
+    """
+    group, asked = synthesizer.group, config.shards.shard_size
+    if asked % group:
+        why = f"{synthesizer.name} makes images in groups of {group}, and a shard holds whole ones"
+        raise UsageError(f"--shard-size {asked} cannot be used", why, f"give a multiple of {group}")
+    if not asked and (out / MANIFEST).exists():
+        return int(read_manifest(out)[0].shard_size)
+    unit = max(call_size // group, 1) * group
+    return asked or unit * -(-SHARD_IMAGES // unit)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many threads on the CPU inside: their number decides the last bits of a sum.
+
+    It is set also where it is the same: having it set keeps MKL from taking fewer by itself.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dfkd.data import Record
+from dfkd.config import GenerateConfig
+from dfkd.data import Record
+from dfkd.errors import UsageError
+from dfkd.teachers import Classifier
+
+LOSS_DIGITS = 5  # digits of a recorded number: the record is for reading, not for computing on
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Sample:
 
     images: Tensor
     labels: Tensor
-    records: "tuple[Record, ...]"
+    records: tuple[Record, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,3 +63,55 @@ class Synthesizer(Protocol):
         asked images returned.
         """
         ...
+
+
+def own_size(config: GenerateConfig, teacher: Classifier) -> int:
+    """Side of the images of a method without a prior: --size, or else the teacher's."""
+    size = config.sampling.size or teacher.input_size
+    if not size:
+        raise UsageError("the images have no size", "neither a prior nor the teacher states one", "give --size")
+    return size
+
+
+@torch.no_grad()
+def label_probability(teacher: Classifier, images: Tensor, labels: Tensor, batch: int) -> Tensor:
+    """The teacher's probability [N] of each label, on the CPU.
+
+    images: uint8 [N, 3, H, W]. labels: int64 [N]. batch: images per call.
+    """
+    device = teacher.device
+    parts = [teacher.logits(part.to(device).float() / 255).float().softmax(1).cpu() for part in images.split(batch)]
+    return torch.cat(parts).gather(1, labels.cpu()[:, None])[:, 0]
+
+
+def rounded(value: float) -> float:
+    """A number with as many digits as a record keeps."""
+    return float(f"{value:.{LOSS_DIGITS}g}")
+
+
+def records_of(
+    ids: Sequence[int],
+    labels: Tensor,
+    class_names: Sequence[str],
+    seed: int,
+    probability: Tensor | None = None,
+    losses: Mapping[str, Tensor] | None = None,
+) -> tuple[Record, ...]:
+    """The records of images made without a prompt.
+
+    labels: int64 [N]. probability: the teacher's for the label [N]. losses: the final ones by name, each [N].
+    """
+    sure = [0.0] * len(labels) if probability is None else probability.tolist()
+    final = {name: values.tolist() for name, values in (losses or {}).items()}
+    return tuple(
+        Record(
+            id=int(ids[i]),
+            label=label,
+            class_name=class_names[label],
+            seed=seed,
+            prompt="",
+            losses={name: rounded(values[i]) for name, values in final.items()},
+            teacher_probability=rounded(sure[i]),
+        )
+        for i, label in enumerate(labels.tolist())
+    )
