@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd.cli.parse import command, parse
-from dfkd.config import BACKENDS, QUANTISING_BACKENDS, Config, GenerateCommand, option
+from dfkd.config import BACKENDS, QUANTISING_BACKENDS, GenerateCommand
+from dfkd.config.fields import Config, option
 from dfkd.errors import UsageError
 from dfkd_engine.backends.packages import versions
 from dfkd_engine.devices import architecture, family, targets_of

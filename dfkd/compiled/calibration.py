@@ -46,7 +46,7 @@ def magnitudes(network: nn.Module, run: Callable[[nn.Module], object], narrow: s
     """
     if missing("modelopt"):
         why = "ModelOpt, which calibrates it, is not installed"
-        raise EngineError(f"no {narrow} network can be built", why, "pip install 'dfkd[quantise]'")
+        raise EngineError(f"no {narrow} network can be built", why, "install it: pip install 'dfkd[quantise]'")
     watched = copy.deepcopy(network)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers' version, which a UNet does not go through

@@ -59,7 +59,7 @@ def choose(
         raise UsageError(f"--backend {asked} cannot be used", why, "use --gradient latent, or --backend eager")
     device = architecture(functions[0].device)
     if asked != "auto" and (reason := backend_of(asked).unusable(device, functions[0].dtype)) is not None:
-        raise UsageError(f"--backend {asked} cannot be used", reason, "or choose another --backend")
+        raise UsageError(f"--backend {asked} cannot be used", reason, "choose another --backend")
     backends = BACKENDS if asked == "auto" else (asked,)
     found = {function.name: _engines(function, backends, device, store) for function in functions}
     must = [f for f in functions if not found[f.name] and (asked != "auto" or f.quantise != "none")]
@@ -78,9 +78,7 @@ def describe(choices: Iterable[Choice]) -> list[str]:
     return [f"{', '.join(networks)}: {how}" for how, networks in lines.items()]
 
 
-def load_engines(
-    choices: Iterable[Choice], store: EngineStore, device: torch.device | str
-) -> dict[str, Engine]:
+def load_engines(choices: Iterable[Choice], store: EngineStore, device: torch.device | str) -> dict[str, Engine]:
     """Function's name -> engine on `device`, for the choices that are engines; every file is verified first.
 
     Raises EngineError: an engine is missing, damaged, or cannot run here.

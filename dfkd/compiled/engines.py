@@ -125,7 +125,7 @@ def build(
     if not takes(backend, function):
         why = f"engines in 8 bits are those of {', '.join(QUANTISING_BACKENDS)}"
     if why is not None:
-        raise EngineError(f"{what} cannot be built", why, "or choose another backend with --backend")
+        raise EngineError(f"{what} cannot be built", why, "choose another backend with --backend")
     say(f"{what}: {'; '.join(reasons(store.explain(spec)))}")
     made = []
 

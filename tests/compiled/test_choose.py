@@ -1,249 +1,201 @@
-"""Which backend runs which network: by measurement, by name, or as a folder was begun; and what is refused."""
-
-import shlex
-from dataclasses import replace
-from typing import Any
+"""Which engine is taken for which function: by name, by what was measured, by what a folder was begun with."""
 
 import pytest
+import torch
 
-from dfkd.cli import engines, generate
-from dfkd.cli.prepare import prepare
-from dfkd.compiled.choose import Choice, apply, choose, in_words
-from dfkd.compiled.guidance import CompiledGuidance, CompiledPrior
-from dfkd.compiled.requests import DIGESTS
-from dfkd.compiled.sources import sources_of
+from dfkd.compiled.choose import choose, describe, load_engines
+from dfkd.compiled.engines import build
+from dfkd.config import ComputeConfig
 from dfkd.errors import UsageError
+from dfkd_engine.backends import BACKENDS
 from dfkd_engine.errors import EngineError
-from dfkd_engine.spec import pairs
-from dfkd_engine.store import EngineStore
-from tests.cli.small_generate import status_of
-from tests.compiled.small_engines import (
-    BACKEND,
-    NEEDS_IT,
-    flip_a_byte,
-    key_of,
-    measured,
-    nudge,
-    options_of,
-    recipes,
-    set_facts,
-)
+from tests.compiled.small_functions import Unchanged, decode, gradient, milliseconds, set_facts
+from tests.compiled.test_engines import BACKEND_FILE
 
-NETWORKS = ("unet", "decode", "gradient")
+COMMAND = "dfkd-engines build --mine"
 
 
-def chosen(place, *more, before=None):
-    options = options_of(place.prior, place.teacher, "--engines", place.store, *more)
-    return choose(options, EngineStore(place.store), generate.build_command(options), before)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Backends that compile nothing, in the places of two built-in ones."""
+    found = {name: Unchanged(name) for name in ("inductor", "onnxruntime")}
+    for name, backend in found.items():
+        monkeypatch.setitem(BACKENDS, name, backend)
+    return found
 
 
-def by_network(choices):
+@pytest.fixture
+def built(store):
+    """keys of the onnxruntime engines of two functions, and the functions."""
+    functions = (decode(), gradient())
+    return {function.name: build(function, "onnxruntime", store)[1].key for function in functions}, functions
+
+
+def chosen(store, functions, backend="auto", before=None):
+    return choose(functions, ComputeConfig(backend=backend), store, before, COMMAND)
+
+
+def by_name(choices):
     return {choice.network: (choice.backend, choice.key) for choice in choices}
 
 
-def test_without_engines_it_is_eager(place, tmp_path):
-    choices = chosen(place._replace(store=tmp_path / "none"))
-    assert by_network(choices) == dict.fromkeys(NETWORKS, ("eager", None))
-    assert in_words(choices) == ["unet, decode, gradient: eager (no engine is built: dfkd-engines build)"]
-    assert not (tmp_path / "none").exists()
+def test_without_engines_it_is_eager(store):
+    choices = chosen(store, (decode(), gradient()))
+    assert by_name(choices) == dict.fromkeys(("decode", "gradient"), ("eager", None))
+    assert describe(choices) == [f"decode, gradient: eager (no engine is built: {COMMAND})"]
+    assert not store.root.exists() and load_engines(choices, store, "cpu") == {}
 
 
-@NEEDS_IT
-def test_auto_takes_what_was_measured_quicker(own):
-    set_facts(own.store, "unet", milliseconds=measured(2.0, 3.0))
-    set_facts(own.store, "decode", milliseconds=measured(3.0, 2.0))
-    set_facts(own.store, "gradient", milliseconds=measured(2.5, 2.5))
-    choices = chosen(own)
-    assert by_network(choices) == {
-        "unet": (BACKEND, key_of(own.store, "unet")), "decode": ("eager", None), "gradient": ("eager", None)
-    }  # fmt: skip
+@pytest.mark.parametrize("engine, taken", [(1.89, True), (1.9, False), (2.5, False)])
+def test_auto_takes_what_was_measured_quicker_by_five_percent(store, built, engine, taken):
+    keys, functions = built
+    set_facts(store, keys["decode"], milliseconds=milliseconds(engine, 2.0))
+    set_facts(store, keys["gradient"], milliseconds=milliseconds(9.0, 1.0))
+    choices = chosen(store, functions)
+    assert by_name(choices)["decode"] == (("onnxruntime", keys["decode"]) if taken else ("eager", None))
     when = "6 rows, 1 threads, when it was built"
-    assert in_words(choices) == [
-        f"unet: {BACKEND} (2.0 ms a call, eager 3.0: {when})",
-        f"decode: eager (2.0 ms a call, {BACKEND} 3.0: {when})",
-        f"gradient: eager (2.5 ms a call, {BACKEND} 2.5: {when})",
-    ]
+    assert describe(choices)[-1] == f"gradient: eager (1.0 ms a call, onnxruntime 9.0: {when})"
+    if taken:
+        assert describe(choices)[0] == f"decode: onnxruntime (1.89 ms a call, eager 2.0: {when})"
 
 
-@NEEDS_IT
-@pytest.mark.parametrize("engine, backend", [(1.89, BACKEND), (1.9, "eager"), (2.0, "eager")])
-def test_auto_wants_a_margin_of_five_percent(own, engine, backend):
-    set_facts(own.store, "decode", milliseconds=measured(engine, 2.0))
-    assert by_network(chosen(own))["decode"][0] == backend
+@pytest.mark.parametrize("inductor, winner", [(1.5, "inductor"), (2.5, "onnxruntime")])
+def test_auto_takes_the_quickest_of_several(store, built, inductor, winner):
+    keys, functions = built
+    set_facts(store, keys["decode"], milliseconds=milliseconds(2.0, 3.0))
+    other = build(functions[0], "inductor", store)[1].key
+    set_facts(store, other, milliseconds=milliseconds(inductor, 3.0))
+    assert by_name(chosen(store, functions))["decode"][0] == winner
+    assert by_name(chosen(store, functions, "onnxruntime"))["decode"][0] == "onnxruntime"  # a name is a name
 
 
-@NEEDS_IT
-def test_auto_leaves_an_engine_whose_rows_depend_on_the_call(own):
-    set_facts(own.store, "unet", milliseconds=measured(1.0, 9.0), rows_exact=False)
-    set_facts(own.store, "decode", milliseconds=measured(1.0, 9.0), rows_exact=True)
-    choices = {choice.network: choice for choice in chosen(own)}
-    assert choices["unet"].backend == "eager" and "--batch" in choices["unet"].why
-    assert choices["decode"].backend == BACKEND
-    assert by_network(chosen(own, "--backend", BACKEND))["unet"][0] == BACKEND
+def test_a_named_backend_is_taken_however_quick(store, built):
+    keys, functions = built
+    for key in keys.values():
+        set_facts(store, key, milliseconds=milliseconds(9.0, 1.0))
+    choices = chosen(store, functions, "onnxruntime")
+    assert by_name(choices) == {name: ("onnxruntime", key) for name, key in keys.items()}
+    assert {choice.why for choice in choices} == {"--backend onnxruntime"}
+    assert by_name(chosen(store, functions, "eager")) == dict.fromkeys(keys, ("eager", None))
 
 
-@NEEDS_IT
-@pytest.mark.parametrize("batch", [1, 4, 512])
-def test_auto_chooses_alike_for_every_batch(own, batch):
-    for name in NETWORKS:
-        set_facts(own.store, name, milliseconds=measured(1.0, 9.0))
-    assert by_network(chosen(own, "--batch", batch)) == {n: (BACKEND, key_of(own.store, n)) for n in NETWORKS}
-
-
-@NEEDS_IT
-@pytest.mark.parametrize("inductor, winner", [(1.5, "inductor"), (2.5, BACKEND), (9.0, BACKEND)])
-def test_auto_takes_the_quickest_of_several(own, inductor, winner):
-    """An engine of the other backend beside it, of the same network."""
-    store = EngineStore(own.store)
-    set_facts(own.store, "decode", milliseconds=measured(2.0, 3.0))
-    theirs = store.get(key_of(own.store, "decode"))
-    request = recipes(options_of(own.prior, own.teacher), "inductor", own.store)["decode"]
-
-    def part(prefix):
-        return pairs({k.removeprefix(prefix): v for k, v in request.recipe.items() if k.startswith(prefix)})
-
-    spec = replace(theirs.spec, backend="inductor", versions=part("versions."), flags=part("flags."))
-
-    def make(folder) -> dict[str, Any]:
-        (folder / "engine.pt2").write_bytes(b"nothing loads it here")
-        return {**theirs.facts, "milliseconds": measured(inductor, 3.0)}
-
-    store.build(spec, request.recipe, make)
-    choices = {choice.network: choice for choice in chosen(own)}
-    assert choices["decode"].backend == winner
-    named = {choice.network: choice for choice in chosen(own, "--backend", BACKEND)}
-    assert named["decode"].backend == BACKEND  # a name is a name
-
-
-@NEEDS_IT
-def test_a_named_backend_is_taken_however_quick(own):
-    for network in NETWORKS:
-        set_facts(own.store, network, milliseconds=measured(9.0, 1.0))
-    choices = chosen(own, "--backend", BACKEND)
-    assert by_network(choices) == {name: (BACKEND, key_of(own.store, name)) for name in NETWORKS}
-    assert {choice.why for choice in choices} == {f"--backend {BACKEND}"}
-    assert by_network(chosen(own, "--backend", "eager")) == dict.fromkeys(NETWORKS, ("eager", None))
-
-
-@NEEDS_IT
-def test_options_that_no_engine_depends_on(place):
-    choices = chosen(place, "--backend", BACKEND, "--steps", 9, "--seed", 4, "--cutmix-every", 1)
-    assert all(choice.key for choice in choices)
-
-
-def test_a_gradient_through_the_unet_is_eager(place, tmp_path):
-    empty = place._replace(store=tmp_path)
-    assert chosen(empty, "--gradient", "unet") == ()
-    for backend in ("inductor", "onnxruntime"):
-        with pytest.raises(UsageError, match=f"--gradient unet cannot run on --backend {backend}.*no backward.*latent"):
-            chosen(empty, "--gradient", "unet", "--backend", backend)
-
-
-@NEEDS_IT
-def test_a_missing_engine_names_the_command_that_builds_it(own, copied, capsys):
-    """The nearest engine's difference is told, and the command, taken as it stands, mends the want."""
-    changed = own._replace(prior=copied(own.prior))
-    nudge(next((changed.prior / "vae").glob("*.safetensors")))
-    more = ("--backend", BACKEND, "--guidance-step", 0, "--prompt", "a photo, 'of' \"an\" {label} $HOME", "--seed", 5)
+def test_a_missing_engine_is_named_with_the_reason_and_the_command(store, built):
+    _, functions = built
     with pytest.raises(UsageError) as caught:
-        chosen(changed, *more)
+        chosen(store, (decode(seed=1), functions[1]), "onnxruntime")
     text = str(caught.value)
-    assert f"there is no {BACKEND} engine in {own.store} for decode: decode: prior.vae was " in text
-    words = shlex.split(text.partition("build it: ")[2].removesuffix("."))
-    assert words[:2] == ["dfkd-engines", "build"]
-    capsys.readouterr()
-    assert status_of(engines.main, *words[1:]) == 0
-    said = capsys.readouterr().err
-    assert "2 engines of these options, 1 current" in said and f"[1/1] decode in {BACKEND}, up to 6 rows: prior" in said
-    assert [choice.backend for choice in chosen(changed, *more)] == [BACKEND] * 2
+    assert f"there is no onnxruntime engine in {store.root} for decode: decode: components.network was " in text
+    assert text.endswith(f"build it: {COMMAND}.")
+    with pytest.raises(UsageError, match="for decode, gradient: decode: it was not built with this backend yet"):
+        chosen(store, functions, "inductor")
 
 
-@NEEDS_IT
-def test_several_missing_engines_are_all_named(place, tmp_path):
-    empty = place._replace(store=tmp_path / "none")
-    with pytest.raises(UsageError, match="for unet, decode, gradient: unet: it was not built yet"):
-        chosen(empty, "--backend", BACKEND)
-
-
-@NEEDS_IT
-def test_a_damaged_manifest_is_no_engine(own):
-    (own.store / key_of(own.store, "decode") / "manifest.json").write_text("{}")
+def test_a_damaged_manifest_is_no_engine(store, built):
+    keys, functions = built
+    (store.root / keys["decode"] / "manifest.json").write_text("{}")
     with pytest.raises(UsageError, match=r"for decode: decode: it is damaged: manifest.json holds no manifest"):
-        chosen(own, "--backend", BACKEND)
-    assert by_network(chosen(own))["decode"] == ("eager", None)
+        chosen(store, functions, "onnxruntime")
+    assert by_name(chosen(store, functions))["decode"] == ("eager", None)
+
+
+def test_a_run_of_which_nothing_can_be_an_engine(store):
+    assert chosen(store, ()) == ()
+    assert chosen(store, (), "eager") == ()
+    with pytest.raises(UsageError, match=r"--backend inductor cannot be used: .*no backward pass.*--gradient latent"):
+        chosen(store, (), "inductor")
+
+
+def test_a_backend_that_cannot_run_here_is_refused(store):
+    with pytest.raises(UsageError, match="--backend onnxruntime cannot be used: it is out of order"):
+        chosen(store, (decode(dtype="bfloat16"),), "onnxruntime")
 
 
 class TestContinued:
-    """A folder goes on as it was begun."""
+    """A folder goes on as it was begun: engines differ from one another in the last bits."""
 
-    @NEEDS_IT
-    def test_with_the_same_engines(self, own):
-        keys = {name: key_of(own.store, name) for name in NETWORKS}
-        for name in NETWORKS:
-            set_facts(own.store, name, milliseconds=measured(9.0, 1.0))
-        assert set(by_network(chosen(own)).values()) == {("eager", None)}
-        choices = chosen(own, before=keys)
-        assert by_network(choices) == {name: (BACKEND, key) for name, key in keys.items()}
+    def test_with_the_same_engines(self, store, built):
+        keys, functions = built
+        for key in keys.values():
+            set_facts(store, key, milliseconds=milliseconds(9.0, 1.0))
+        choices = chosen(store, functions, before=keys)
+        assert by_name(choices) == {name: ("onnxruntime", key) for name, key in keys.items()}
         assert {choice.why for choice in choices} == {"the folder was begun with it"}
 
-    @NEEDS_IT
-    @pytest.mark.parametrize("before", [{}, {"unet": "KEY"}])
-    def test_without_those_that_came_later(self, own, before):
-        for name in NETWORKS:
-            set_facts(own.store, name, milliseconds=measured(1.0, 9.0))
-        before = {name: key_of(own.store, name) for name in before}
-        expected = {name: (BACKEND, before[name]) if name in before else ("eager", None) for name in NETWORKS}
-        assert by_network(chosen(own, before=before)) == expected
+    @pytest.mark.parametrize("begun", [(), ("decode",)])
+    def test_without_those_that_came_later(self, store, built, begun):
+        keys, functions = built
+        for key in keys.values():
+            set_facts(store, key, milliseconds=milliseconds(1.0, 9.0))
+        before = {name: keys[name] if name in begun else "eager" for name in keys}
+        expected = {name: ("onnxruntime", keys[name]) if name in begun else ("eager", None) for name in keys}
+        assert by_name(chosen(store, functions, before=before)) == expected
+        only_engines = {name: keys[name] for name in begun}
+        assert by_name(chosen(store, functions, before=only_engines)) == expected
 
-    @NEEDS_IT
-    def test_not_when_they_are_gone(self, own):
-        keys = {name: key_of(own.store, name) for name in NETWORKS}
-        EngineStore(own.store).prune({keys["unet"], keys["decode"]})
+    def test_not_when_they_are_gone(self, store, built):
+        keys, functions = built
+        store.prune({keys["decode"]})
         with pytest.raises(UsageError) as caught:
-            chosen(own, before=keys)
+            chosen(store, functions, before=keys)
         text = str(caught.value)
-        assert "this folder cannot be continued" in text and f"the gradient engine {keys['gradient']}" in text
-        assert "do not lead to now" in text and "dfkd-engines build --engines" in text and "--out" in text
+        assert "this folder cannot be continued" in text and f"the engine {keys['gradient']}" in text
+        assert "do not lead to now" in text and COMMAND in text and "--out" in text
 
 
-class TestApply:
+class TestEightBits:
+    """Asked for, an 8-bit function is an engine or the run is refused; not asked for, none is looked at."""
+
     @pytest.fixture
-    def synthesis(self, place):
-        return prepare(options_of(place.prior, place.teacher))
+    def narrow(self, store, built, monkeypatch):
+        function = decode(quantise="int8")
+        monkeypatch.setattr("dfkd.compiled.engines._in_eight_bits", lambda function, graph: graph)
+        return build(function, "onnxruntime", store)[1].key
 
-    def test_eager_leaves_it_alone(self, synthesis, tmp_path):
-        choices = tuple(Choice(name, "eager", None, "") for name in NETWORKS)
-        assert apply(synthesis, sources_of(synthesis), choices, EngineStore(tmp_path)) is synthesis
+    @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+    def test_it_is_taken_however_slow(self, store, built, narrow, backend):
+        set_facts(store, narrow, milliseconds=milliseconds(9.0, 1.0))
+        functions = (decode(quantise="int8"), gradient())
+        assert by_name(chosen(store, functions, backend))["decode"] == ("onnxruntime", narrow)
+        set_facts(store, narrow, milliseconds=milliseconds(0.1, 9.0))
+        assert by_name(chosen(store, built[1], backend))["decode"][1] != narrow
 
-    @NEEDS_IT
-    def test_engines_take_the_networks_places(self, own, synthesis):
-        choices = chosen(own, "--backend", BACKEND)
-        applied = apply(synthesis, sources_of(synthesis), choices, EngineStore(own.store))
-        assert isinstance(applied.prior, CompiledPrior) and isinstance(applied.guidance, CompiledGuidance)
-        assert applied.prior.engines.keys() == applied.guidance.engines.keys() == set(NETWORKS)
-        images, records = applied.sample(0, 6)
-        expected, others = synthesis.sample(0, 6)
-        assert (images.int() - expected.int()).abs().max() <= 2 and images.float().std() > 2
-        assert [record.label for record in records] == [record.label for record in others]
+    @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+    def test_without_it_the_run_is_refused(self, store, built, backend):
+        with pytest.raises(UsageError, match=f"for decode fp8: decode: .* this --quantise yet.*{COMMAND}"):
+            chosen(store, (decode(quantise="fp8"), built[1][1]), backend)
 
-    @NEEDS_IT
-    def test_a_damaged_payload_is_refused(self, own, synthesis):
-        choices = chosen(own, "--backend", BACKEND)
-        flip_a_byte(own.store, "gradient")
+    def test_a_folder_that_was_begun_without_it_is_not_continued_with_it(self, store, built, narrow):
+        keys, functions = built
+        eight = (decode(quantise="int8"), functions[1])
+        for before in (keys, {"decode": "eager"}):
+            with pytest.raises(UsageError, match="this folder cannot be continued"):
+                chosen(store, eight, before=before)
+        assert by_name(chosen(store, eight, before={"decode": narrow}))["decode"] == ("onnxruntime", narrow)
+
+
+class TestLoad:
+    def test_engines_compute_the_functions(self, store, built):
+        _, functions = built
+        engines = load_engines(chosen(store, functions, "onnxruntime"), store, torch.device("cpu"))
+        assert engines.keys() == {"decode", "gradient"}
+        for function in functions:
+            arguments = function.samples(3, 0)
+            for got, want in zip(engines[function.name](*arguments), function.call(*arguments), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    def test_a_damaged_payload_is_refused(self, store, built):
+        keys, functions = built
+        choices = chosen(store, functions, "onnxruntime")
+        (store.root / keys["gradient"] / "payload" / "engine").write_text("9")
         with pytest.raises(EngineError, match=r"the engine gradient .* is damaged: .* altered.*dfkd-engines build"):
-            apply(synthesis, sources_of(synthesis), choices, EngineStore(own.store))
+            load_engines(choices, store, "cpu")
 
-    @NEEDS_IT
-    @pytest.mark.parametrize("part, network, name", [("unet", "unet", "unet"), ("vae", "decode", "decoder"),
-                                                     ("", "gradient", "teacher")])  # fmt: skip
-    def test_an_engine_of_other_networks_is_refused(self, own, copied, part, network, name):
-        """Loaded networks that are not those of the files that the recipe was read from."""
-        choices = tuple(choice for choice in chosen(own, "--backend", BACKEND) if choice.network == network)
-        prior, teacher = copied(own.prior), copied(own.teacher)
-        nudge(next(((prior / part) if part else teacher).glob("*.safetensors")))
-        synthesis = prepare(options_of(prior, teacher))
-        with pytest.raises(EngineError) as caught:
-            apply(synthesis, sources_of(synthesis), choices, EngineStore(own.store))
-        text = str(caught.value)
-        assert f"the engine {network} {choices[0].key} is stale: its {name}_digest is" in text
-        assert f"delete {own.store / DIGESTS} and run dfkd-engines build" in text
+    def test_a_backend_of_the_users_own(self, store, tmp_path):
+        file = tmp_path / "own.py"
+        file.write_text(BACKEND_FILE)
+        name = f"{file}:Program"
+        key = build(decode(), name, store)[1].key
+        choices = chosen(store, (decode(),), name)
+        assert by_name(choices) == {"decode": (name, key)}
+        (x,) = decode().samples(3, 0)
+        torch.testing.assert_close(load_engines(choices, store, "cpu")["decode"](x), decode().call(x))
