@@ -4,17 +4,17 @@
     z[box] <- z_partner[box];  the label is kept, both being of one class
 
 The remaining denoising steps repair the seams. An image's partner, box and lam are functions of the run's seed, its own
-id, the event's number and the ids of its class in the group: neither the order of the group nor its cut into
-micro-batches changes them.
+id, the event's number and the ids of its class in the group; the order of the group does not change them. The paste
+itself is part of the step's kernel (dfkd_kernels.guided_step).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dfkd.errors import UsageError
-from dfkd_kernels.guided_step import paste
 from dfkd_kernels.philox import philox_bits, philox_uniform
 
 # Streams of random numbers from here on belong to CutMix, two for each event; the sampler's noise takes those below.
@@ -70,18 +70,13 @@ def plan(seed: int, ids: Tensor, labels: Tensor, event: int, alpha: float, heigh
     )
 
 
-def apply(z: Tensor, plan: CutMixPlan) -> Tensor:
-    """Paste every image's box from its partner: z [n, C, H, W] of the whole group -> a new tensor like it.
-
-    All pastes read the latents as they were before any of them.
-
-    Raises:
-        ValueError: the plan is for another number of images or for larger latents.
-    """
-    n, _, height, width = z.shape
-    if len(plan.partner) != n or (n and bool((plan.box.amax(0)[2:] > torch.tensor([height, width])).any())):
-        raise ValueError(f"latents {tuple(z.shape)} do not fit a plan for {len(plan.partner)} images")
-    return paste(z, plan.partner.to(z.device), plan.box.to(z.device))
+def packed(plans: Sequence[CutMixPlan]) -> CutMixPlan:
+    """The plans of several groups as one of all their images in turn."""
+    partners, start = [], 0
+    for plan in plans:
+        partners.append(plan.partner + start)
+        start += len(plan.partner)
+    return CutMixPlan(torch.cat(partners), torch.cat([p.box for p in plans]), torch.cat([p.lam for p in plans]))
 
 
 def _boxes(side: Tensor, centre_y: Tensor, centre_x: Tensor, height: int, width: int) -> Tensor:

@@ -1,0 +1,308 @@
+"""The networks of a guided synthesis as functions that a compiler can take over, and engines in their place.
+
+    unet            (z [B,C,h,w], t, context [B,L,D])          -> prediction [B,C,h,w], all but t in the networks' dtype
+    decode          (z0 [B,C,h,w])                             -> image [B,3,H,W] in 0..1
+    gradient        (z0, labels [B])                           -> gradient [B,C,h,w], losses [B]; z0 is a whole group,
+                                                                  or images that do not interact
+    pixel_gradient  (image, labels)                            -> the same in the image
+    image_moments   (image)                                    -> m1, m2 [B,K] of the BN layers' inputs, side by side
+    image_gradient  (image, labels, mean1 [K], mean2 [K])      -> gradient in the image, losses; some images of a group
+                                                                  whose averaged moments these are
+    decode_vjp      (z0, image_gradient [B,3,H,W])             -> gradient [B,C,h,w]
+
+The last three and `decode` are the split form, for a group in several calls and for losses of a student, whose weights
+change: (dL/dz0) = (d decode/dz0)^T dL/dx, with dL/dx taken where x is. The chain rule is exact.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd.compiled.functions import Function
+from dfkd.extension import described, source_digest
+from dfkd.synthesis import bn_statistics, guidance, losses
+from dfkd.synthesis.bn_statistics import Moments, by_layer, side_by_side
+from dfkd.synthesis.guidance import Decode, Guidance, identity
+from dfkd_engine.prior import Prior
+from dfkd_engine.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from dfkd.synthesis.pipeline import GuidedPipeline
+
+# Images whose trajectories an 8-bit UNet is calibrated on. Two groups of 16 are two seconds for the demo; Stable
+# Diffusion 1.5 in 50 steps at 512 pixels takes 3 200 rows, 2.6 PFLOP: seconds on a GPU, hours on a CPU. More images
+# found outliers, and a larger error (0.023 of four groups of 50).
+CALIBRATION_GROUPS, CALIBRATION_IMAGES = 2, 16
+CALIBRATION_SEED = 2**40  # no run's own, unless it asks for it
+_GRADIENTS = ("gradient", "pixel_gradient", "image_gradient", "decode_vjp")
+_OF_TEACHER = ("gradient", "pixel_gradient", "image_moments", "image_gradient")
+_OF_VAE = ("decode", "gradient", "decode_vjp")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What the functions are made of: the prior, and where a teacher guides its guidance, without a student.
+
+    Its methods are the functions of the table above, by the same names.
+    """
+
+    prior: Prior
+    guidance: Guidance | None
+
+    def with_kernels(self, kernels: str) -> "Networks":
+        own = self.guidance
+        if own is None or own.kernels == kernels:
+            return self
+        made = Guidance(own.decode, own.teacher, own.losses, None, own.grad_scale, kernels)
+        return Networks(self.prior, made)
+
+    def doubled(self) -> "Networks":
+        """The same in float64: what compiled and eager results are judged by."""
+        prior = self.prior.doubled()
+        if self.guidance is None:
+            return Networks(prior, None)
+        teacher = self.guidance.teacher.replace(module=copy.deepcopy(self.guidance.teacher.module).double())
+        return Networks(prior, Guidance(prior.decode, teacher, self.guidance.losses))
+
+    def unet(self, z: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        return (self.prior.denoise(z, t, context),)
+
+    def decode(self, z0: Tensor) -> tuple[Tensor, ...]:
+        return (self.prior.decode(z0),)
+
+    def decode_vjp(self, z0: Tensor, image_gradient: Tensor) -> tuple[Tensor, ...]:
+        leaf, scale = z0.detach().requires_grad_(), self.guidance.grad_scale if self.guidance else 1.0
+        with torch.enable_grad():
+            # the scale keeps small gradients in float16's range on their way through the decoder
+            scaled = (self.prior.decode(leaf) * (image_gradient * scale)).sum()
+            (gradient,) = torch.autograd.grad(scaled, leaf)
+        return (gradient / scale,)
+
+    def gradient(self, z0: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        assert self.guidance is not None
+        gradient, record = self.guidance.of_call(z0, labels)
+        return gradient, *record.values()
+
+    def pixel_gradient(self, image: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        assert self.guidance is not None
+        gradient, record = self.guidance.with_(identity).of_call(image, labels)
+        return gradient, *record.values()
+
+    def image_moments(self, image: Tensor) -> tuple[Tensor, ...]:
+        assert self.guidance is not None
+        return side_by_side(self.guidance.judge(image)[1])
+
+    def image_gradient(self, image: Tensor, labels: Tensor, mean1: Tensor, mean2: Tensor) -> tuple[Tensor, ...]:
+        assert self.guidance is not None
+        averages = by_layer(self.guidance.layers, mean1[None], mean2[None])
+        gradient, record = self.guidance.with_(identity).of_call(image, labels, averages)
+        return gradient, *record.values()
+
+
+def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
+    """The functions that a pipeline calls, in the order of the data's way; () where none can be an engine.
+
+    Guidance that differentiates through the UNet has none, since an engine has no backward pass. A loss is traced with
+    the rest unless it needs the student, which is replaced between runs: then the image's gradient stays with autograd.
+    """
+    if pipe.guidance is None:
+        names: tuple[str, ...] = ("unet", "decode")
+    elif pipe.config.guidance.gradient == "unet":
+        return ()
+    else:
+        cut = "group" in pipe.guidance.needs and pipe.group > pipe.call_size
+        if "student" in pipe.guidance.needs:
+            names = ("unet", "decode", *(("image_moments",) if cut else ()), "decode_vjp")
+        elif cut:
+            names = ("unet", "decode", "image_moments", "image_gradient", "decode_vjp")
+        else:
+            names = ("unet", "decode", "gradient", *(("pixel_gradient",) if pipe.config.guidance.refine_steps else ()))
+    own = pipe.guidance
+    if own is not None:  # as it is by autograd, whatever runs in its place
+        losses = [loss for loss in own.losses if "student" not in loss.needs]
+        own = Guidance(pipe.prior.decode, own.teacher, losses, None, own.grad_scale, own.kernels, own.fused)
+    networks = Networks(pipe.prior, own)
+    return tuple(_function(name, pipe, networks) for name in names)
+
+
+def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function:
+    compute = pipe.config.compute
+    cfg_rows = 2 if name == "unet" and pipe.uses_cfg else 1
+    one_shape = name in ("gradient", "pixel_gradient") and networks.guidance is not None
+    one_shape = one_shape and "group" in networks.guidance.needs  # type: ignore[union-attr]
+    most = max(pipe.config.batching.batch, pipe.group)  # so that one engine serves smaller batches
+    quantise = compute.quantise if name == "unet" else "none"
+    plain = networks.with_kernels("torch")
+    inputs, outputs = _specs(name, pipe, networks)
+    return Function(
+        name=name,
+        call=getattr(plain, name),
+        eager=getattr(networks, name),
+        inputs=inputs,
+        outputs=outputs,
+        kind="gradient" if name in _GRADIENTS else "forward",
+        rows=pipe.group if one_shape else cfg_rows * pipe.call_size,
+        largest=pipe.group if one_shape else cfg_rows * most,
+        one_shape=one_shape,
+        samples=partial(_samples, name, pipe, networks),
+        exact=lambda: getattr(plain.doubled(), name),
+        components=_components(name, pipe, quantise),
+        config=_config(name, pipe, networks, quantise),
+        sources=source_digest(*_sources(name, pipe)),
+        networks=(pipe.prior.unet,) if name == "unet" else (pipe.prior.vae,) if name in _OF_VAE else (),
+        device=pipe.device,
+        dtype=str(pipe.prior.dtype).removeprefix("torch."),
+        quantise=quantise,
+        calibrate=partial(_calibrate, pipe) if quantise != "none" else None,
+    )
+
+
+def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a function."""
+    latent = (None, pipe.prior.latent_channels, *pipe.latent_size)
+    picture = (None, 3, pipe.image_size, pipe.image_size)
+    z0, image = TensorSpec("z0", latent, "float32"), TensorSpec("image", picture, "float32")
+    labels = TensorSpec("labels", (None,), "int64")
+    in_latents, in_pixels = replace(z0, name="gradient"), replace(image, name="gradient")
+    recorded = [TensorSpec(loss.name, (None,), "float32") for loss in (n.guidance.losses if n.guidance else ())]
+    width = sum(layer.running_mean.numel() for layer in n.guidance.layers) if n.guidance else 0  # type: ignore[union-attr]
+    if name == "unet":
+        dtype = str(pipe.prior.dtype).removeprefix("torch.")
+        length, depth = pipe.prior.encode_prompts([""]).shape[1:]
+        z = TensorSpec("z", latent, dtype)
+        context = TensorSpec("context", (None, length, depth), dtype)
+        return (z, TensorSpec("t", (1,), "float32"), context), (replace(z, name="prediction"),)
+    if name == "decode":
+        return (z0,), (image,)
+    if name == "decode_vjp":
+        return (z0, replace(image, name="image_gradient")), (in_latents,)
+    if name == "gradient":
+        return (z0, labels), (in_latents, *recorded)
+    if name == "pixel_gradient":
+        return (image, labels), (in_pixels, *recorded)
+    if name == "image_moments":
+        return (image,), (TensorSpec("m1", (None, width), "float32"), TensorSpec("m2", (None, width), "float32"))
+    means = TensorSpec("mean1", (width,), "float32"), TensorSpec("mean2", (width,), "float32")
+    return (image, labels, *means), (in_pixels, *recorded)
+
+
+@torch.no_grad()
+def _samples(name: str, pipe: "GuidedPipeline", networks: Networks, rows: int, seed: int) -> tuple[Tensor, ...]:
+    """Inputs [rows, ...] such as a run has: latents of unit variance, images that the decoder draws, labels in turn."""
+    generator, prior = torch.Generator().manual_seed(seed), pipe.prior
+    z = torch.randn(rows, prior.latent_channels, *pipe.latent_size, generator=generator).to(pipe.device)
+    if name == "unet":
+        context = prior.encode_prompts(["a photo", ""])[torch.arange(rows) % 2]
+        return z.to(prior.dtype), torch.tensor([500.0], device=pipe.device), context.to(pipe.device, prior.dtype)
+    if name == "decode":
+        return (z,)
+    images = prior.decode(z)
+    noise = torch.randn(images.shape, generator=generator).to(pipe.device)
+    if name == "decode_vjp":
+        return z, noise
+    # A decoder draws its first guess smooth; some noise makes the teacher's layers see all their range.
+    images = (images + 0.1 * noise).clamp(0, 1)
+    labels = (torch.arange(rows) % len(pipe.class_names)).to(pipe.device)
+    if name == "image_gradient":
+        m1, m2 = networks.image_moments(images)
+        return images, labels, m1.mean(0), m2.mean(0)
+    return {"image_moments": (images,), "gradient": (z, labels), "pixel_gradient": (images, labels)}[name]
+
+
+def _components(name: str, pipe: "GuidedPipeline", quantise: str) -> dict[str, str]:
+    parts = ["unet"] if name == "unet" else ["vae"] if name in _OF_VAE else []
+    if quantise != "none":  # its scales follow from the trajectories of the run's prompts
+        parts += ["text_encoder", "tokenizer", "scheduler"]
+    found = {part: pipe.prior.digests[part] for part in parts}
+    return found | ({"teacher": pipe.teacher.digest()} if name in _OF_TEACHER else {})
+
+
+def _config(name: str, pipe: "GuidedPipeline", networks: Networks, quantise: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if name in _OF_VAE:
+        found["scaling_factor"] = pipe.prior.scaling_factor
+    if name in _GRADIENTS:
+        found["grad_scale"] = pipe.guidance.grad_scale if pipe.guidance else 1.0
+    if name in _OF_TEACHER and name != "image_moments" and networks.guidance:
+        found["losses"] = [described(loss) for loss in networks.guidance.losses]
+    if quantise != "none":
+        found["sampling"] = {key: value for key, value in pipe.config.sampling.identity().items() if key != "size"}
+        found["class_names"] = list(pipe.class_names)
+    return found
+
+
+def _sources(name: str, pipe: "GuidedPipeline") -> list[Path]:
+    """The Python files behind a function, the engine's own package apart."""
+    modules = [sys.modules[__name__]]
+    if name in _OF_TEACHER:
+        modules += [guidance, losses, bn_statistics]
+        modules += [sys.modules[type(layer).__module__] for layer in [*pipe.teacher.module.modules(), pipe.teacher]]
+    files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}  # type: ignore[arg-type]
+    return sorted(file for file in files if Path(torch.__file__).parent not in file.parents)
+
+
+def _calibrate(pipe: "GuidedPipeline", unet: nn.Module) -> None:
+    """Let a UNet in the place of the prior's make unguided trajectories, with the run's sampler and prompts."""
+    own = copy.copy(pipe)
+    own.prior, own.guidance, own.call_size = replace(pipe.prior, unet=unet), None, CALIBRATION_IMAGES
+    own.without_engines()
+    for group in range(CALIBRATION_GROUPS):
+        ids = torch.arange(group * CALIBRATION_IMAGES, (group + 1) * CALIBRATION_IMAGES)
+        own.latents(own.pack(ids, CALIBRATION_SEED))
+
+
+class EngineGuidance(Guidance):
+    """Guidance by engines, each function that has none by autograd.
+
+    A group in one call, and images that do not interact, take the fused gradient. A group in several calls takes the
+    split form: decode, moments, the image's gradient with the group's averages held, then the decoder's
+    vector-Jacobian product. So do losses that need a student, whose image gradient stays with autograd.
+
+    guidance: what is computed, by autograd. engines: by function name. pixels: images stand in the place of latents.
+    """
+
+    def __init__(self, guidance: Guidance, engines: Mapping[str, Callable[..., Any]], pixels: bool = False) -> None:
+        own = (guidance.student, guidance.grad_scale, guidance.kernels, guidance.fused)
+        super().__init__(guidance.decode, guidance.teacher, guidance.losses, *own)
+        self.engines, self.pixels = engines, pixels
+        self.in_pixels = self if pixels else EngineGuidance(guidance.with_(identity), engines, pixels=True)
+
+    def of_call(
+        self, latents: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None, to_latent: Decode = identity
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if to_latent is not identity:
+            return super().of_call(latents, labels, averages, to_latent)
+        fused = self.engines.get("pixel_gradient" if self.pixels else "gradient")
+        if fused is not None and averages is None:
+            return self._named(fused(latents, labels))
+        if self.pixels:
+            engine = self.engines.get("image_gradient")
+            if engine is None or averages is None:
+                return super().of_call(latents, labels, averages)
+            mean1, mean2 = side_by_side(averages)
+            return self._named(engine(latents, labels, mean1[0], mean2[0]))
+        if "decode_vjp" not in self.engines:
+            return super().of_call(latents, labels, averages)
+        gradient, record = self.in_pixels.of_call(self._decoded(latents), labels, averages)
+        return self.engines["decode_vjp"](latents, gradient)[0], record
+
+    def moments(self, latents: Tensor) -> list[Moments]:
+        engine = self.engines.get("image_moments")
+        if engine is None:
+            return super().moments(latents)
+        return by_layer(self.layers, *engine(latents if self.pixels else self._decoded(latents)))
+
+    def _named(self, found: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        return found[0], dict(zip((loss.name for loss in self.losses), found[1:], strict=True))
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor) -> Tensor:
+        engine = self.engines.get("decode")
+        return self.decode(latents) if engine is None else engine(latents)[0]

@@ -1,0 +1,186 @@
+"""Guidance losses as objects: a name, a weight, and a value for every image of what the teacher sees.
+
+    L_cls = CE(T(x), y)
+    L_bn  = distance of the BatchNorm inputs' statistics from the running ones         bn_statistics.py
+    L_adv = - 1{argmax S = argmax T} KL(softmax T || softmax S)                        T detached
+    L     = sum of weight times loss (DiffDFKD, arXiv 2504.00870)
+
+One of your own is a file:
+
+    # my.py, used as --loss my.py:Entropy(weight=0.1)
+    @dataclass(frozen=True)
+    class Entropy(GuidanceLoss):
+        def __call__(self, seen: Seen) -> Tensor:
+            return -(seen.logits.softmax(1) * seen.logits.log_softmax(1)).sum(1)
+
+Its fields and its source enter the identity of the images and the key of engines by themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd.config import GuidanceConfig
+from dfkd.errors import UsageError
+from dfkd.extension import make
+from dfkd.synthesis.bn_statistics import Moments, averaged, bn_distance
+from dfkd_kernels.soft_kl import soft_kl
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a guidance loss is a function of, for the B images of one call.
+
+    images: [B, 3, H, W] in 0..1. logits: the teacher's [B, C], float32 at least. labels: int64 [B].
+    moments: of the input of each of the teacher's BatchNorm `layers`, [B, C_l] of every image; () unless a loss needs
+        "moments". averages: those of the whole group [1, C_l]; None where the images are the whole group.
+    student_logits: [B, C]; None unless a loss needs "student". kernels: "torch" or "triton", which differ by rounding.
+    """
+
+    images: Tensor
+    logits: Tensor
+    labels: Tensor
+    moments: Sequence[Moments] = ()
+    layers: Sequence[nn.BatchNorm2d] = ()
+    averages: Sequence[Moments] | None = None
+    student_logits: Tensor | None = None
+    kernels: str = "torch"
+
+    def of_group(self, loss: Callable[[Sequence[Moments]], Tensor]) -> Tensor:
+        """A loss of the whole group's moments, shared out to its images: [B].
+
+        loss: moments averaged over the group, [1, C_l] a layer -> [1].
+        Every image has the group's value, and the gradient of (group size x loss), so that guidance does not fade with
+        the size of the group. The moments M being averages,  G dL/dx_i = sum_l <dL/dM_l, dm_li/dx_i>  with the slopes
+        dL/dM of the whole group held fixed: exact for a group that is cut into several calls.
+        """
+        averages = averaged(self.moments) if self.averages is None else self.averages
+        leaves = [Moments(m1.detach().requires_grad_(), m2.detach().requires_grad_()) for m1, m2 in averages]
+        with torch.enable_grad():
+            value = loss(leaves).sum()
+            slopes = torch.autograd.grad(value, [moment for leaf in leaves for moment in leaf])
+        own = [moment for moments in self.moments for moment in moments]
+        linear = own[0].new_zeros(len(own[0]))
+        for moment, slope in zip(own, slopes, strict=True):
+            linear = linear + (moment * slope.to(moment)).sum(1)
+        return value.detach() + (linear - linear.detach())
+
+
+@dataclass(frozen=True)
+class GuidanceLoss:
+    """A guidance loss: called with what the teacher sees, it gives the unweighted loss [B] of every image.
+
+    weight: its factor, >= 0. The class may set `name`, under which losses are recorded (the class's own in lower case
+    otherwise), and `needs`, from "moments" (of the BatchNorm layers' inputs), "group" (it uses `Seen.of_group`, so that
+    images of a group interact) and "student". Written in tensor operations without a branch on a value: compiled
+    engines are traced from it. Raises ValueError for a negative weight.
+    """
+
+    weight: float
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__dict__.get("name") or cls.__name__.lower()
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"the weight of the loss {self.name} is {self.weight}; it must be >= 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def __call__(self, seen: Seen) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CrossEntropy(GuidanceLoss):
+    """L_cls = CE(T(x), y), as softplus(logsumexp of the other logits - the label's logit).
+
+    Equal to log-softmax at the label, but each factor of its gradient is right in relative terms however sure the
+    teacher is. There softmax - onehot is the difference of nearly equal numbers, and guidance of unit length would
+    follow its rounding.
+    """
+
+    name = "cls"
+
+    def __call__(self, seen: Seen) -> Tensor:
+        own = seen.labels[:, None] == torch.arange(seen.logits.shape[1], device=seen.logits.device)
+        others = seen.logits.masked_fill(own, -torch.inf).logsumexp(1)
+        return F.softplus(others - seen.logits.masked_fill(~own, 0).sum(1), threshold=40)  # linear above, exactly
+
+
+@dataclass(frozen=True)
+class BatchNormLoss(GuidanceLoss):
+    """L_bn, the distance of BatchNorm statistics from the teacher's running ones.
+
+    stats: "image" for every image's own statistics, "group" for those of its whole group (DeepInversion's reading,
+    arXiv 1912.08795). distance: "norm" or "relative" (`bn_statistics.bn_distance`). Raises ValueError for others.
+    """
+
+    stats: str = "group"
+    distance: str = "norm"
+
+    name = "bn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, value, known in (
+            ("stats", self.stats, ("image", "group")),
+            ("distance", self.distance, ("norm", "relative")),
+        ):
+            if value not in known:
+                raise ValueError(f"{field} of the loss bn is {value!r}; it must be one of {', '.join(known)}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"moments", "group"} if self.stats == "group" else {"moments"})
+
+    def __call__(self, seen: Seen) -> Tensor:
+        if self.stats == "group":
+            return seen.of_group(lambda averages: bn_distance(averages, seen.layers, self.distance))
+        return bn_distance(seen.moments, seen.layers, self.distance)
+
+
+@dataclass(frozen=True)
+class Adversarial(GuidanceLoss):
+    """L_adv, high where teacher and student agree on the class and on the distribution; the teacher is held fixed."""
+
+    name = "adv"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"student"})
+
+    def __call__(self, seen: Seen) -> Tensor:
+        assert seen.student_logits is not None
+        teacher, student = seen.logits.detach(), seen.student_logits
+        if seen.kernels == "triton":
+            return -soft_kl(student, teacher, agreeing=True)
+        agree = (teacher.argmax(1) == student.argmax(1)).to(student.dtype)
+        divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
+        return -agree * divergence.sum(1)
+
+
+def losses_of(config: GuidanceConfig) -> tuple[GuidanceLoss, ...]:
+    """The losses of weight above 0 that the settings name: cls, bn, adv, then those of the user's own files.
+
+    Raises UsageError: an object that is no GuidanceLoss, or that cannot be made.
+    """
+    built_in = (
+        CrossEntropy(config.cls_weight),
+        BatchNormLoss(config.bn_weight, config.bn_stats, config.bn_loss),
+        Adversarial(config.adv_weight),
+    )
+    own = tuple(make(text, {}, "guidance loss") for text in config.losses)
+    for loss, text in zip(own, config.losses, strict=True):
+        if not isinstance(loss, GuidanceLoss):
+            why = f"it is a {type(loss).__name__}"
+            raise UsageError(f"{text} is no guidance loss", why, "derive it from dfkd.synthesis.losses.GuidanceLoss")
+    return tuple(loss for loss in (*built_in, *own) if loss.weight > 0)

@@ -1,0 +1,364 @@
+"""GuidedPipeline: a diffusion prior steered by a teacher. Image ids in, labelled images out.
+
+    pipe = GuidedPipeline(prior, teacher, GenerateConfig.preset("demo"))
+    sample = pipe(ids=range(8), seed=7)          # images uint8 [8, 3, H, W], labels int64 [8], records
+
+An image follows from the run's seed and its id: label, prompt, noise and, within its group, CutMix partner and box.
+"""
+
+import copy
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfkd.compiled.choose import Choice, choose, load_engines
+from dfkd.compiled.choose import describe as describe_choices
+from dfkd.compiled.functions import Function
+from dfkd.config import GenerateConfig
+from dfkd.data import Record
+from dfkd.errors import UsageError
+from dfkd.extension import described
+from dfkd.runtime import choose_kernels, own_rank, resolve_device
+from dfkd.synthesis.batching import Pack, cuts
+from dfkd.synthesis.functions import EngineGuidance, functions_of
+from dfkd.synthesis.guidance import Guidance, identity
+from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
+from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of
+from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet
+from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
+from dfkd.synthesis.synthesizer import Sample, label_probability
+from dfkd.teachers import Classifier
+from dfkd_engine.attention import choose_attention, set_attention
+from dfkd_engine.compiled import Engine
+from dfkd_engine.errors import EngineError
+from dfkd_engine.group_norms import set_group_norms
+from dfkd_engine.prior import DTYPES, Prior
+from dfkd_engine.store import EngineStore
+from dfkd_kernels.guided_step import GUIDED_STEPS
+
+FP16_GRAD_SCALE = 2.0**10  # lifts gradients of 1e-7, common here, into float16's normal range
+_LOCAL = ("backend", "engines", "shard_size", "image_format")  # settings that no engine follows from
+
+# (pipe, step, timestep, {"latents", "clean"}) -> replacements for some of them, or None; as in diffusers.
+Callback = Callable[["GuidedPipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
+
+
+class GuidedPipeline:
+    """A synthesizer: guided diffusion sampling.
+
+    Args:
+        prior: moved to the device of `config.compute`; its dtype must be that of the settings.
+        teacher: frozen and moved there.
+        config: all other settings.
+        student: of the adversarial loss, copied; must name the teacher's classes.
+        losses: guidance losses beside those that the settings name.
+
+    Attributes:
+        class_names, image_size: the teacher's, and the images' side in pixels.
+        group: images that interact, 1 where they do not; image i belongs to group i // group.
+        call_size: images per network call, `--batch` at first; may be set between calls.
+        guidance: None where no teacher guides.
+
+    Raises UsageError, before any work: settings, prior, teacher and losses that do not fit one another, and a named
+    backend without its engines.
+    """
+
+    name = "guided"
+
+    def __init__(
+        self,
+        prior: Prior,
+        teacher: Classifier,
+        config: GenerateConfig | None = None,
+        student: Classifier | None = None,
+        losses: Sequence[GuidanceLoss] = (),
+    ) -> None:
+        self.config = config = config or GenerateConfig()
+        compute, sampling = config.compute, config.sampling
+        self.device = resolve_device(compute.device, own_rank())
+        self.kernels = choose_kernels(compute.kernels, self.device)
+        self.prior = _prepared(prior, config, self.device, self.kernels.name)
+        self.teacher = teacher.freeze(self.device)
+        self.class_names = teacher.class_names
+        self.classes = chosen_classes(self.class_names, sampling.only)
+        prompt_of(sampling.prompt, self.class_names[0])
+        self.latent_size = _latent_size(sampling.size, prior)
+        self.image_size = self.latent_size[0] * prior.vae_scale_factor
+        self.table = build_table(prior.scheduler_config, sampling.sampler, sampling.steps)
+        self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
+        self.student: Classifier | None = None
+        self.guidance: Guidance | None = None
+        self._guide(student)
+        self.group = config.batching.group if self._images_interact() else 1
+        self.call_size = config.batching.batch
+        self.choices: tuple[Choice, ...] = ()
+        self._engines: dict[str, Engine] | None = None
+        self._try_teacher()
+        if compute.backend != "eager":
+            self.choices = self._choose(None)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        ids: Sequence[int],
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        callback_on_step_end: Callback | None = None,
+    ) -> Sample:
+        """Synthesise the images `ids`, in that order.
+
+        ids: different numbers >= 0. Where images interact, their whole groups are sampled and the asked ones returned.
+        labels: overrides the label of each id; classes come in turn otherwise.
+        callback_on_step_end: (pipe, step, timestep, tensors) after every denoising step of every pack of images, with
+            the tensors "latents" and "clean" [B, C, h, w]; a dict that it returns replaces them.
+
+        Raises FloatingPointError: images are not finite (names their ids). ShortMemory: a network call found too little
+        memory; a smaller call_size may do. UsageError: wrong ids or labels.
+        """
+        asked = self._checked(ids, labels)
+        if self._engines is None:
+            self.use_engines(None)
+        members = torch.arange(self.group)
+        starts = torch.tensor(list(dict.fromkeys(i // self.group for i in asked)), dtype=torch.int64) * self.group
+        every = (starts[:, None] + members).flatten()
+        images: dict[int, Tensor] = {}
+        records: dict[int, Record] = {}
+        for cut in cuts(len(every), max(self.call_size // self.group, 1) * self.group):
+            pack = self.pack(every[cut], seed, asked, callback_on_step_end)
+            pixels, found = self._sample(pack)
+            kept = [i for i, record in enumerate(found) if record.id in asked]
+            images |= {found[i].id: pixels[i] for i in kept}
+            records |= {found[i].id: found[i] for i in kept}
+        ordered = tuple(records[i] for i in asked)
+        stacked = torch.stack([images[i] for i in asked])
+        return Sample(stacked, torch.tensor([record.label for record in ordered]), ordered)
+
+    def pack(
+        self, ids: Tensor, seed: int, given: Mapping[int, int | None] | None = None, callback: Callback | None = None
+    ) -> Pack:
+        """What the sampler takes for images that are sampled at once. given: labels by id, where not their own."""
+        labels = labels_of(ids, self.classes)
+        for place, image in enumerate(ids.tolist()):
+            if (label := (given or {}).get(image)) is not None:
+                labels[place] = label
+        prompts = [prompt_of(self.config.sampling.prompt, self.class_names[label]) for label in labels.tolist()]
+        return Pack(self, ids, labels, prompts, seed, callback)
+
+    def latents(self, pack: Pack) -> Tensor:
+        """Sample the latents [B, C, h, w] of a pack."""
+        config, z = self.config.guidance, pack.start()
+        rows = self.table.coefficients(self.config.sampling.cfg, z)
+        if self.guidance and config.noise_edit_steps:
+            statistics = BatchNormLoss(1.0, config.bn_stats, config.bn_loss)
+            own = Guidance.with_(self.guidance, self.prior.decode, (statistics,))
+            z = edit_noise(z, pack.noise_gradient(rows, own), config.noise_edit_steps, config.noise_edit_scale)
+        loop = sample_through_unet if self.guidance and config.gradient == "unet" else sample
+        return loop(z, rows, pack.denoise, pack.guide, repeats=self.repeats_at, noise=pack.noise, mix=pack.mix,
+                    after=pack.after, step=GUIDED_STEPS[self.kernels.name])  # fmt: skip
+
+    def repeats_at(self, step: int) -> int:
+        """Guidance steps at a denoising step; 0 where the teacher does not guide."""
+        config = self.config.guidance
+        guided = self.guidance is not None and config.start <= step / len(self.table) < config.stop
+        return config.repeats if guided else 0
+
+    def denoise(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """One call of the UNet, or of the engine in its place: the prediction, like z."""
+        engine = (self._engines or {}).get("unet")
+        if engine is None:
+            return self.prior.denoise(z, t, context)
+        dtype = self.prior.dtype
+        return engine(z.to(dtype), t.reshape(1), context.to(dtype))[0].to(z.dtype)
+
+    def decode(self, z0: Tensor) -> Tensor:
+        """One call of the decoder, or of the engine in its place: images in 0..1."""
+        engine = (self._engines or {}).get("decode")
+        return self.prior.decode(z0) if engine is None else engine(z0)[0]
+
+    def _sample(self, pack: Pack) -> tuple[Tensor, list[Record]]:
+        """A pack's images uint8 [B, 3, H, W] on the CPU, and their records."""
+        config = self.config.guidance
+        z = self.latents(pack)
+        images = pack.decode(z)
+        if self.guidance and config.refine_steps:
+            pixels = self.guidance.with_(identity)
+            images = refine(images, lambda x: pack.gradient(pixels, x)[0], config.refine_steps, config.refine_step)
+        finite = (z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)).cpu()
+        if not finite.all():
+            raise FloatingPointError(f"the images {pack.ids.cpu()[~finite].tolist()} are not finite")
+        stored = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+        sure = label_probability(self.teacher, stored, pack.labels, self.call_size)
+        return stored.cpu(), pack.records(sure)
+
+    def use_engines(self, before: Mapping[str, str] | None) -> dict[str, str]:
+        """Load the engines that `config.compute` and the store come to.
+
+        before: those that a folder of images was begun with, {network: key}; None: as chosen here.
+        Returns {network: key} of those in use. Raises UsageError: one is gone. EngineError: one is damaged.
+        """
+        if before is not None:
+            self.choices = self._choose(before)
+        store = EngineStore(self.config.compute.engines)
+        self._engines = load_engines(self.choices, store, self.device) if self.choices else {}
+        if self.guidance is not None and self._engines:
+            self.guidance = EngineGuidance(self.guidance, self._engines)
+        return {choice.network: choice.key for choice in self.choices if choice.key is not None}
+
+    def without_engines(self) -> None:
+        """Let every network run eagerly from now on."""
+        self._engines, self.choices = {}, ()
+
+    def functions(self) -> tuple[Function, ...]:
+        """The parts that compilers can take over; empty where none can."""
+        return functions_of(self)
+
+    def update(self, student: Classifier) -> None:
+        """Replace the student of the adversarial loss. Raises UsageError where its classes are not the teacher's."""
+        self._guide(student)
+        if self._engines:
+            self.use_engines(None)
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Whether classifier-free guidance doubles the rows of the UNet at any step."""
+        return any(self.config.sampling.cfg_at(i) != 1 for i in range(len(self.table)))
+
+    def identity(self) -> dict[str, Any]:
+        """What the images follow from, beside seed and ids, in JSON's types."""
+        found = {key: value for key, value in self.config.identity().items() if key != "loss"}
+        sampler = self.config.sampling.sampler
+        return found | {
+            "sampler": sampler if sampler in SAMPLERS else [sampler, described(find_sampler(sampler).update)],
+            "size": self.image_size,
+            "group": self.group,
+            "losses": [described(loss) for loss in self.losses],
+            "prior_digests": dict(self.prior.digests),
+            "teacher_digest": self.teacher.digest(),
+            "student_digest": self.student.digest() if self.student else None,
+        }
+
+    def describe(self) -> list[str]:
+        """Lines for people: kernels, and what runs which network."""
+        lines = [f"kernels: {self.kernels.name} ({self.kernels.why})"]
+        if self.guidance and self.guidance.fused:
+            lines.append(f"  where the teacher is eager: {self.guidance.fused.describe()}")
+        return lines + describe_choices(self.choices)
+
+    def _checked(self, ids: Sequence[int], labels: Sequence[int] | None) -> dict[int, int | None]:
+        """The asked ids in order, with their labels where they are given. Raises UsageError."""
+        asked = [int(i) for i in ids]
+        if not asked or len(set(asked)) < len(asked) or min(asked) < 0:
+            raise UsageError(f"ids {asked[:10]}", "an image has one number >= 0", "give different ones, at least one")
+        if labels is None:
+            return dict.fromkeys(asked)
+        given = [int(label) for label in labels]
+        if len(given) != len(asked) or not all(0 <= label < len(self.class_names) for label in given):
+            why = f"the teacher has {len(self.class_names)} classes"
+            raise UsageError(f"labels {given[:10]} for {len(asked)} ids", why, "give one label of them for every id")
+        return dict(zip(asked, given, strict=True))
+
+    def _guide(self, student: Classifier | None) -> None:
+        """Make the guidance of the losses with this student. Raises UsageError."""
+        if student is not None:
+            if student.class_names != self.class_names:
+                raise UsageError(
+                    f"the student has {len(student.class_names)} classes that are not the teacher's",
+                    f"the teacher has {len(self.class_names)}: {', '.join(self.class_names[:10])}",
+                    "give a student distilled from this teacher",
+                )
+            student = student.replace(module=copy.deepcopy(student.module)).freeze(self.device)
+        self.student = student
+        if not self.losses:
+            return
+        scale = FP16_GRAD_SCALE if self.prior.dtype == torch.float16 else 1.0
+        own = (self.losses, student, scale, self.kernels.name)
+        try:
+            self.guidance = Guidance(self.prior.decode, self.teacher, *own)
+        except ValueError as error:
+            todo = "give a student" if "student" in str(error) else "use --bn-weight 0 for this teacher"
+            raise UsageError(str(error), todo=todo) from None
+
+    def _images_interact(self) -> bool:
+        config = self.config.guidance
+        edits = self.guidance is not None and config.noise_edit_steps > 0 and config.bn_stats == "group"
+        shares = self.guidance is not None and "group" in self.guidance.needs
+        return shares or edits or self.config.cutmix.every > 0
+
+    def _try_teacher(self) -> None:
+        """Show the teacher two grey images. Raises UsageError for what would fail later."""
+        config, grey = self.config.guidance, torch.full((2, 3, self.image_size, self.image_size), 0.5).to(self.device)
+        if config.noise_edit_steps and not self.teacher.batch_norms():
+            what = f"teacher {self.teacher.architecture} has no BatchNorm layer"
+            raise UsageError(what, "--noise-edit-steps descends their loss", "leave it out")
+        try:
+            with torch.no_grad():
+                logits = self.guidance.judge(grey)[0] if self.guidance else self.teacher.logits(grey)
+        except ValueError as error:
+            raise UsageError(str(error), todo="use --bn-weight 0 for this teacher") from None
+        if logits.shape != (2, len(self.class_names)):
+            raise UsageError(
+                f"teacher {self.teacher.architecture} gives {logits.shape[-1]} logits",
+                f"there are {len(self.class_names)} class names",
+                "name every logit with --classes",
+            )
+        if self.guidance is None:
+            return
+        for name, values in self.guidance.values(grey, logits.argmax(1)).items():
+            if values.shape != (2,):
+                what = f"the guidance loss {name} has the shape {list(values.shape)} for two images"
+                raise UsageError(what, "a loss is one number for every image", "reduce over all other dimensions")
+
+    def _choose(self, before: Mapping[str, str] | None) -> tuple[Choice, ...]:
+        compute = self.config.compute
+        return choose(self.functions(), compute, EngineStore(compute.engines), before, self.build_command)
+
+    @property
+    def build_command(self) -> str:
+        """The command that builds this run's engines."""
+        words = ["--prior", self.prior.source, "--teacher-checkpoint", "TEACHER"]
+        for name, value in self.config.changed().items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif name not in _LOCAL:
+                words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        compute = self.config.compute
+        own = [] if compute.backend == "auto" else ["--backend", compute.backend]
+        return shlex.join(["dfkd-engines", "build", *own, "--engines", str(compute.engines), "--", *words])
+
+
+def _prepared(prior: Prior, config: GenerateConfig, device: torch.device, kernels: str) -> Prior:
+    """The prior on the device, with the attention and the group norms that are asked for. Raises UsageError."""
+    compute = config.compute
+    if prior.dtype != DTYPES[compute.dtype]:
+        kind = next((name for name, dtype in DTYPES.items() if dtype == prior.dtype), str(prior.dtype))
+        what = f"the prior is in {kind}, the settings say {compute.dtype}"
+        raise UsageError(what, "networks are not converted", f"load it with dtype={compute.dtype!r}, or set --dtype")
+    # fp32 is meant: TF32, cuDNN's default, keeps 10 bits of a factor, and images would differ between devices.
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        attention = choose_attention(compute.attention, device, prior.dtype)
+        for network in (prior.unet, prior.vae, prior.text_encoder):
+            network.to(device)
+        for network in (prior.unet, prior.vae):
+            set_attention(network, attention.name)
+            set_group_norms(network, kernels)
+    except EngineError as error:
+        raise UsageError(error.what, error.why, error.todo) from None
+    return prior
+
+
+def _latent_size(size: int, prior: Prior) -> tuple[int, int]:
+    """(h, w) of the latents of images of this side, 0 for the prior's own. Raises UsageError."""
+    factor = prior.vae_scale_factor
+    if not size:
+        if len(set(prior.latent_size)) > 1:
+            raise UsageError(f"the prior's latents are {prior.latent_size}", "images are square here", "give --size")
+        return prior.latent_size
+    if size % factor:
+        why = f"its decoder enlarges latents {factor} times"
+        raise UsageError(f"--size {size} does not fit the prior", why, f"choose a multiple of {factor}")
+    return size // factor, size // factor
