@@ -143,7 +143,7 @@ def build(options: Build, more: Sequence[str]) -> dict[str, Any]:
     from dfkd.runtime import choose_kernels
 
     # what is compiled ahead of time is timed on another machine
-    here = "torch" if chosen.targets else choose_kernels(_kernels(chosen), functions[0].device).name
+    here = "torch" if chosen.targets else choose_kernels(chosen.run.generate.compute.kernels, functions[0].device).name
     keys, counts = {}, {"current": 0, "built": 0}
     for number, (function, backend) in enumerate(pairs, 1):
 
@@ -213,9 +213,7 @@ def prune(options: Prune, more: Sequence[str]) -> dict[str, Any]:
     keep = {
         manifest.key
         for manifest in found
-        if manifest.spec.versions == versions(*manifest.spec.versions)
-        and datetime.fromisoformat(manifest.created) > oldest
-        and not options.all
+        if _runs_here(manifest.spec.versions) and datetime.fromisoformat(manifest.created) > oldest and not options.all
     }
     freed = store.prune(keep | set(options.keep))
     removed = len(found) - len(store.list())
@@ -259,10 +257,6 @@ def _functions(chosen: EngineSet) -> "tuple[Function, ...]":
     return pipeline_of(chosen.run, backend="eager").functions()
 
 
-def _kernels(chosen: EngineSet) -> str:
-    return chosen.run.generate.compute.kernels
-
-
 def _table(file: Path, name: str) -> Mapping[str, Any]:
     """The set `name` of a file of the form of build/engines.toml. Raises UsageError."""
     try:
@@ -285,6 +279,11 @@ def _words(key: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{key}"]
     return [f"--{key}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+
+
+def _runs_here(built_with: Mapping[str, str]) -> bool:
+    """Whether every package that is installed here is of the version that an engine was built with."""
+    return built_with == {**built_with, **versions(*built_with)}
 
 
 def _group_norm(manifest: Manifest) -> str:

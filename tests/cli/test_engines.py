@@ -1,218 +1,274 @@
-"""dfkd-engines from build to prune, in this process, on networks that compile in seconds."""
+"""dfkd-engines from build to prune, in this process, on functions that compile in no time."""
 
-import json
-import shutil
-import subprocess
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dfkd.cli import engines
-from dfkd_engine.spec import cpu_architecture
+from dfkd.config import BACKENDS
+from dfkd_engine import backends
+from dfkd_engine.devices import cpu_architecture
 from dfkd_engine.store import EngineStore
 from tests.cli.small_generate import last_line, status_of
-from tests.compiled.small_engines import (
-    BACKEND,
-    NEEDS_IT,
-    flip_a_byte,
-    folders,
-    key_of,
-    nudge,
-    set_facts,
-    words,
-)
+from tests.compiled.small_functions import Unchanged, decode, flip_a_byte, gradient, milliseconds, set_facts
+from tests.compiled.test_engines import BACKEND_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("decode", "gradient")
+SETS = """
+[mine]
+backends = ["onnxruntime"]
+networks = ["decode"]
+
+[mine.generate]
+teacher-checkpoint = "t"
+steps = 7
+classes = ["a", "b"]
+
+[both]
+backends = ["onnxruntime", "inductor"]
+
+[strange]
+backend = "inductor"
+
+[wrong]
+backends = ["tvm"]
+
+[none]
+networks = ["vae"]
+
+[option.generate]
+stepz = 4
+"""
 
 
-def run(command, place, *options, rest=None):
-    """Exit status of a command on the place's store; build and explain take options of dfkd-generate as well."""
-    argv = [command, *options, "--engines", place.store]
-    if command in ("build", "explain"):
-        argv += ["--backend", BACKEND, "--", *(place.words() if rest is None else rest)]
-    return status_of(engines.main, *argv)
+class Place(SimpleNamespace):
+    """store, and functions: what a run of dfkd-generate uses. asked: the commands that a pipeline was made of."""
 
 
-@NEEDS_IT
-def test_from_build_to_prune(own, capsys):
-    # all is there: nothing is done
-    assert run("build", own) == 0
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    for name in ("inductor", "onnxruntime"):
+        monkeypatch.setitem(backends.BACKENDS, name, Unchanged(name))
+    found = Place(store=EngineStore(tmp_path / "engines"), functions=(decode(), gradient()), asked=[])
+    (tmp_path / "sets.toml").write_text(SETS)
+    found.sets = tmp_path / "sets.toml"
+
+    def pipeline_of(command, backend):
+        assert backend == "eager"
+        found.asked.append(command)
+        return SimpleNamespace(functions=lambda: found.functions)
+
+    monkeypatch.setattr("dfkd.cli.generate.pipeline_of", pipeline_of)
+    return found
+
+
+def run(place, command, *options, rest=()):
+    """Exit status of a command on the place's store."""
+    return status_of(engines.main, command, *options, "--engines", place.store.root, *rest)
+
+
+def built(place, *options, rest=()):
+    assert run(place, "build", *options, rest=rest) == 0
+    return {manifest.spec.network: manifest.key for manifest in place.store.list()}
+
+
+def test_from_build_to_prune(place, capsys):
+    keys = built(place)
     said = capsys.readouterr()
-    assert said.err.splitlines() == ["3 engines of these options, 3 current"]
-    keys = {network: key_of(own.store, network) for network in ("unet", "decode", "gradient")}
     assert last_line(said.out) == {
-        "engines": str(own.store), "current": 3, "adopted": 0, "built": 0,
-        "keys": {f"{network} {BACKEND}": key for network, key in keys.items()},
+        "engines": str(place.store.root), "current": 0, "built": 2,
+        "keys": {f"{name} inductor": keys[name] for name in NAMES},
     }  # fmt: skip
-    assert run("explain", own) == 0
-    said = capsys.readouterr()
-    assert last_line(said.out)["differences"] == {f"{network} {BACKEND}": [] for network in keys}
-    assert [line.split(": ")[1] for line in said.err.splitlines()] == ["current"] * 3
+    lines = said.err.splitlines()
+    assert lines[0] == "[1/2] decode in inductor, up to 12 rows: it was not built yet"
+    assert lines[1].startswith("    built in ") and " ms a call of 6 rows, eager " in lines[1] and "error " in lines[1]
+    assert lines[-1] == "0 engines current, 2 built"
 
-    assert run("list", own) == 0
+    # all is there: nothing is done
+    assert built(place) == keys
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["2 engines current, 0 built"] and last_line(said.out)["current"] == 2
+    assert run(place, "explain") == 0
+    said = capsys.readouterr()
+    assert last_line(said.out)["differences"] == {f"{name} inductor": [] for name in NAMES}
+    assert [line.split(": ")[1] for line in said.err.splitlines()] == ["current"] * 2
+
+    set_facts(place.store, keys["decode"], milliseconds=milliseconds(12.5, 31.25))
+    assert run(place, "list") == 0
     said = capsys.readouterr()
     assert sorted(last_line(said.out)["keys"]) == sorted(keys.values())
     head, *rows = said.err.splitlines()
     assert head.split("  ")[0] == "network" and len({len(line) for line in said.err.splitlines()}) == 1
-    assert [row.split()[0] for row in rows] == ["decode", "gradient", "unet"]
-    assert all(row.split()[1] == BACKEND and keys[row.split()[0]] in row for row in rows)
+    assert [row.split()[0] for row in rows] == ["decode", "gradient"]
+    assert rows[0].split()[1:7] == ["inductor", "here", "12", "float32", "12.5", "31.25"] and keys["decode"] in rows[0]
 
     # sound, damaged, mended
-    assert run("verify", own) == 0
-    assert last_line(capsys.readouterr().out)["sound"] == 3
-    flip_a_byte(own.store, "decode")
-    assert run("verify", own) == 1
+    assert run(place, "verify") == 0
+    assert last_line(capsys.readouterr().out)["sound"] == 2
+    flip_a_byte(place.store, keys["decode"])
+    assert run(place, "verify") == 1
     said = capsys.readouterr()
-    assert last_line(said.out) == {"engines": str(own.store), "sound": 2, "damaged": [keys["decode"]]}
+    assert last_line(said.out) == {"engines": str(place.store.root), "sound": 1, "damaged": [keys["decode"]]}
     assert f"decode {keys['decode']}: " in said.err and "altered" in said.err and "dfkd-engines build" in said.err
-    assert run("explain", own) == 0
-    said = capsys.readouterr()
-    assert "damaged" in said.err and last_line(said.out)["differences"][f"decode {BACKEND}"][0][0] == "engine"
-    assert run("build", own) == 0
-    said = capsys.readouterr()
-    assert {k: v for k, v in last_line(said.out).items() if k in ("current", "adopted", "built")} == {
-        "current": 2, "adopted": 0, "built": 1,
-    }  # fmt: skip
-    lines = said.err.splitlines()
-    assert lines[0] == "3 engines of these options, 2 current"
-    assert lines[1].startswith(f"[1/1] decode in {BACKEND}, up to 6 rows: it is damaged: ")
-    assert lines[2].startswith("    built in ") and " ms a call of 6 rows, eager " in lines[2] and "error " in lines[2]
-    assert run("verify", own) == 0
+    assert run(place, "explain") == 0
+    assert "it is damaged: " in capsys.readouterr().err
+    assert built(place) == keys
+    assert last_line(capsys.readouterr().out)["built"] == 1
+    assert run(place, "verify") == 0
     capsys.readouterr()
 
     # nothing to prune, but what is asked for
-    assert run("prune", own) == 0 and last_line(capsys.readouterr().out)["removed"] == 0
-    assert run("prune", own, "--all", "--keep", keys["unet"]) == 0
+    assert run(place, "prune") == 0 and last_line(capsys.readouterr().out)["removed"] == 0
+    assert run(place, "prune", "--all", "--keep", keys["gradient"]) == 0
     result = last_line(capsys.readouterr().out)
-    assert result["removed"] == 2 and result["bytes_freed"] > 1000
-    assert [manifest.key for manifest in EngineStore(own.store).list()] == [keys["unet"]]
-    assert run("prune", own, "--all") == 0 and last_line(capsys.readouterr().out)["removed"] == 1
-    assert run("list", own) == 0 and f"no engines in {own.store}" in capsys.readouterr().err
+    assert result["removed"] == 1 and result["bytes_freed"] > 100
+    assert [manifest.key for manifest in place.store.list()] == [keys["gradient"]]
 
 
-@NEEDS_IT
-def test_only_what_is_concerned_is_built(own, tmp_path, capsys):
-    prior = shutil.copytree(own.prior, tmp_path / "prior")
-    nudge(next((prior / "vae").glob("*.safetensors")))
-    rest = words(prior, own.teacher)
-    assert run("explain", own, rest=rest) == 0
+def test_only_what_is_concerned_is_built(place, capsys):
+    before = built(place)
+    place.functions = (decode(seed=1), gradient())
+    capsys.readouterr()
+    assert run(place, "explain") == 0
     said = capsys.readouterr()
-    assert {name: [field[0] for field in fields] for name, fields in last_line(said.out)["differences"].items()} == {
-        f"unet {BACKEND}": [], f"decode {BACKEND}": ["prior.vae"], f"gradient {BACKEND}": ["prior.vae"],
-    }  # fmt: skip
-    assert f"decode in {BACKEND}, up to 6 rows: not current" in said.err
-    line = next(line for line in said.err.splitlines() if "prior.vae was " in line)
-    assert " and is " in line and len(line) < 80  # digests are cut short
-    before = {manifest.key for manifest in EngineStore(own.store).list()}
-    assert run("build", own, "--only", "unet,decode", rest=rest) == 0
-    said = capsys.readouterr()
-    assert last_line(said.out)["built"] == 1 and last_line(said.out)["current"] == 1
-    after = {manifest.key: manifest.spec.network for manifest in EngineStore(own.store).list()}
-    assert before < after.keys() and [after[key] for key in after.keys() - before] == ["decode"]
-    assert run("build", own) == 0  # the former prior's are still there
-    assert last_line(capsys.readouterr().out)["current"] == 3
+    differences = last_line(said.out)["differences"]
+    assert [field[0] for field in differences["decode inductor"]] == ["components.network"]
+    assert differences["gradient inductor"] == []
+    line = next(line for line in said.err.splitlines() if "components.network was " in line)
+    assert len(line) < 80  # digests are cut short
+    built(place, "--only", "decode")
+    assert last_line(capsys.readouterr().out)["built"] == 1
+    assert {manifest.key for manifest in place.store.list()} > set(before.values())  # the former one is still there
 
 
-@NEEDS_IT
-def test_prune_takes_what_other_versions_built_and_what_is_old(own, monkeypatch, capsys):
-    real = engines.versions
-    monkeypatch.setattr(engines, "versions", lambda *names: real(*names) | {"onnxruntime": "0.1"})
-    keep = key_of(own.store, "decode")
-    assert run("prune", own, "--keep", keep) == 0
+def test_prune_takes_what_other_versions_built_and_what_is_old(place, monkeypatch, capsys):
+    keys = built(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(Unchanged, "versions_here", {"torch": "0.1"})
+        assert len(place.store.list()) == 2 and run(place, "build") == 0
+    assert run(place, "prune") == 0
     assert last_line(capsys.readouterr().out)["removed"] == 2
-    monkeypatch.undo()
-    assert run("prune", own, "--older-than", 1) == 0
+    assert {manifest.key for manifest in place.store.list()} == set(keys.values())
+    assert run(place, "prune", "--older-than", 1) == 0
     assert last_line(capsys.readouterr().out)["removed"] == 0
-    time.sleep(1.1)  # times are kept in whole seconds
-    assert run("prune", own, "--older-than", 1 / 86400) == 0
-    assert last_line(capsys.readouterr().out)["removed"] == 1
+    for manifest in place.store.list():
+        text = replace(manifest, created="2024-01-01T00:00:00+00:00").to_text()
+        (place.store.root / manifest.key / "manifest.json").write_text(text)
+    assert run(place, "prune", "--older-than", 1, "--keep", keys["decode"]) == 0
+    assert [manifest.key for manifest in place.store.list()] == [keys["decode"]]
 
 
-@NEEDS_IT
-def test_current_is_answered_in_a_new_process_without_torch(place):
-    """`build` twice: the second answers at once, whatever the machine has to load for the first."""
-    argv = ["build", "--engines", place.store, "--backend", BACKEND, "--", *place.words()]
-    script = (
-        "import sys\nfrom dfkd.cli.engines import main\n"
-        f"try:\n    main({[str(word) for word in argv]!r})\n"
-        "except SystemExit as done:\n"
-        "    print(int(done.code or 0), *sorted({'torch', 'diffusers', 'onnx'} & {*sys.modules}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0" and "3 engines of these options, 3 current" in done.stderr
+def test_engines_of_another_machine_are_not_current(place, monkeypatch, capsys):
+    built(place)
+    capsys.readouterr()
+    monkeypatch.setattr(engines, "architecture", lambda device: "cpu riscv64")
+    assert run(place, "explain") == 0
+    fields = last_line(capsys.readouterr().out)["differences"]["decode inductor"]
+    assert fields == [["device", cpu_architecture(), "cpu riscv64"]]
 
 
-@NEEDS_IT
-def test_a_failed_build_ends_in_words_and_keeps_what_is_whole(own, tmp_path, monkeypatch, capsys):
-    """The second of three fails: the first is kept, the command says why and ends with status 2."""
-    from dfkd.compiled import build as workshop
-    from dfkd_engine.parity import Tolerance
-
-    empty = own._replace(store=tmp_path / "empty")
-    monkeypatch.setitem(workshop.TOLERANCE, ("forward", "float32"), Tolerance(1e-12))
-    argv = ["build", "--only", "decode", "--engines", empty.store, "--backend", BACKEND, "--", *own.words()]
-    assert status_of(engines.main, *argv) == 2
+def test_a_failed_build_ends_in_words_and_keeps_what_is_whole(place, capsys):
+    """The second fails: the first is kept, the command says why and ends with status 2."""
+    place.functions = (gradient(), decode(dtype="bfloat16"))
+    assert run(place, "build") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: decode in {BACKEND}, up to 6 rows is not saved: against float64 its relative")
-    assert not EngineStore(empty.store).list() and status_of(engines.main, "verify", "--engines", empty.store) == 0
+    assert error.startswith("error: decode in inductor, up to 12 rows cannot be built: it is out of order")
+    assert [manifest.spec.network for manifest in place.store.list()] == ["gradient"]
 
 
-class TestSets:
-    @pytest.fixture
-    def sets(self, tmp_path_factory):
-        prior, teacher = folders(tmp_path_factory.getbasetemp() / "engines")
-        file = tmp_path_factory.mktemp("sets") / "sets.toml"
-        options = dict(zip(words(prior, teacher)[::2], words(prior, teacher)[1::2], strict=True))
-        lines = [f"{name.removeprefix('--')} = {json.dumps(value)}" for name, value in options.items()]
-        file.write_text(
-            "\n".join([f'[mine]\nbackends = ["{BACKEND}"]\n[mine.generate]', *lines])
-            + '\n[strange]\nbackend = "inductor"\n[wrong]\nbackends = ["tvm"]\n[none]\nnetworks = ["vae"]\n'
-        )
-        return file
+def test_a_set_is_its_run_its_networks_and_its_backends(place, capsys):
+    assert list(built(place, "--set", "mine", "--sets", place.sets)) == ["decode"]
+    (run_,) = place.asked
+    assert run_.generate.sampling.steps == 7 and run_.teacher.classes == ("a", "b")
+    assert run_.teacher.checkpoint == Path("t")
+    built(place, "--set", "mine", "--sets", place.sets, rest=("--", "--steps", "9"))
+    assert place.asked[-1].generate.sampling.steps == 9  # the command line overrides it
+    capsys.readouterr()
+    built(place, "--set", "both", "--sets", place.sets)
+    found = last_line(capsys.readouterr().out)
+    assert (found["current"], found["built"]) == (1, 3) and len(found["keys"]) == 4
+    built(place, "--set", "both", "--sets", place.sets, "--backend", "inductor")
+    assert last_line(capsys.readouterr().out)["current"] == 2
 
-    def refused(self, capsys, *argv):
-        assert status_of(engines.main, *argv) == 2
+
+def test_a_backend_of_the_users_own(place, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(BACKEND_FILE)
+    name = f"{tmp_path / 'own.py'}:Program"
+    keys = built(place, "--backend", name, "--only", "decode")
+    assert last_line(capsys.readouterr().out)["keys"] == {f"decode {name}": keys["decode"]}
+    assert run(place, "list") == 0
+    assert "decode   program  here" in capsys.readouterr().err
+
+
+def test_eight_bits_go_to_a_backend_that_has_them(place, capsys, monkeypatch):
+    monkeypatch.setattr("dfkd.compiled.engines._in_eight_bits", lambda function, graph: graph)
+    place.functions = (decode(quantise="int8"), gradient())
+    built(place, rest=("--", "--quantise", "int8"))
+    assert list(last_line(capsys.readouterr().out)["keys"]) == ["decode onnxruntime", "gradient onnxruntime"]
+    assert run(place, "list") == 0
+    assert "int8" in capsys.readouterr().err
+    built(place, "--set", "both", "--sets", place.sets)  # inductor takes what it can
+    assert list(last_line(capsys.readouterr().out)["keys"]) == [
+        "decode onnxruntime", "gradient onnxruntime", "gradient inductor"
+    ]  # fmt: skip
+    assert run(place, "build", "--backend", "inductor") == 2
+    said = capsys.readouterr().err
+    assert "inductor takes no decode int8" in said and "use --backend onnxruntime" in said
+
+
+def test_targets_are_compiled_for_ahead_of_time(place, capsys, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "tensorrt-rtx", Unchanged("tensorrt-rtx", True, ("sm_80", "sm_89")))
+    built(place, "--backend", "tensorrt-rtx", "--target", "sm_89,sm_80", "--only", "decode")
+    assert "ahead of time; it is judged on the GPU" in capsys.readouterr().err
+    (manifest,) = place.store.list()
+    assert manifest.spec.device == "cuda sm_80+sm_89" and "parity" not in manifest.facts
+    assert run(place, "list") == 0
+    line = capsys.readouterr().err.splitlines()[1]
+    assert line.split()[1:8] == ["tensorrt-rtx", "sm_80", "sm_89", "6", "float32", "-", "-"]
+    assert run(place, "build", "--backend", "onnxruntime", "--target", "sm_89") == 2
+    assert "compiles for the machine that it is on, not for sm_89" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--set", "yours"], "has no set 'yours': it has mine, both, strange, wrong, none"),
+        (["--set", "strange"], "[strange] has an unknown key 'backend'"),
+        (["--set", "wrong"], "the set wrong names the backend 'tvm'"),
+        (["--set", "none"], "there is no network 'vae': a run with these options has decode, gradient"),
+        (["--set", "option"], "unknown argument --stepz"),
+        (["--set", "mine", "--only", "gradient,pixels"], "there is no network 'pixels'"),
+        (["--set", "mine", "--backend", "eager"], "--backend is 'eager'"),
+        (["--set", "mine", "--", "--guidance", "3"], "unknown argument --guidance"),
+        (["--sets", "nowhere.toml", "--set", "demo"], "cannot read nowhere.toml: No such file"),
+    ],
+)
+def test_sets_that_are_wrong(place, capsys, argv, words):
+    for command in ("build", "explain"):
+        assert status_of(engines.main, command, "--sets", place.sets, "--engines", place.store.root, *argv) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and len(error.splitlines()) == 1
-        return error
+        assert error.startswith("error: ") and len(error.splitlines()) == 1 and words in error
+    assert not place.store.root.exists()
 
-    @pytest.mark.parametrize(
-        "argv, words",
-        [
-            (["--set", "yours"], "has no set 'yours': it has mine, strange, wrong, none"),
-            (["--set", "strange"], "[strange] has an unknown key 'backend'"),
-            (["--set", "wrong"], "the set wrong names the backend 'tvm'"),
-            (["--set", "none"], "the set none names the network 'vae'"),
-            (["--set", "mine", "--only", "gradient,pixels"], "--only names 'pixels'"),
-            (["--set", "mine", "--backend", "eager"], "--backend is 'eager'"),
-            (["--set", "mine", "--", "--stepz", "3"], "unknown argument --stepz"),
-            (["--set", "mine", "--", "--gradient", "unet"], "--gradient unet uses no engines"),
-            (["--set", "mine", "--", "--prior", "no/such/folder"], "no such folder"),
-            (["--set", "mine", "--", "--teacher-checkpoint", "no-such"], "cannot read the teacher's no-such"),
-            (["--", "--group", "6"], "no teacher"),
-        ],
-    )
-    @pytest.mark.parametrize("command", ["build", "explain"])
-    def test_errors(self, sets, tmp_path, capsys, command, argv, words):
-        argv = [command, "--sets", sets, "--engines", tmp_path / "store", *argv]
-        assert words in self.refused(capsys, *argv)
-        assert not (tmp_path / "store").exists()
 
-    def test_a_file_that_is_not_there(self, tmp_path, capsys):
-        error = self.refused(capsys, "build", "--set", "demo", "--sets", tmp_path / "nowhere.toml")
-        assert "cannot read" in error and "name a file with --sets" in error
+def test_a_run_that_uses_no_engines(place, capsys):
+    place.functions = ()
+    assert run(place, "build", rest=("--", "--gradient", "unet")) == 2
+    assert "--gradient unet uses no engines" in capsys.readouterr().err
 
-    @NEEDS_IT
-    def test_a_set_is_what_its_options_are(self, place, sets, capsys):
-        argv = ["--set", "mine", "--sets", sets, "--engines", place.store]
-        assert status_of(engines.main, "build", *argv) == 0
-        said = capsys.readouterr()
-        assert "3 engines of the set mine, 3 current" in said.err
-        assert status_of(engines.main, "explain", *argv, "--only", "decode", "--", "--group", 8) == 0
-        differences = last_line(capsys.readouterr().out)["differences"]
-        assert differences == {f"decode {BACKEND}": [["batch", "1 to 6", "1 to 8"]]}
+
+@pytest.mark.parametrize("name", ["demo", "sd15-256", "sd15-512", "demo-rtx"])
+def test_the_sets_of_the_project(name):
+    options = engines.Build(sets=ROOT / "build/engines.toml", set=name)
+    found = engines.read_set(options, ["--teacher-checkpoint", "t"])
+    assert set(found.backends) <= set(BACKENDS)
+    if name.startswith("sd15"):
+        assert found.run.generate.sampling.size == int(name.removeprefix("sd15-"))
+        assert found.run.generate.compute.dtype == "fp16"
+    assert bool(found.targets) == name.endswith("rtx")
 
 
 @pytest.mark.parametrize(
@@ -223,8 +279,6 @@ class TestSets:
         (["rebuild"], 2, "error: unknown command rebuild"),
         (["list", "--enginse", "x"], 2, "unknown argument --enginse: did you mean --engines"),
         (["build", "--help"], 0, "judged against float64"),
-        (["explain", "--help"], 0, "whether it is current"),
-        (["verify", "--help"], 0, "status 1"),
         (["prune", "--help"], 0, "--older-than"),
     ],
 )
@@ -240,19 +294,3 @@ def test_a_folder_without_engines(tmp_path, capsys):
         assert status_of(engines.main, command, "--engines", tmp_path / "none") == 0
         assert expected.items() <= last_line(capsys.readouterr().out).items()
     assert not (tmp_path / "none").exists()
-
-
-@NEEDS_IT
-def test_engines_of_another_machine_are_not_current(own, monkeypatch, capsys):
-    monkeypatch.setattr("dfkd.compiled.requests.cpu_architecture", lambda: "cpu riscv64")
-    assert run("explain", own) == 0
-    fields = last_line(capsys.readouterr().out)["differences"][f"decode {BACKEND}"]
-    assert fields == [["device", cpu_architecture(), "cpu riscv64"]]
-
-
-@NEEDS_IT
-def test_measurements_are_listed(own, capsys):
-    set_facts(own.store, "decode", milliseconds={"engine": 12.5, "eager": 31.25, "rows": 6, "threads": 2})
-    assert run("list", own) == 0
-    row = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("decode"))
-    assert row.split()[2:7] == ["here", "6", "float32", "12.5", "31.25"]
