@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dfkd.cli.parse import command, save_settings
@@ -39,10 +40,6 @@ def pipeline_of(asked: GenerateCommand, backend: str | None = None) -> "Synthesi
     student = None
     if asked.student_checkpoint is not None:
         student = Classifier.from_pretrained(asked.student_checkpoint).freeze(device)
-        if student.class_names != teacher.class_names:
-            what = f"{asked.student_checkpoint} has {len(student.class_names)} classes that are not the teacher's"
-            why = f"the teacher has {len(teacher.class_names)}"
-            raise UsageError(what, why, "give a student distilled from this teacher")
     prior = None
     if needs_prior(config):
         prior = Prior.from_pretrained(asked.prior, dtype=config.compute.dtype, device=device)
@@ -72,27 +69,26 @@ def run(asked: GenerateCommand) -> dict[str, Any] | None:
     from dfkd.runtime import own_rank
     from dfkd.synthesis.run import open_run
 
-    rank, config = own_rank(), asked.generate
+    rank = own_rank()
     if asked.plan_only:
-        return plan_only(asked) if rank.first else None
+        return plan(asked) if rank.first else None
     make_writable(asked.out)
     synthesizer = pipeline_of(asked)
-    if rank.first:
-        for line in describe(synthesizer):
-            say(line)
-    with open_run(synthesizer, asked.out, asked.count, asked.seed, config, say, rank) as work:
+    names = synthesizer.class_names
+    with open_run(synthesizer, asked.out, asked.count, asked.seed, asked.generate, say, rank) as work:
         if rank.first:
+            for line in getattr(synthesizer, "describe", tuple)():
+                say(line)
             save_settings(asked, asked.out, COMMAND)
             if asked.format == "imagefolder":
                 stored = work.images(work.missing) + asked.count
-                require_space(asked.out, stored, synthesizer.image_size, config.shards.image_format)
+                require_space(asked.out, stored, synthesizer.image_size, asked.generate.shards.image_format)
         with progress("synthesis", "img", shown=rank.first) as draw:
             written = work.write(draw)
     if not rank.first:
         return None
     if asked.format == "imagefolder":
         export_imagefolder(asked.out, asked.out / IMAGE_FOLDER)
-    labels = open_folder(asked.out).labels
     result = {
         "out": asked.out,
         "images": asked.count,
@@ -102,15 +98,43 @@ def run(asked: GenerateCommand) -> dict[str, Any] | None:
         "seconds": round(written.seconds, 3),
         "images_per_second": round(written.images / written.seconds, 3) if written.images else None,
         "processes": rank.count,
-        "run": work.folder.run,
         "plan": work.plan.to_json() if work.plan else None,
-        "backends": getattr(synthesizer, "backends", None),
+        "run": dict(work.folder.run),
+        "backends": getattr(synthesizer, "backends", {}),
         "kernels": getattr(synthesizer, "kernels", None),
-        "class_names": synthesizer.class_names,
-        "class_counts": torch.bincount(labels, minlength=len(synthesizer.class_names)).tolist(),
+        "class_names": names,
+        "class_counts": torch.bincount(open_folder(asked.out).labels, minlength=len(names)).tolist(),
     }
     replace_text(asked.out / RESULT, json.dumps(plain(result), indent=1, sort_keys=True) + "\n")
     return result
+
+
+def plan(asked: GenerateCommand) -> dict[str, Any]:
+    """What a run would take: images per call, memory, seconds; nothing is written."""
+    from dfkd.data import MANIFEST, read_manifest
+    from dfkd.synthesis.pipeline import GuidedPipeline
+    from dfkd.synthesis.plan import make_plan, predict, seconds_of, table
+    from dfkd.synthesis.run import run_on_record
+
+    pipe, missing = pipeline_of(asked), asked.count
+    if not isinstance(pipe, GuidedPipeline):
+        raise UsageError(f"--plan-only with --method {pipe.name}", "its network calls are not known", "leave it out")
+    found = make_plan(pipe, asked.generate)
+    if (asked.out / MANIFEST).exists():
+        missing -= sum(int(shard["count"]) for shard in read_manifest(asked.out)[1])
+    pipe.call_size = found.call_size
+    pipe.use_engines(run_on_record(asked.out).get("engines"))
+    timings = predict(pipe, found, asked.generate.shards.image_format)
+    for line in (*pipe.describe(), *table(found, timings, missing)):
+        say(line)
+    seconds = seconds_of(found, timings, missing)
+    forecast = {
+        "images": missing,
+        "timings": {name: asdict(timing) for name, timing in timings.items()},
+        "predicted_seconds": round(seconds, 3),
+        "predicted_images_per_second": round(missing / seconds, 3) if missing else None,
+    }
+    return {"out": asked.out, "images": asked.count, "plan": {**found.to_json(), **forecast}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ that continues it goes by these.
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from dfkd.errors import UsageError
 from dfkd.extension import source_digest
 from dfkd.runtime import Rank, cpu_threads, own_rank
 from dfkd.synthesis.batching import ShortMemory, calling, release
-from dfkd.synthesis.plan import Plan, plan_calls
+from dfkd.synthesis.plan import Plan, make_plan
 from dfkd.synthesis.synthesizer import Sample, Synthesizer
 
 Progress = Callable[[int, int], object]
@@ -87,9 +87,11 @@ def open_run(
     """
     config, rank = config or getattr(synthesizer, "config", None) or GenerateConfig(), rank or own_rank()
     before = run_on_record(out)
-    plan = None if before else plan_calls(synthesizer, config, rank.neighbours)
+    plan = None if before else make_plan(synthesizer, config, rank.neighbours)
     call_size = plan.call_size if plan else int(before["call_size"])
     facts = {"call_size": call_size, "threads": before.get("threads") or cpu_threads(config.compute.threads)}
+    if hasattr(synthesizer, "call_size"):
+        synthesizer.call_size = call_size
     if hasattr(synthesizer, "use_engines"):
         facts["engines"] = dict(synthesizer.use_engines(before.get("engines") if before else None))
     folder = ShardFolder.create_or_open(
@@ -103,9 +105,10 @@ def open_run(
         rank,
         facts,
     )
-    silent = say is None or not rank.first
+    if say is None or not rank.first:
+        say = str  # says nothing
     with folder, threads(int(facts["threads"])):
-        yield Run(synthesizer, seed, folder, plan, (lambda line: None) if silent else say)
+        yield Run(synthesizer, seed, folder, plan, say)
 
 
 class Run:

@@ -1,0 +1,65 @@
+"""Ways to make labelled images, by name. A method of your own is FILE.py:NAME; see `make_method`."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from dfkd.config import GenerateConfig
+from dfkd.errors import UsageError
+from dfkd.extension import resolve
+from dfkd.synthesis.methods.deepinversion import DeepInversion
+from dfkd.synthesis.methods.noise import Noise
+from dfkd.synthesis.pipeline import GuidedPipeline
+from dfkd.synthesis.synthesizer import Synthesizer
+from dfkd.teachers import Classifier
+from dfkd_engine.prior import Prior
+
+METHODS: dict[str, Callable[..., Synthesizer]] = {
+    "guided": GuidedPipeline,
+    "deepinversion": DeepInversion,
+    "noise": Noise,
+}
+
+
+def needs_prior(config: GenerateConfig) -> bool:
+    """Whether the method samples from a diffusion prior, which need not be loaded otherwise. Raises UsageError."""
+    return bool(getattr(resolve(config.method, METHODS, "method")[0], "needs_prior", True))
+
+
+def make_method(
+    config: GenerateConfig, prior: Prior | None, teacher: Classifier, student: Classifier | None = None
+) -> Synthesizer:
+    """The synthesizer that `config.method` names, such as "deepinversion(steps=200)" or "my.py:Blank(level=0.2)".
+
+    The name stands for a class or a function, called as `factory(prior, teacher, config, **settings)` with the settings
+    in the parentheses, and with `student=` where there is one. The prior is None for a factory whose attribute
+    `needs_prior` is False. A whole method of one's own:
+
+        class Blank:
+            name, group, needs_prior = "blank", 1, False
+
+            def __init__(self, prior, teacher, config, level=0.5):
+                self.class_names, self.image_size, self.level = teacher.class_names, teacher.input_size, level
+
+            def identity(self):
+                return {"level": self.level}
+
+            def __call__(self, ids, labels=None, seed=0):
+                labels = torch.tensor(labels or [i % len(self.class_names) for i in ids])
+                images = torch.full((len(ids), 3, self.image_size, self.image_size), int(255 * self.level)).byte()
+                return Sample(images, labels, records_of(ids, labels, self.class_names, seed))
+
+    Raises UsageError: an unknown name, settings that it does not take, or an object that is no synthesizer.
+    """
+    factory, settings = resolve(config.method, METHODS, "method")
+    given: dict[str, Any] = settings if student is None else {"student": student, **settings}
+    try:
+        inspect.signature(factory).bind(prior, teacher, config, **given)
+        made = factory(prior, teacher, config, **given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"method {config.method!r}", str(error), "correct its settings") from error
+    if not isinstance(made, Synthesizer):
+        lacking = [name for name in (*Synthesizer.__annotations__, "identity") if not hasattr(made, name)]
+        what = f"method {config.method!r} makes a {type(made).__name__}, which is no synthesizer"
+        raise UsageError(what, f"it lacks {', '.join(lacking) or '__call__'}", "see dfkd/synthesis/synthesizer.py")
+    return made
