@@ -11,16 +11,15 @@ statistics", of 1 "about one standard deviation off"; a spread below 1 says "les
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dfkd.synthesis.statistics import Moments, add_moments, bn_loss, group_moments, tapped
-from dfkd.teachers.classifier import Classifier
+from dfkd.synthesis.bn_statistics import Moments, averaged, bn_distance, joined, record_bn_inputs
+from dfkd.teachers import Classifier
 
 BINS = 20  # of the histogram of probabilities
 ROWS = 250  # images a forward pass
@@ -29,7 +28,7 @@ Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 @dataclass(frozen=True)
 class Confidence:
-    """Teacher probabilities of the label over a set: ``histogram`` counts them in equal bins of [0, 1]."""
+    """Teacher probabilities of the label over a set: `histogram` counts them in equal bins of [0, 1]."""
 
     mean: float
     median: float
@@ -49,11 +48,11 @@ class Band:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What a teacher makes of ``images`` images.
+    """What a teacher makes of `images` images.
 
     agreement           share whose most probable class is their label
     probability         mean probability of the label
-    gap, spread         as above; None for a teacher without BatchNorm
+    gap, spread         BN gap and spread, see the head of the module; None for a teacher without BatchNorm
     layer_gaps          the gap of every BatchNorm layer, in definition order
     """
 
@@ -67,7 +66,7 @@ class TeacherView:
 
 @dataclass(frozen=True)
 class Confusion:
-    """``count`` images of ``truth`` were taken for ``answer``; ``share`` of that class's images."""
+    """`count` images of `truth` were taken for `answer`; `share` of that class's images."""
 
     truth: str
     answer: str
@@ -98,16 +97,11 @@ def loss_bands(curves: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Ban
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share in [0, 1] measured on ``count`` images (Wilson 1927)."""
+    """Wilson's 95 % interval of a share in [0, 1] measured on `count` images (Wilson 1927)."""
     centre = share + Z95**2 / (2 * count)
     half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
     scale = 1 + Z95**2 / count
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def class_accuracy(matrix: Sequence[Sequence[int]]) -> tuple[float | None, ...]:
-    """Share of each row (truth) on the diagonal; None for a class without images."""
-    return tuple(row[i] / sum(row) if sum(row) else None for i, row in enumerate(matrix))
 
 
 def top_confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], most: int = 5) -> tuple[Confusion, ...]:
@@ -123,46 +117,36 @@ def top_confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], most: 
 
 @torch.no_grad()
 def teacher_view(teacher: Classifier, read: Callable[[Tensor], Tensor], labels: Tensor, rows: Tensor) -> TeacherView:
-    """Show a teacher, in evaluation mode, the images ``read(rows)`` uint8 [n, 3, H, W] with labels[rows].
+    """Show a teacher, in evaluation mode, the images `read(rows)` uint8 [n, 3, H, W] with labels[rows].
 
     rows: int64 [n], n >= 1. The images are read and judged ROWS at a time, on the teacher's device.
     """
-    device = next(teacher.module.parameters()).device
     layers = teacher.batch_norms()
-    sums: list[Moments] = []
+    parts: list[list[Moments]] = []
     agreed, sure = 0, 0.0
     for part in torch.split(rows, ROWS):
-        images = read(part).to(device).float() / 255
-        truth = labels[part].to(device)
-        with ExitStack() as stack:
-            # one tap a layer: a network may call its layers in another order than it defines them
-            taps = [stack.enter_context(tapped((layer,))) for layer in layers]
-            probabilities = teacher.logits(images).float().softmax(1)
-        sums = add_moments(sums, [tap[0] for tap in taps], len(part))
+        with record_bn_inputs(layers) as moments:
+            probabilities = teacher(read(part)).float().softmax(1)
+        parts.append(moments)
+        truth = labels[part].to(probabilities.device)
         agreed += int((probabilities.argmax(1) == truth).sum())
         sure += float(probabilities.gather(1, truth[:, None]).double().sum())
-    moments = group_moments(sums, len(rows))
-    squares = [float(bn_loss([m], (layer,), "relative")) for m, layer in zip(moments, layers, strict=True)]
+    means = averaged(joined(parts))
+    squares = [float(bn_distance([m], (layer,), "relative")) for m, layer in zip(means, layers, strict=True)]
     return TeacherView(
         images=len(rows),
         agreement=agreed / len(rows),
         probability=sure / len(rows),
         gap=math.sqrt(sum(squares) / len(squares)) if squares else None,
-        spread=_spread(moments, teacher) if squares else None,
+        spread=_spread(means, layers) if squares else None,
         layer_gaps=tuple(math.sqrt(square) for square in squares),
     )
 
 
-def _spread(moments: Sequence[Moments], teacher: Classifier) -> float:
+def _spread(moments: Sequence[Moments], layers: Sequence[nn.BatchNorm2d]) -> float:
     ratios = []
-    for taken, layer in zip(moments, teacher.batch_norms(), strict=True):
+    for recorded, layer in zip(moments, layers, strict=True):
         assert layer.running_var is not None
-        variance = (taken.m2 - taken.m1.square()).clamp_min(0) + layer.eps
+        variance = (recorded.m2 - recorded.m1.square()).clamp_min(0) + layer.eps
         ratios.append((variance / (layer.running_var.to(variance) + layer.eps)).sqrt().mean())
     return float(torch.stack(ratios).mean())
-
-
-def evenly(total: int, most: int) -> Tensor:
-    """At most ``most`` positions int64 spread evenly over ``total``, ascending, without repetition."""
-    count = min(total, most)
-    return torch.arange(count) * total // max(count, 1)

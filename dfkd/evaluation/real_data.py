@@ -4,90 +4,79 @@ Synthesis and distillation never import this module; the only road from real dat
 
 Sources, by name:
     digits-on-photos    the demo's world, see digits_on_photos.py
-    imagefolder:PATH    PATH/<class>/<image>
+    imagefolder:PATH    PATH/<class>/<image>; a PATH alone is read so where it is a folder
     list:FILE           lines `path label` (DomainNet's list files), paths relative to FILE's folder
     parquet:PATH        a Parquet file or a folder of them in the Hugging Face image layout (image{bytes, path}, label)
 A path may hold `{split}`, as in `list:sketch_{split}.txt`: one file or folder per split. Where there is none for
-`validation`, a tenth of `train` is held out for it. A path without `{split}` is cut 70 / 10 / 20 by class.
+`validation`, a tenth of `train` is held out for it. A path without `{split}` is cut 70 / 10 / 20 by class; the split
+`all` takes every image of it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dfkd.data import ImageFiles, Images, Listing, Pool, list_file, list_folder, list_parquet
 from dfkd.errors import UsageError
 from dfkd.evaluation.digits_on_photos import digits_on_photos
-from dfkd.data.image_files import ImageFiles, Listing, decode, read_folder, read_list, read_parquet
 from dfkd.evaluation.split import SPLITS, stratified
-from dfkd.data.loader import Images
-from dfkd.data.shards import Pool
 
-READERS: dict[str, Callable[[Path], Listing]] = {"imagefolder": read_folder, "list": read_list, "parquet": read_parquet}
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """images uint8 [N, 3, H, W]; labels int64 [N] in [0, len(class_names)); class_names in label order."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    class_names: tuple[str, ...]
+DIGITS = "digits-on-photos"
+READERS: dict[str, Callable[[Path], Listing]] = {"imagefolder": list_folder, "list": list_file, "parquet": list_parquet}
 
 
 def open_images(name: str, split: str, size: int) -> Images:
     """The images of one split, the same ones in the same order at every call; files are decoded when they are read.
 
+    split: train, validation, test or, for a path without {split}, all.
     size: side in pixels; the shorter side is resized to it (bicubic, antialiased) and the centre cut out.
     Raises UsageError for an unknown name or split and a missing file.
     """
-    _check_split(split)
-    if name == "digits-on-photos":
-        drawn = load(name, split, size)
-        return Pool(drawn.images, drawn.labels, torch.arange(len(drawn.labels)), drawn.class_names)
-    return ImageFiles(_listed(name, split), size)
-
-
-def load(name: str, split: str, size: int | None = None) -> LabelledImages:
-    """As open_images, all in memory. size None keeps images as they are.
-
-    Raises UsageError, also for images of different sizes with size=None.
-    """
-    _check_split(split)
-    if name == "digits-on-photos":
-        pixels, labels, class_names = digits_on_photos(split)
-        images = torch.from_numpy(pixels)
-        if size not in (None, images.shape[-1]):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-        return LabelledImages(images, torch.from_numpy(labels), class_names)
-    listing = _listed(name, split)
-    images = torch.from_numpy(decode(listing.images, size))
-    return LabelledImages(images, torch.tensor(listing.labels), listing.class_names)
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise UsageError(f"unknown split '{split}'", todo=f"choose one of {', '.join(SPLITS)}")
-
-
-def _listed(name: str, split: str) -> Listing:
+    if split not in (*SPLITS, "all"):
+        raise UsageError(f"unknown split '{split}'", todo=f"choose one of {', '.join(SPLITS)}, all")
+    if name == DIGITS:
+        return _digits(split, size)
     kind, _, path = name.partition(":")
+    if not path and Path(name).is_dir():
+        kind, path = "imagefolder", name
     if kind not in READERS or not path:
-        known = ", ".join(["digits-on-photos", *(f"{kind}:PATH" for kind in READERS)])
+        known = ", ".join([DIGITS, *(f"{kind}:PATH" for kind in READERS)])
         raise UsageError(f"unknown data '{name}'", todo=f"choose one of {known}")
     listing = _listing(READERS[kind], path, split)
     if not listing.images:
         raise UsageError(f"no image for split '{split}' in '{name}'", todo="check the path and the number of images")
-    return listing
+    return ImageFiles(listing, size)
+
+
+def check_data(option: str, name: str) -> None:
+    """Raise UsageError for a data set whose name or path is wrong, without reading any; `option` names it."""
+    kind, _, path = name.partition(":")
+    if name != DIGITS and not Path(name).is_dir() and not (kind in READERS and path):
+        known = ", ".join([DIGITS, *(f"{kind}:PATH" for kind in READERS)])
+        raise UsageError(f"{option} {name}", "there is no such data", f"choose one of {known}")
+    if path and "{split}" not in path and not Path(path).exists():
+        raise UsageError(f"{option} {name}", f"there is no {path}", "correct the path")
+
+
+def _digits(split: str, size: int) -> Pool:
+    if split == "all":
+        raise UsageError(f"{DIGITS} has no split 'all'", todo=f"choose one of {', '.join(SPLITS)}")
+    pixels, labels, class_names = digits_on_photos(split)
+    images = torch.from_numpy(pixels)
+    if size != images.shape[-1]:
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    return Pool(images, torch.from_numpy(labels), torch.arange(len(labels)), class_names)
 
 
 def _listing(read: Callable[[Path], Listing], pattern: str, split: str) -> Listing:
     if "{split}" not in pattern:
         whole = read(Path(pattern))
-        return whole.take(stratified(np.asarray(whole.labels), (0.7, 0.1, 0.2))[split])
+        return whole if split == "all" else whole.take(stratified(np.asarray(whole.labels), (0.7, 0.1, 0.2))[split])
+    if split == "all":
+        raise UsageError("split 'all'", f"{pattern} has a file or folder for each split", "choose one of them")
     own = Path(pattern.replace("{split}", split))
     if split == "test" or (split == "validation" and own.exists()):
         return read(own)

@@ -1,3 +1,5 @@
+"""Numbers of the report, on sets whose values are known."""
+
 import math
 
 import numpy as np
@@ -5,25 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd.evaluation.metrics import (
-    BINS,
-    Confusion,
-    class_accuracy,
-    confidence,
-    evenly,
-    interval,
-    loss_bands,
-    teacher_view,
-    top_confusions,
-)
-from dfkd.teachers.classifier import Classifier
+from dfkd.evaluation.accuracy import class_accuracy, evenly
+from dfkd.evaluation.metrics import BINS, Confusion, confidence, interval, loss_bands, teacher_view, top_confusions
+from dfkd.teachers import Classifier
 
 MATRIX = [[8, 2, 0], [0, 0, 0], [3, 1, 6]]
 
 
 def classifier(*layers: nn.Module) -> Classifier:
     module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
-    return Classifier(module, "tiny", ("a", "b", "c"), 4, (0.0,) * 3, (1.0,) * 3)
+    return Classifier(module, ("a", "b", "c"), (0.0,) * 3, (1.0,) * 3, 4)
 
 
 def pictures(count: int = 601) -> Tensor:

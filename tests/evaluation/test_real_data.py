@@ -7,14 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
+from dfkd.data import Form, ImageFiles, LoaderChoice, Pool, Step, Views, dali_installed, list_folder, open_source
 from dfkd.errors import UsageError
+from dfkd.evaluation import check_data, open_images
 from dfkd.evaluation import digits_on_photos as world
-from dfkd.data.image_files import ImageFiles, read_folder
-from dfkd.evaluation.real_data import load, open_images
 from dfkd.evaluation.split import SPLITS, stratified
-from dfkd.data.loader import Form, LoaderChoice, Step, Views, dali, open_source
 
 COUNTS = {"train": 3500, "validation": 500, "test": 1000}
+
+
+def load(name: str, split: str, size: int = 8) -> Pool:
+    """A split in memory; its pixels as they are drawn for images of this size."""
+    images = open_images(name, split, size)
+    rows = torch.arange(len(images.labels))
+    return Pool(images.read(rows), images.labels, rows, images.class_names)
 
 
 def test_no_photo_pixel_is_shared_between_splits():
@@ -48,27 +54,27 @@ def test_no_digit_is_shared_between_splits():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_digits_on_photos(split):
-    data = load("digits-on-photos", split)
+    data = load("digits-on-photos", split, 32)
     count = COUNTS[split]
     assert (data.images.shape, data.images.dtype) == ((count, 3, 32, 32), torch.uint8)
     assert data.labels.dtype == torch.int64
     assert data.labels.bincount().tolist() == [count // 10] * 10
     assert data.class_names[3] == "three"
-    again = load("digits-on-photos", split)
+    again = load("digits-on-photos", split, 32)
     assert torch.equal(again.images, data.images) and torch.equal(again.labels, data.labels)
 
 
 def test_border_shows_the_photo_untouched():
     """The 28x28 digit leaves a frame of two pixels, which must be the patch itself."""
     photos = world._photos()
-    images = load("digits-on-photos", "test").images
+    images = load("digits-on-photos", "test", 32).images
     for image, (photo, top, left) in zip(images[:20], world.patch_corners("test", 1000, photos)[:20], strict=True):
         patch = torch.tensor(photos[photo][top : top + 32, left : left + 32]).permute(2, 0, 1)
         assert torch.equal(image[:, :2], patch[:, :2]) and torch.equal(image[:, :, -2:], patch[:, :, -2:])
 
 
 def test_digits_at_another_size():
-    small, large = load("digits-on-photos", "validation"), load("digits-on-photos", "validation", size=64)
+    small, large = (load("digits-on-photos", "validation", size) for size in (32, 64))
     assert large.images.shape == (500, 3, 64, 64) and large.images.dtype == torch.uint8
     # Averaging 2x2 pixels nearly undoes bicubic doubling; a wrong scale or channel order would not.
     back = torch.nn.functional.avg_pool2d(large.images.float(), 2)
@@ -130,12 +136,15 @@ def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):
         load(f"parquet:{folder}", "test")
 
 
-def test_images_of_different_sizes_need_a_size(folder):
+def test_files_of_any_size_become_one(folder):
     Image.new("RGB", (9, 12)).save(folder / "2" / "00.png")
-    with pytest.raises(UsageError, match="give an image size"):
-        for split in SPLITS:
-            load(f"imagefolder:{folder}", split)
-    assert load(f"imagefolder:{folder}", "train", size=4).images.shape[1:] == (3, 4, 4)
+    assert load(f"imagefolder:{folder}", "train", 4).images.shape[1:] == (3, 4, 4)
+
+
+def test_a_folder_may_be_named_alone_and_taken_whole(folder):
+    whole = load(str(folder), "all")
+    assert len(whole.labels) == 60 and whole.class_names == ("2", "10", "bird")
+    assert len(load(str(folder), "test").labels) == 12
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,8 @@ def test_images_of_different_sizes_need_a_size(folder):
         ("imagefolder:/nowhere", "test", "no folder /nowhere"),
         ("list:/nowhere", "test", "no list file"),
         ("digits-on-photos", "val", "unknown split 'val'"),
+        ("digits-on-photos", "all", "no split 'all'"),
+        ("list:{split}.txt", "all", "a file or folder for each split"),
     ],
 )
 def test_errors_before_work(name, split, message):
@@ -152,21 +163,16 @@ def test_errors_before_work(name, split, message):
         load(name, split)
 
 
-def test_files_are_read_when_asked_for(folder):
-    files, whole = (read(f"imagefolder:{folder}", "train", 8) for read in (open_images, load))
-    positions = torch.tensor([5, 0, 41])
-    assert torch.equal(files.read(positions), whole.images[positions])
-    assert torch.equal(files.labels, whole.labels) and files.class_names == whole.class_names
-    before = files.digest
-    assert open_images(f"imagefolder:{folder}", "train", 8).digest == before
-    for name in files.class_names:
-        for file in (folder / name).iterdir():
-            Image.new("RGB", (8, 8)).save(file)
-    assert files.digest != before
+def test_what_can_be_known_without_reading(folder):
+    for name in ("digits-on-photos", f"imagefolder:{folder}", str(folder), "list:x_{split}.txt"):
+        check_data("--test", name)
+    for name, words in (("mnist", "no such data"), ("list:absent.txt", "there is no absent.txt")):
+        with pytest.raises(UsageError, match=f"--test {name}: .*{words}"):
+            check_data("--test", name)
 
 
 @pytest.mark.dali
-@pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed")
+@pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed")
 def test_dali_fits_files_of_any_size_as_pillow_does(tmp_path):
     random = np.random.default_rng(0)
     (tmp_path / "a").mkdir()
@@ -176,7 +182,7 @@ def test_dali_fits_files_of_any_size_as_pillow_does(tmp_path):
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(
             tmp_path / "a" / f"{index}.{('png', 'jpg')[index % 2]}"
         )
-    files = ImageFiles(read_folder(tmp_path), 24)
+    files = ImageFiles(list_folder(tmp_path), 24)
     form = Form(24, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"))
     source = open_source(LoaderChoice("dali", ""), files, torch.arange(6), form, "none", 6, 1)
     (batch,) = source.batches([Step(torch.arange(6), Views())])

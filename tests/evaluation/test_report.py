@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from dfkd.data.shards import Record, ShardFolder, open_folder
 from dfkd.errors import UsageError
 from dfkd.evaluation import figures
 from dfkd.evaluation.contact_sheet import MOST_ROWS, sheet, stack, strips
@@ -15,7 +16,6 @@ from dfkd.evaluation.metrics import Band, confidence
 from dfkd.evaluation.page import duration, number, percent, signed
 from dfkd.evaluation.report import OURS, measure
 from dfkd.evaluation.run_folder import read_run
-from dfkd.data.shards import Record, ShardFolder, open_folder
 from dfkd.teachers import checkpoint
 from tests.evaluation.fake_run import CLASS_NAMES, write_images, write_json, write_run, write_student, write_teacher
 
