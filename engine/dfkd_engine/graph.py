@@ -5,14 +5,12 @@ batch as a symbol. Backward operations are taken apart into the forward operatio
 result is an ordinary network that any backend compiles.
 """
 
-import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import (
@@ -39,6 +37,8 @@ from dfkd_engine.tracing.operations import ALLOWED
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
+_ROWS = 6  # to trace with; any number above 1 gives the same graph
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -58,39 +58,6 @@ class Graph:
         result: tuple[Tensor, ...] = self.module(*tensors)
         return result
 
-    def structure(self) -> str:
-        """SHA-256 of inputs, outputs and every operation with its arguments; of constants, dtype and shape alone."""
-        return self._structure
-
-    def weights(self) -> str:
-        """SHA-256 of the name, dtype, shape and bytes of every constant."""
-        return self._weights
-
-    @cached_property
-    def _structure(self) -> str:
-        digest = hashlib.sha256()
-        for tensors in (self.inputs, self.outputs):
-            digest.update(f"{'; '.join(map(str, tensors))}\n".encode())
-        numbers: dict[fx.Node, int] = {}
-        for node in self.module.graph.nodes:
-            what = f"{node.op} {_name(node.target)}"
-            if node.op == "get_attr":
-                value = rewrites.constant(self.module, node)
-                what = f"constant {value.dtype} {list(value.shape)}"
-            elif node.op == "placeholder":
-                what = "input"
-            digest.update(f"{what} {_text(node.args, numbers)} {_text(node.kwargs, numbers)}\n".encode())
-            numbers[node] = len(numbers)
-        return digest.hexdigest()
-
-    @cached_property
-    def _weights(self) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(self.module.named_buffers()):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
 
 def trace(
     function: Function,
@@ -98,8 +65,6 @@ def trace(
     *,
     output_names: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
-    batch: int = 6,
-    live: bool = False,
     also: Collection[Any] = (),
 ) -> Graph:
     """Trace a function of tensors into a graph.
@@ -109,12 +74,12 @@ def trace(
     inputs: shapes with None for the batch; one batch for all, of 2 or more rows. Other sizes are fixed.
     output_names: by default "output", or "output_0", "output_1", ...
     device: where the networks are.
-    batch: rows to trace with. A function that takes another way for more rows (an `if` on the batch) is traced as it
-        goes with so many.
-    live: weights may change in place after tracing, and the graph follows them. Otherwise what depends on weights alone
-        is worked out now, such as a flipped kernel.
-    also: operations beside the plain ones that may stand in the graph, such as KERNELS of engine/group_norms.py: only
-        backends that run them in this process can take it then.
+    also: operations beside the plain ones that may stand in the graph, such as `group_norms.KERNELS`: only backends
+        that run them in this process can take it then.
+
+    What depends on weights alone is worked out now, such as a flipped kernel, so a graph does not follow weights that
+    change afterwards. A function that takes another way for more rows (an `if` on the batch) is traced as it goes with
+    a few.
 
     Raises:
         EngineError: an operation that no plain ones stand for, with the layer it comes from; a result that depends on
@@ -124,7 +89,7 @@ def trace(
     paths = ModulePaths(networks)
     env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    examples = [_example(spec, fake, torch.device(device), batch) for spec in inputs]
+    examples = [_example(spec, fake, torch.device(device)) for spec in inputs]
     names: list[str] = []
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -145,23 +110,17 @@ def trace(
         except GuardOnDataDependentSymNode as error:
             why = "a graph takes one way for all values"
             raise EngineError(f"{paths.failed or 'the function'} decides by a value", why, "Use a mask") from error
-    rewrites.simplify(module, _weights(networks) if live else frozenset())
+    rewrites.simplify(module)
     rewrites.name_constants(module, networks)
     _check(module, inputs, examples, env, ALLOWED | set(also))
     outputs = tuple(_spec(*pair, examples) for pair in zip(names, _results(module), strict=True))
     return Graph(_finished(module, inputs), tuple(inputs), outputs)
 
 
-def _weights(networks: Mapping[str, nn.Module]) -> frozenset[Any]:
-    parts = (part for network in networks.values() for part in (*network.parameters(), *network.buffers()))
-    return frozenset(map(rewrites.identity, parts))
-
-
-def _example(spec: TensorSpec, fake: FakeTensorMode, device: torch.device, batch: int) -> Tensor:
+def _example(spec: TensorSpec, fake: FakeTensorMode, device: torch.device) -> Tensor:
     """A tensor without content whose batch is a symbol, the same one for all inputs."""
     dims = [DimDynamic.DUCK if size is None else DimDynamic.STATIC for size in spec.shape]
-    shape = [batch if size is None else size for size in spec.shape]
-    real = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
+    real = torch.empty(spec.sizes(_ROWS), dtype=getattr(torch, spec.dtype), device=device)
     context: Any = StatelessSymbolicContext(dynamic_sizes=dims)
     return fake.from_tensor(real, symbolic_context=context, source=ConstantSource(spec.name))
 
@@ -203,14 +162,14 @@ def _check(
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target not in allowed:
             why = "a graph holds plain operations only, and no decomposition is known for it"
-            todo = "Write the layer with other operations, or add a decomposition in engine/decompositions"
+            todo = "Write the layer with other operations, or add a decomposition in dfkd_engine.decompositions"
             raise EngineError(rewrites.describe(node), why, todo)
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dtype == torch.float64:
             why = "float64 is not computed in a graph"
             raise EngineError(f"{rewrites.describe(node)} gives float64", why, "Cast to float32 before it")
     for spec, example in zip(inputs, examples, strict=True):
-        if spec.shape[:1] == (None,) and not _is_free(example.shape[0]):
+        if spec.batched and not _is_free(example.shape[0]):
             place = next((str(guard.sloc) for guard in env.guards if guard.expr.is_Equality), "an unknown place")
             todo = "Take it as tensor.shape[0], which len(tensor) does not, and compare it with nothing"
             raise EngineError(f"the batch of {spec.name!r} is not free", f"it became a number in {place}", todo)
@@ -233,18 +192,3 @@ def _finished(module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> fx.GraphM
             copies[node].meta = {"module": node.meta.get("custom", {}).get("module", "")}
     graph.lint()
     return fx.GraphModule(module, graph, class_name="Graph")
-
-
-def _name(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
-
-
-def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
-    """Arguments as text, nodes as their numbers."""
-    if isinstance(value, fx.Node):
-        return f"%{numbers[value]}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_text(item, numbers) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}={_text(item, numbers)}' for name, item in sorted(value.items()))}}}"
-    return repr(value)

@@ -170,7 +170,7 @@ def _flat(spec: EngineSpec) -> dict[str, str]:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and (value or "." not in path):  # an empty one inside config is a value
         for name, part in value.items():
             yield from _leaves(part, f"{path}.{name}" if path else name)
     else:

@@ -13,7 +13,7 @@ from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.teachers import build
 from dfkd.teachers.adapters import Logits
 from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.resnet_thin import resnet_thin
+from dfkd.teachers.resnet import resnet_thin
 from dfkd.teachers.wrn import WideResNet
 from dfkd_engine.spec import TensorSpec
 

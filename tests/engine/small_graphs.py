@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dfkd_engine.graph import Graph, trace
 from dfkd_engine.spec import EngineSpec, TensorSpec
 
-BATCH = (1, 4, 6)
+ROWS = (1, 4, 6)
 SIDE, CHANNELS, WIDTH, TOKENS = 4, 4, 8, 5
 
 Z = TensorSpec("z", (None, CHANNELS, SIDE, SIDE), "float32")
@@ -28,7 +28,13 @@ INPUTS = {
     "decode_vjp": (Z, IMAGE),
     "gradient": (Z, TensorSpec("labels", (None,), "int64")),
 }
-OUTPUTS = {"unet": ("prediction",), "decode": ("image",), "decode_vjp": ("gradient",), "gradient": ("gradient", "cls")}
+GRADIENT = TensorSpec("gradient", Z.shape, "float32")
+OUTPUTS = {
+    "unet": (TensorSpec("prediction", Z.shape, "float32"),),
+    "decode": (TensorSpec("image", IMAGE.shape, "float32"),),
+    "decode_vjp": (GRADIENT,),
+    "gradient": (GRADIENT, TensorSpec("cls", (None,), "float32")),
+}
 KINDS = {"unet": "forward", "decode": "forward", "decode_vjp": "gradient", "gradient": "gradient"}
 
 
@@ -115,24 +121,35 @@ def networks() -> Networks:
 
 @cache
 def graph(network: str) -> Graph:
-    return trace(networks().function(network), INPUTS[network], output_names=OUTPUTS[network])
+    names = [output.name for output in OUTPUTS[network]]
+    return trace(networks().function(network), INPUTS[network], output_names=names)
 
 
 def spec(network: str, backend: str, device: str = "cpu", dtype: str = "float32") -> EngineSpec:
-    traced = graph(network)
-    digests = traced.structure(), traced.weights()
-    return EngineSpec(network, *digests, traced.inputs, traced.outputs, BATCH, dtype, backend, (), device, ())
+    return EngineSpec(
+        network=network,
+        config={},
+        components={},
+        inputs=INPUTS[network],
+        outputs=OUTPUTS[network],
+        rows=ROWS,
+        dtype=dtype,
+        backend=backend,
+        versions={},
+        device=device,
+        flags={},
+        sources="test",
+    )
 
 
 def arguments(network: str, rows: int, seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for tensor in INPUTS[network]:
-        shape = [rows if size is None else size for size in tensor.shape]
         if tensor.dtype == "int64":
             made.append(torch.arange(rows) % 3)
         elif tensor.name == "t":
             made.append(torch.tensor([500.0]))
         else:
-            made.append(torch.randn(shape, generator=generator))
+            made.append(torch.randn(tensor.sizes(rows), generator=generator))
     return tuple(made)

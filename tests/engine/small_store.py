@@ -1,7 +1,6 @@
-"""A spec, its recipe and a builder of a few bytes, for tests that need a store but no compiler."""
+"""Two specs and a builder of a few bytes, for tests that need a store but no compiler. Nothing here imports torch."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,19 @@ from dfkd_engine.spec import EngineSpec, TensorSpec
 
 SPEC = EngineSpec(
     network="decode",
-    graph="a" * 64,
-    weights="b" * 64,
+    config={"size": 64, "losses": {"bn": {"weight": 0.1}}},
+    components={"vae": "a" * 64},
     inputs=(TensorSpec("z", (None, 4, 8, 8), "float32"),),
     outputs=(TensorSpec("image", (None, 3, 64, 64), "float32"),),
-    batch=(2, 8, 16),
+    rows=(2, 8, 16),
     dtype="float32",
     backend="inductor",
-    versions=(("torch", "2.13.0"),),
+    versions={"torch": "2.13.0"},
     device="cpu x86_64 avx2",
-    flags=(("freezing", "1"),),
+    flags={"freezing": "1"},
+    sources="s0",
 )
-OTHER = replace(SPEC, weights="c" * 64)
-RECIPE = {"network": "decode", "prior": "p0", "size": "64", "device": SPEC.device, "versions.torch": "2.13.0"}
+OTHER = replace(SPEC, components={"vae": "b" * 64})
 FILES = {"model.pt2": b"compiled" * 500, "data/weights.bin": bytes(range(256)) * 20}
 
 
@@ -35,15 +34,3 @@ def make(folder: Path) -> Mapping[str, Any]:
 
 def never(folder: Path) -> Mapping[str, Any]:
     raise AssertionError(f"nothing is to be built, {folder} was asked for")
-
-
-def counted(log: Path, seconds: float = 0.0) -> Callable[[Path], Mapping[str, Any]]:
-    """A ``make`` that writes a line to ``log`` and takes its time."""
-
-    def slow(folder: Path) -> Mapping[str, Any]:
-        with open(log, "a") as lines:
-            lines.write("built\n")
-        time.sleep(seconds)
-        return make(folder)
-
-    return slow

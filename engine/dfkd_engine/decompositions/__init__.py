@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions
 
-from dfkd_engine.decompositions import activations, convolution, losses, norms, pooling, reductions, shapes
+from dfkd_engine.decompositions import activations, layers, pooling
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ _KEPT = {
 def table() -> dict[Any, Callable[..., Any]]:
     """PyTorch's core decompositions, without what stays whole and with this package's in front."""
     core = {op: function for op, function in dict(core_aten_decompositions()).items() if not _stays(op)}
-    parts = (activations, convolution, losses, norms, pooling, reductions, shapes)
+    parts = (activations, layers, pooling)
     return core | {op: function for part in parts for op, function in part.TABLE.items()}
 
 

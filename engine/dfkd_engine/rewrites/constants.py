@@ -1,7 +1,4 @@
-"""Constants of a graph: worked out in advance, and named after the parameters that they are.
-
-None of it looks at their values, so networks of equal shape give equal graphs.
-"""
+"""Constants of a graph: worked out in advance, and named after the parameters that they are."""
 
 import operator
 from collections.abc import Mapping
@@ -15,18 +12,14 @@ from dfkd_engine.rewrites.views import VIEWS
 aten = torch.ops.aten
 
 
-def fold_constants(module: fx.GraphModule, live: frozenset[Any] = frozenset()) -> None:
-    """Work out what depends on constants alone; views of a constant stay views.
-
-    live: identities of constants that may change later, from which nothing is worked out.
-    """
+def fold_constants(module: fx.GraphModule) -> None:
+    """Work out what depends on constants alone; views of a constant stay views."""
     fixed: set[fx.Node] = set()
     plain: set[fx.Node] = set()  # constants, and views of constants
     for node in module.graph.nodes:
         if node.op == "get_attr":
             plain.add(node)
-            if identity(constant(module, node)) not in live:
-                fixed.add(node)
+            fixed.add(node)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if all(argument in fixed for argument in node.all_input_nodes):
                 fixed.add(node)

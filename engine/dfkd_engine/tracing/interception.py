@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from dfkd_engine.decompositions.frozen import weight_gradient
+from dfkd_engine.decompositions.layers import weight_gradient
 from dfkd_engine.decompositions.resize import interpolate
 from dfkd_engine.errors import EngineError
 

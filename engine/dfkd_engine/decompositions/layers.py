@@ -1,7 +1,9 @@
-"""Normalisation layers: their arithmetic in float32 whatever the network's dtype, and their gradients.
+"""Layers with weights: normalisation in float32 whatever the network's dtype, and gradients in a layer's input.
 
-Batch norm becomes an affine map with constant factors. Group and layer norm stay whole in the forward direction, where
-every backend has its own kernel; the gradient uses the mean and the reciprocal deviation that they return.
+Networks in a graph are frozen: a gradient of their weights is refused. The gradient of a convolution in its input is a
+convolution. Batch norm becomes an affine map with constant factors. Group and layer norm stay whole in the forward
+direction, where every backend has its own kernel; the gradient uses the mean and the reciprocal deviation that they
+return.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +12,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_engine.decompositions.frozen import refuse_weight_gradients
 from dfkd_engine.errors import EngineError
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def weight_gradient(what: str) -> EngineError:
+    """The error of a function that asks for a gradient of weights."""
+    why = "weights are frozen in a graph; only gradients of activations can be taken"
+    return EngineError(f"a gradient of {what} is asked for", why, "set requires_grad_(False) on the networks")
+
+
+def convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, None, None]:
+    """Of x [B, C, ...] and grad [B, K, ...]; weight [K, C / groups, ...], or [C, K / groups, ...] if transposed."""
+    _require_frozen("convolution", mask)
+    if not mask[0]:
+        return None, None, None
+    n = weight.dim() - 2
+    stride, padding, dilation = (list(v) * (n if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    if transposed:
+        return _convolve(grad, weight, stride, padding, dilation, groups), None, None
+    kernel = weight.shape[2:]
+    flipped_padding = [dilation[i] * (kernel[i] - 1) - padding[i] for i in range(n)]
+    if all(s == 1 for s in stride) and min(flipped_padding) >= 0:
+        # twice as fast as a transposed convolution in ONNX Runtime
+        return _convolve(grad, _flipped(weight, groups), stride, flipped_padding, dilation, groups), None, None
+    # rows behind the last window that fits: they have no gradient, but they have a size
+    left = [x.shape[2 + i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i]) for i in range(n)]
+    left = [left[i] - dilation[i] * (kernel[i] - 1) - 1 for i in range(n)]
+    if grad.dtype == torch.bfloat16:  # TensorRT has no transposed convolution of it; only a few strided layers pay
+        grad, weight = grad.float(), weight.float()
+    result = aten.convolution.default(grad, weight, None, stride, padding, dilation, True, left, groups)
+    return result.to(x.dtype), None, None
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    none = [0] * len(stride)
+    result: Tensor = aten.convolution.default(x, weight, None, stride, padding, dilation, False, none, groups)
+    return result
+
+
+def _flipped(weight: Tensor, groups: int) -> Tensor:
+    """[K, C / groups, ...] -> [C, K / groups, ...], in the memory format of weight."""
+    outputs, inputs, *kernel = weight.shape
+    parts = weight.reshape(groups, outputs // groups, inputs, *kernel).transpose(1, 2)
+    turned = parts.reshape(groups * inputs, outputs // groups, *kernel).flip(*range(2, weight.dim()))
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        return turned.contiguous(memory_format=torch.channels_last)
+    return turned.contiguous()
 
 
 def batch_norm_inference(
@@ -70,7 +130,7 @@ def native_batch_norm_backward(
     eps: float,
     mask: Sequence[bool],
 ) -> tuple[Tensor, None, None]:
-    refuse_weight_gradients("batch norm", mask)
+    _require_frozen("batch norm", mask)
     _, variance = _running(mean, variance, training)
     return (grad.float() * _channelwise(_scale(weight, variance, eps), x)).to(x.dtype), None, None
 
@@ -100,7 +160,7 @@ def native_group_norm_backward(
 
     So the feature map is never reshaped into groups, which would copy one that lies in NHWC order.
     """
-    refuse_weight_gradients("group norm", mask)
+    _require_frozen("group norm", mask)
     pixels = tuple(range(2, x.dim()))
     width = c // groups
 
@@ -142,7 +202,7 @@ def native_layer_norm_backward(
     bias: Tensor | None,
     mask: Sequence[bool],
 ) -> tuple[Tensor, None, None]:
-    refuse_weight_gradients("layer norm", mask)
+    _require_frozen("layer norm", mask)
     axes = tuple(range(x.dim() - len(shape), x.dim()))
     g = grad.float() if weight is None else grad.float() * weight.float()
     normed = (x.float() - mean) * rstd
@@ -171,7 +231,14 @@ def _running(mean: Tensor | None, variance: Tensor | None, training: bool) -> tu
     return mean, variance
 
 
+def _require_frozen(layer: str, mask: Sequence[bool]) -> None:
+    """mask: which gradients are wanted; all but the first are those of weights."""
+    if any(mask[1:]):
+        raise weight_gradient(f"the weights of a {layer}")
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
+    aten.convolution_backward.default: convolution_backward,
     aten._native_batch_norm_legit_no_training.default: batch_norm_inference,
     aten.native_batch_norm.default: native_batch_norm,
     aten.cudnn_batch_norm.default: cudnn_batch_norm,

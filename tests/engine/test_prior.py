@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,33 +10,24 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from dfkd_engine.networks import load_prior
-from dfkd_engine.prior_folder import PriorError
+import dfkd_engine.files
+from dfkd_engine.errors import EngineError
+from dfkd_engine.prior import EMBEDDED, Prior, component_digests
 from tests.tiny_sd import VAE, WIDTH, make_tiny_sd
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_sd(tmp_path_factory.mktemp("prior") / "sd")
-
-
-@pytest.fixture(scope="module")
-def prior(folder):
-    return load_prior(folder)
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+def pipeline(prior_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(prior_folder, safety_checker=None)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval()
     return pipe
 
 
 @pytest.fixture
-def spoilt(folder, tmp_path):
+def spoilt(prior_folder, tmp_path):
     """A copy of the prior to break."""
-    return Path(shutil.copytree(folder, tmp_path / "sd"))
+    return Path(shutil.copytree(prior_folder, tmp_path / "sd"))
 
 
 def edit(path, **changes):
@@ -45,45 +35,30 @@ def edit(path, **changes):
     path.write_text(json.dumps(config | changes))
 
 
-def test_description(prior, folder):
+def test_description(prior, prior_folder):
     assert prior.latent_channels == 4 and prior.latent_size == (64, 64)
     assert prior.vae_scale_factor == 8 and prior.scaling_factor == 0.18215
-    assert prior.prediction_type == "epsilon" and prior.source == str(folder)
+    assert prior.prediction_type == "epsilon" and prior.source == str(prior_folder)
     assert prior.scheduler_config["_class_name"] == "PNDMScheduler" and prior.scheduler_config["steps_offset"] == 1
     assert prior.dtype == torch.float32 and prior.device.type == "cpu"
-
-
-def test_networks_are_frozen(prior):
     for network in (prior.unet, prior.vae, prior.text_encoder):
         assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
-def test_prompts_equal_the_pipeline(prior, pipeline):
+def test_prompts_equal_the_pipeline_and_are_encoded_once(prior, pipeline, monkeypatch):
+    prior, calls, forward = replace(prior, _encoded={}), [], prior.text_encoder.forward
+    monkeypatch.setattr(prior.text_encoder, "forward", lambda *a, **k: (calls.append(a), forward(*a, **k))[1])
     prompts = ["a photo of 7", "", "an " * 200, "a photo of 7"]  # repeated, empty, longer than the 77 positions
     got = prior.encode_prompts(prompts)
     assert got.shape == (4, 77, WIDTH) and torch.equal(got[0], got[3])
     for embedding, prompt in zip(got, prompts, strict=True):
         expected, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
         assert torch.equal(embedding, expected[0])
+    prior.encode_prompts([""])
+    assert len(calls) == 3
 
 
-def test_prompts_are_encoded_once(prior, monkeypatch):
-    prior, calls = replace(prior, _encoded={}), []
-    monkeypatch.setattr(prior.text_encoder, "forward", counted(prior.text_encoder.forward, calls))
-    prior.encode_prompts(["a", "b", "a"])
-    prior.encode_prompts(["b"])
-    assert len(calls) == 2
-
-
-def counted(function, calls):
-    def wrapper(*args, **kwargs):
-        calls.append(args)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("t", [501, 501.0, torch.tensor(501.0, dtype=torch.float64), torch.full((2,), 501)])
+@pytest.mark.parametrize("t", [501, torch.tensor(501.0, dtype=torch.float64), torch.full((2,), 501)])
 def test_denoise_is_the_unet(prior, pipeline, t):
     # A seed, since this thin UNet's norms take groups of two numbers: where those are nearly equal, rounding decides.
     generator = torch.Generator().manual_seed(0)
@@ -104,22 +79,25 @@ def test_decode_is_the_vae_in_0_1(prior, pipeline):
     torch.testing.assert_close(image, pipeline.image_processor.postprocess(raw, "pt"))
 
 
-def test_decode_is_differentiable(prior):
-    prior = replace(prior, vae=deepcopy(prior.vae).double(), unet=deepcopy(prior.unet).double())
+def test_decode_is_differentiable_and_doubled_is_float64(prior):
     z = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    wide = prior.doubled()
+    assert wide.dtype == torch.float64 and prior.dtype == torch.float32
     leaf = z.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(prior.decode(leaf).sum(), leaf)
+    (slope,) = torch.autograd.grad(wide.decode(leaf).sum(), leaf)
     with torch.no_grad():
-        numeric = (prior.decode(z + 1e-6 * slope).sum() - prior.decode(z - 1e-6 * slope).sum()) / 2e-6
+        numeric = (wide.decode(z + 1e-6 * slope).sum() - wide.decode(z - 1e-6 * slope).sum()) / 2e-6
     # central difference along the gradient: error O(1e-12) plus 1e-16 / 1e-6 of rounding
     torch.testing.assert_close(numeric, slope.square().sum(), rtol=1e-5, atol=1e-8)
 
 
-def test_half_precision_networks_keep_the_callers_dtype(folder):
-    prior = load_prior(folder, torch.bfloat16)
+def test_half_precision_networks_keep_the_callers_dtype(prior_folder):
+    prior = Prior.from_pretrained(prior_folder, dtype="bf16")
     z, context = torch.randn(1, 4, 8, 8), prior.encode_prompts(["a"])
     assert context.dtype == torch.bfloat16
     assert prior.denoise(z, 10, context).dtype == torch.float32 and prior.decode(z).dtype == torch.float32
+    with pytest.raises(EngineError, match="the dtype 'fp8' is unknown"):
+        Prior.from_pretrained(prior_folder, dtype="fp8")
 
 
 def test_shift_factor(prior):
@@ -130,94 +108,113 @@ def test_shift_factor(prior):
         torch.testing.assert_close(replace(prior, vae=vae, scaling_factor=0.5).decode(z), expected)
 
 
-def test_autoencoder_tiny_and_v_prediction(tmp_path):
-    made = load_prior(make_tiny_sd(tmp_path, vae_class=AutoencoderTiny, scheduler={"prediction_type": "v_prediction"}))
+def test_autoencoder_tiny_v_prediction_and_a_name(tmp_path, monkeypatch):
+    folder = make_tiny_sd(tmp_path, vae_class=AutoencoderTiny, scheduler={"prediction_type": "v_prediction"})
+    monkeypatch.setitem(EMBEDDED, "mine", folder)
+    made = Prior.from_pretrained("mine")
     assert made.prediction_type == "v_prediction" and made.scaling_factor == 1.0 and made.vae_scale_factor == 8
+    assert made.source == "mine"
     z = torch.randn(1, 4, 2, 3)
     torch.testing.assert_close(made.decode(z), (made.vae.decode(z).sample / 2 + 0.5).clamp(0, 1))
-    assert made.decode(z).shape == (1, 3, 16, 24)
 
 
-def test_digest_follows_the_weights(folder, spoilt, prior):
-    assert load_prior(spoilt).weights_digest == prior.weights_digest  # not the path
-    weights = load_file(spoilt / "vae/diffusion_pytorch_model.safetensors")
+def change_weights(folder):
+    weights = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
     weights["decoder.conv_out.bias"] += 1
-    save_file(weights, spoilt / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    assert load_prior(spoilt).weights_digest != prior.weights_digest
+    save_file(weights, folder / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("vae", change_weights),
+        ("unet", lambda folder: edit(folder / "unet/config.json", flip_sin_to_cos=False)),
+        ("text_encoder", lambda folder: edit(folder / "text_encoder/config.json", hidden_act="gelu")),
+        ("tokenizer", lambda folder: (folder / "tokenizer/merges.txt").open("a").write("t h\n")),
+        ("scheduler", lambda folder: edit(folder / "scheduler/scheduler_config.json", beta_end=0.02)),
+    ],
+)
+def test_the_digest_of_a_component_follows_its_files(prior, spoilt, part, change):
+    assert component_digests(spoilt) == prior.digests  # not the path
+    change(spoilt)
+    found = component_digests(spoilt)
+    assert {name for name in found if found[name] != prior.digests[name]} == {part}
+
+
+def test_weights_are_hashed_once_a_process(prior_folder, prior, monkeypatch):
+    monkeypatch.setattr(dfkd_engine.files, "sha256", lambda path: pytest.fail(f"{path} is read again"))
+    assert component_digests(prior_folder) == prior.digests
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
 def test_missing_part(spoilt, part):
     shutil.rmtree(spoilt / part)
-    with pytest.raises(PriorError, match=f"{part}/.*Fetch|{part}/.* is missing. A prior is a folder"):
-        load_prior(spoilt)
+    with pytest.raises(EngineError, match=f"{part}/.*Fetch|{part}/.* is missing. A prior is a folder"):
+        Prior.from_pretrained(spoilt)
 
 
 @pytest.mark.parametrize(
     "part, change, message",
     [
         ("unet", {"_class_name": "UNet3DConditionModel"}, "unet is a UNet3DConditionModel: want a UNet2D"),
-        (
-            "unet",
-            {"cross_attention_dim": 64},
-            "cross_attention_dim is 64: its text encoder makes embeddings of width 32",
-        ),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim is 64: its text encoder makes embeddings of width"),
         ("unet", {"in_channels": 9}, "unet takes 9 and gives 4 channels: the VAE's latents have 4"),
         ("unet", {"addition_embed_type": "text_time"}, "unet has addition_embed_type = text_time"),
         ("unet", {"sample_size": None}, "no sample_size"),
         ("vae", {"_class_name": "VQModel"}, "vae is a VQModel: want one of AutoencoderKL, AutoencoderTiny"),
-        (
-            "text_encoder",
-            {"architectures": ["T5EncoderModel"]},
-            "text_encoder is a T5EncoderModel: want a CLIPTextModel",
-        ),
+        ("text_encoder", {"architectures": ["T5EncoderModel"]}, "text_encoder is a T5EncoderModel: want a CLIPText"),
     ],
 )
 def test_unfit_configs(spoilt, part, change, message):
     edit(spoilt / part / "config.json", **change)
-    with pytest.raises(PriorError, match=message):
-        load_prior(spoilt)
+    with pytest.raises(EngineError, match=message):
+        Prior.from_pretrained(spoilt)
 
 
-def test_config_that_is_no_json(spoilt):
-    (spoilt / "unet/config.json").write_text("{")
-    with pytest.raises(PriorError, match="not JSON"):
-        load_prior(spoilt)
+def no_json(folder):
+    (folder / "unet/config.json").write_text("{")
 
 
-def test_pickled_weights_are_refused(spoilt):
-    path = spoilt / "unet/diffusion_pytorch_model.safetensors"
+def pickled(folder):
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
     path.rename(path.with_suffix(".bin"))
-    with pytest.raises(PriorError, match=r"is missing \(unet/ holds diffusion_pytorch_model.bin\)"):
-        load_prior(spoilt)
 
 
-@pytest.mark.parametrize("part, file", [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
-def test_incomplete_weights_are_refused(spoilt, part, file):
-    path = spoilt / part / f"{file}.safetensors"
+def incomplete(folder):
+    path = folder / "text_encoder/model.safetensors"
     weights = load_file(path)
-    name = sorted(weights)[0]
-    del weights[name]
+    del weights[sorted(weights)[0]]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(PriorError, match="1 weights are not in its files"):
-        load_prior(spoilt)
 
 
-def test_truncated_weights_are_refused(spoilt):
-    path = spoilt / "unet/diffusion_pytorch_model.safetensors"
+def truncated(folder):
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(PriorError, match="could not be loaded"):
-        load_prior(spoilt)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (no_json, "not JSON"),
+        (pickled, r"is missing \(unet/ holds diffusion_pytorch_model.bin\)"),
+        (incomplete, "1 weights are not in its files"),
+        (truncated, "could not be loaded"),
+    ],
+)
+def test_files_that_cannot_be_loaded(spoilt, spoil, message):
+    spoil(spoilt)
+    with pytest.raises(EngineError, match=message):
+        Prior.from_pretrained(spoilt)
 
 
 @pytest.mark.parametrize("source", ["no/such/folder", "./nothing", "nothing", Path("no/such")])
 def test_absent_folder(source):
-    with pytest.raises(PriorError, match="no such folder, and a hub id has the form owner/name"):
-        load_prior(source)
+    with pytest.raises(EngineError, match="no such folder, and a hub id has the form owner/name"):
+        Prior.from_pretrained(source)
 
 
 def test_hub_id_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(PriorError, match=r"could not be fetched from the Hugging Face hub .*Point to a folder"):
-        load_prior("owner/name")
+    with pytest.raises(EngineError, match=r"could not be fetched from the Hugging Face hub .*Check the id"):
+        Prior.from_pretrained("owner/name")
