@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dfkd.synthesis.pipeline import GuidedPipeline
     from dfkd.synthesis.run import generate
     from dfkd.teachers import Classifier
-    from dfkd.training import distill, train_teacher
+    from dfkd.training.distill import distill
+    from dfkd.training.teacher import train_teacher
     from dfkd_engine.prior import Prior
 
 __version__ = "0.1.0"
@@ -35,10 +36,10 @@ _HOME = {
     "Prior": "dfkd_engine.prior",
     "TeacherTrainConfig": "dfkd.config",
     "UsageError": "dfkd.errors",
-    "distill": "dfkd.training",
+    "distill": "dfkd.training.distill",
     "evaluate": "dfkd.evaluation",
     "generate": "dfkd.synthesis.run",
-    "train_teacher": "dfkd.training",
+    "train_teacher": "dfkd.training.teacher",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Where the feature maps of a classifier are, found in one forward pass; and a tap that takes them on every other.
+"""Where the feature maps of a classifier are, found in one forward pass.
 
 A class activation map needs a network that ends in a global average of its last feature map and one linear layer.
 Stages are where the resolution changes: of the resolutions before that of the last feature map the last three, each at
@@ -7,8 +7,8 @@ layer1 to layer3. The zoo's are written down.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from dfkd.errors import UsageError
 from dfkd.teachers.mobilenetv2 import MobileNetV2
-from dfkd.teachers.resnet import CifarResNet, ImageNetResNet
-from dfkd.teachers.resnet_thin import ThinResNet
+from dfkd.teachers.resnet import CifarResNet, ImageNetResNet, ThinResNet
 from dfkd.teachers.shufflenetv2 import ShuffleNetV2
 from dfkd.teachers.vgg import VGG
 from dfkd.teachers.wrn import WideResNet
@@ -48,18 +47,16 @@ class Head:
 
 @dataclass(frozen=True)
 class Places:
-    """Modules of a network by name: what a tap takes. head is None where no class activation map is wanted."""
+    """Modules of a network by name. head is None where no class activation map is wanted, stages are () where no
+    Grad-CAM is."""
 
     head: Head | None
     stages: tuple[str, ...]
 
-
-@dataclass
-class Taken:
-    """The feature maps of one forward pass, on its autograd graph: [B, D, h, w], and [B, K, h, w] of every stage."""
-
-    last: Tensor | None
-    stages: tuple[Tensor, ...]
+    def modules(self) -> tuple[str, ...]:
+        """Those whose outputs are needed."""
+        last = (self.head.last,) if self.head is not None else ()
+        return tuple(dict.fromkeys((*self.stages, *last)))
 
 
 def find(
@@ -77,41 +74,6 @@ def find(
     if stages:
         return Places(head, _named(network, calls, stages, who))
     return Places(head, ZOO.get(type(network)) or _by_resolution(network, calls, who))
-
-
-@contextmanager
-def tapped(network: nn.Module, places: Places, start_graph: bool = False) -> Iterator[Taken]:
-    """Take the feature maps of one forward pass: they are there when the block ends.
-
-    start_graph: the first stage begins the autograd graph, for a frozen network that would have none. A module that is
-    called several times gives what it gave last.
-    """
-    found: dict[str, Tensor] = {}
-    taken = Taken(None, ())
-
-    def hook(name: str, stage: bool) -> Callable[[nn.Module, Any, Any], Tensor | None]:
-        def take(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-            if not (stage and start_graph and not output.requires_grad):
-                found[name] = output
-                return None
-            # A copy, since a layer that works in place may follow, which autograd forbids on the graph's first tensor.
-            found[name] = output.detach().requires_grad_().clone()
-            return found[name]
-
-        return take
-
-    with ExitStack() as handles:
-        names = dict.fromkeys(places.stages, True)
-        if places.head is not None:
-            names.setdefault(places.head.last, False)
-        for name, stage in names.items():
-            handle = network.get_submodule(name).register_forward_hook(hook(name, stage))
-            handles.callback(handle.remove)
-        yield taken
-    taken.stages = tuple(found[name] for name in places.stages)
-    if places.head is not None:
-        last = found[places.head.last]
-        taken.last = F.relu(last) if places.head.relu else last
 
 
 @dataclass
@@ -201,8 +163,9 @@ def _by_resolution(network: nn.Module, calls: dict[str, _Call], who: str) -> tup
             ends[sides] = name
     falling = [ends[sides] for sides in sorted(ends, key=lambda sides: -sides[0] * sides[1])]
     if falling != sorted(falling, key=places.__getitem__) or len(falling) < STAGES:
+        listed = ", ".join(f"{height}x{width} ({name})" for (height, width), name in ends.items()) or "none"
         raise UsageError(
-            f"the {who} has feature maps of {len(ends)} sizes: {_listed(ends)}",
+            f"the {who} has feature maps of {len(ends)} sizes: {listed}",
             f"Grad-CAMs are taken at {STAGES} stages, told by a resolution that falls",
             f"name them with --msarc-{who}-stages, or use --msarc-maps cam",
         )
@@ -238,7 +201,3 @@ def _named(network: nn.Module, calls: dict[str, _Call], stages: Sequence[str], w
                 f"--msarc-{who}-stages names {name!r}", why, f"nearest that give one: {', '.join(near) or 'none'}"
             )
     return tuple(stages)
-
-
-def _listed(ends: dict[tuple[int, int], str]) -> str:
-    return ", ".join(f"{height}x{width} ({name})" for (height, width), name in ends.items()) or "none"

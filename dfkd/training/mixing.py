@@ -1,38 +1,30 @@
-"""Mixtures of the images of a batch."""
+"""Mixtures of the images of a batch; in distillation the teacher labels the mixture."""
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from dfkd.errors import UsageError
-from dfkd.data.loader.views import coin
-
-MIXES = ("none", "mixup", "cutmix", "both")
+from dfkd.data import coin
 
 
-def mix(
-    images: Tensor, kind: str, alpha: float, generator: Generator, total: int | None = None, rows: slice = slice(None)
-) -> Tensor:
-    """Mixtures of each image with its neighbour in the batch (the loader has shuffled them).
+def mix(images: Tensor, kind: str, alpha: float, generator: Generator, total: int, rows: slice = slice(None)) -> Tensor:
+    """Mixtures of each image [B, 3, H, W] with its neighbour in the batch, which the loader has shuffled.
 
-    lam ~ Beta(alpha, alpha) for every image. mixup: lam x + (1 - lam) x'; cutmix: a box of W sqrt(1 - lam) by
-    H sqrt(1 - lam) with uniform centre, clipped at the border, comes from x'; both: a fair coin for every image.
-    Labels are not mixed: in distillation the teacher labels the mixture. Images may be normalised: mixtures are linear.
+    lam ~ Beta(alpha, alpha) for every image. kind: mixup: lam x + (1 - lam) x'; cutmix: a box of W sqrt(1 - lam) by
+    H sqrt(1 - lam) with uniform centre, clipped at the border, comes from x'; both: a fair coin for every image; none.
+    Images may be normalised: mixtures are linear.
 
-    total, rows: where the images are those rows of a global batch of ``total``; what is drawn is drawn for all of it,
-    and the neighbour of the first image is the last one here. Raises UsageError for another kind.
+    total, rows: the images are those rows of a global batch of `total`; what is drawn is drawn for all of it, and the
+    neighbour of the first image is the last one here.
     """
-    if kind not in MIXES:
-        raise UsageError(f"mix {kind!r} is unknown", f"known are {', '.join(MIXES)}", "choose one of them")
     if kind == "none":
         return images
     height, width = images.shape[-2:]
-    batch = len(images) if total is None else total
-    lam = _beta(batch, alpha, generator)
-    weight = lam.view(-1, 1, 1, 1).expand(batch, 1, height, width)
+    lam = _beta(total, alpha, generator)
+    weight = lam.view(-1, 1, 1, 1).expand(total, 1, height, width)
     if kind != "mixup":
         pasted = _box_mask(lam, height, width, generator)
-        use_mixup = coin(batch, generator) if kind == "both" else torch.zeros(batch, dtype=torch.bool)
+        use_mixup = coin(total, generator) if kind == "both" else torch.zeros(total, dtype=torch.bool)
         weight = torch.where(use_mixup.view(-1, 1, 1, 1), weight, 1 - pasted)
     return torch.lerp(images.roll(1, 0), images, weight[rows].to(images.device, images.dtype))
 

@@ -1,61 +1,80 @@
-"""The state of a run between two steps."""
+"""The state of a training between two steps: network, optimiser, average of the weights; and the learning rate."""
 
+import copy
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from dfkd.training.average import Average
-from dfkd.training.settings import DistillSettings
-from dfkd.training.resume import write_checkpoint
+from dfkd.config import OptimiserConfig, TrainConfig
+
+RISE = 0.3  # share of a onecycle run in which the rate rises
+
+
+def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
+    """The rate of step 0 <= step < total.
+
+    multistep: the highest, x 0.1 from each milestone on; cosine: half a cosine from the highest to 0, which begins
+    after the warm-up; onecycle: a straight rise from 1/25 over the first 30 %, then half a cosine to 0 (Smith and
+    Topin, arXiv:1708.07120). During the first `warmup` steps it is multiplied by (step + 1) / (warmup + 1).
+    """
+    peak = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
+    if config.schedule == "multistep":
+        return peak * 0.1 ** sum(step >= round(part * total) for part in config.milestone_parts())
+    if config.schedule == "cosine":
+        done = max(0, step - config.warmup) / max(1, total - config.warmup)
+        return peak * (1 + math.cos(math.pi * done)) / 2
+    done = step / total
+    if done < RISE:
+        return peak * (0.04 + 0.96 * done / RISE)
+    return peak * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE))) / 2
 
 
 class State:
-    """Student, optimizer and counters after ``step`` steps; everything random follows from the step itself.
+    """Network, optimiser and counters after `step` steps; everything random follows from the step itself.
 
-    In fp16 a step whose scaled gradients are not finite is skipped: the weights stay, the scale is halved. ``step``
+    In fp16 a step whose scaled gradients are not finite is skipped: the weights stay, the scale is halved. `step`
     counts it, since its images were shown and the learning rate follows the place in the run; the average of the
     weights does not.
 
     skipped: how many were, int64 [] on the device; norm: of the gradient before clipping, [] on the device.
+    kept: plain JSON values that an evaluation keeps from one check to the next.
     """
 
-    def __init__(self, student: nn.Module, settings: DistillSettings, device: torch.device) -> None:
-        self.student, self.clip_norm = student, settings.clip_norm
-        self._parameters = [p for p in student.parameters() if p.requires_grad]
-        fused = device.type == "cuda"
+    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device) -> None:
+        optimiser, fused = config.optimiser, device.type == "cuda"
+        self.network, self.clip_norm = network, optimiser.clip_norm
+        groups = parameter_groups(network, optimiser)
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
         # A captured step (--cuda-graph) reads its rate from the device.
-        self._rate = torch.tensor(settings.lr, device=device) if settings.cuda_graph else None
+        self._rate = torch.tensor(optimiser.lr, device=device) if config.compute.cuda_graph else None
         self.optimizer = torch.optim.SGD(
-            self._parameters,
-            lr=settings.lr if self._rate is None else self._rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            groups,
+            lr=optimiser.lr if self._rate is None else self._rate,
+            momentum=optimiser.momentum,
+            nesterov=optimiser.nesterov and optimiser.momentum > 0,
             fused=fused or None,  # on a GPU: it skips a step without asking the device
         )
-        if fused and settings.momentum:
+        if fused and optimiser.momentum:
             # A first step that is skipped would leave behind what it allocated for the momentum.
             for p in self._parameters:
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.compute.amp == "fp16")
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._passed = torch.ones((), dtype=torch.bool, device=device)
         self.norm: Tensor | None = None
-        self.average = Average(student, settings.ema) if settings.ema else None
+        self.average = Average(network, optimiser.ema) if optimiser.ema else None
         self.step = 0
         self.seconds = 0.0
-        self.best_step = 0
-        # Of held_out.score; below any that can occur.
-        self.best = self.last = (-1.0, 0.0)
+        self.kept: dict[str, Any] = {}
 
     @property
     def result(self) -> nn.Module:
         """The network that is judged and saved: the average where there is one."""
-        return self.student if self.average is None else self.average.network
+        return self.network if self.average is None else self.average.network
 
     def set_rate(self, lr: float) -> None:
         """The learning rate of the next step."""
@@ -82,12 +101,8 @@ class State:
     def advance(self) -> None:
         """Count the step that was made, and let the average follow."""
         self.step += 1
-        if self.average is None:
-            return
-        if self.scaler.is_enabled():
-            self.average.follow_if(self.student, self._passed, self.step - self.skipped)
-        else:
-            self.average.follow(self.student, self.step)
+        if self.average is not None:
+            self.average.follow(self.network, self._passed, self.step - self.skipped)
 
     def measured(self) -> dict[str, float]:
         """What else the log tells of the last step; reading it waits for the device."""
@@ -96,31 +111,60 @@ class State:
             told |= {"skipped": int(self.skipped), "loss_scale": self.scaler.get_scale()}
         return told
 
-    def save(self, out: Path, identity: Mapping[str, Any], **more: Any) -> None:
-        """Replace the checkpoint; ``more`` is kept beside the state."""
-        content = {
-            "student": self.student.state_dict(),
+    def content(self) -> dict[str, Any]:
+        """What `load` takes, on the network's device."""
+        return {
+            "network": self.network.state_dict(),
             "average": None if self.average is None else self.average.network.state_dict(),
             "momentum": [self.optimizer.state[p].get("momentum_buffer") for p in self._parameters],
             "scaler": self.scaler.state_dict(),
             "skipped": int(self.skipped),
             "step": self.step,
             "seconds": self.seconds,
-            "best_step": self.best_step,
-            "best": self.best,
-            "last": self.last,
+            "kept": self.kept,
         }
-        write_checkpoint(out, identity, {**content, **more})
 
     def load(self, content: Mapping[str, Any]) -> None:
-        self.student.load_state_dict(content["student"])
+        """Take up what `content` gave, perhaps on another device or computed otherwise."""
+        self.network.load_state_dict(content["network"])
         if self.average is not None:
             self.average.network.load_state_dict(content["average"])
-        # Not by its own state_dict, which would bring back how it was computed too.
+        # Not by the optimiser's own state_dict, which would bring back how it was computed too.
         for p, momentum in zip(self._parameters, content["momentum"], strict=True):
             if momentum is not None:
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
         self.scaler.load_state_dict(content["scaler"])
         self.skipped.fill_(content["skipped"])
-        self.step, self.seconds = content["step"], content["seconds"]
-        self.best_step, self.best, self.last = content["best_step"], content["best"], content["last"]
+        self.step, self.seconds, self.kept = content["step"], content["seconds"], dict(content["kept"])
+
+
+def parameter_groups(network: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
+    """SGD's groups: one whose parameters decay, and where weights alone do, one of biases and norms."""
+    learned = [p for p in network.parameters() if p.requires_grad]
+    decaying = [p for p in learned if config.decay == "all" or p.ndim > 1]
+    spared = [p for p in learned if config.decay != "all" and p.ndim <= 1]
+    groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Average:
+    """A network whose weights follow another's: w <- d w + (1 - d) w', d = min(decay, (1 + n) / (10 + n)) after n
+    updates. The ramp keeps the untrained weights of the beginning from lingering in the average of a short run.
+    Buffers, such as BatchNorm's statistics, are the other's own.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network, self.decay = copy.deepcopy(network), decay
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module, taken: Tensor, updates: Tensor) -> None:
+        """Take up the weights where `taken` (bool []) says that there was an update, of which this is the n-th.
+
+        Both are on the device, where they stay: nothing waits for them.
+        """
+        decay = torch.clamp((1 + updates.double()) / (10 + updates.double()), max=self.decay)
+        weight = torch.where(taken, 1 - decay, 0.0)
+        for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
+            mine.lerp_(theirs, weight.to(mine.dtype))
+        for own, other in zip(self.network.buffers(), network.buffers(), strict=True):
+            own.copy_(other)

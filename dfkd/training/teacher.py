@@ -1,192 +1,163 @@
-"""Supervised training of a classifier from scratch, on batches of a loader.
+"""Supervised training of a classifier on real images, to be a teacher.
 
-SGD with Nesterov momentum on the cross-entropy. All randomness comes from one seed, so a run repeats itself, also
-where it was stopped between two epochs and goes on.
+OUT/model.safetensors, config.json and result.json are what it leaves. The last network is kept; it is tested once, at
+the end. Of the library this module and dfkd.evaluation alone read real images.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
-from dfkd.data.loader import Form, Images, Source, Step, draw
-from dfkd.runtime import derived_seed, seed_global
-from dfkd.teachers.classifier import Classifier
+from dfkd import teachers
+from dfkd.config import TeacherTrainConfig
+from dfkd.data import Form, Images
+from dfkd.runtime import resolve_device, seed_global
+from dfkd.teachers import Classifier
+from dfkd.training.folder import CHECKPOINT, WEIGHTS, finished, run_folder, write_result
+from dfkd.training.loop import Progress, Say, Training, fit
+from dfkd.training.losses import Network, wide
+from dfkd.training.state import State
+from dfkd.training.step import AMP_DTYPES, autocast, check_training
+from dfkd.training.world import World
 
-SCHEDULES = ("multistep", "cosine", "onecycle")
-# Shares of the run after which multistep divides the rate by ten: epochs 150, 180 and 210 of the published 240.
-MILESTONES = (150 / 240, 180 / 240, 210 / 240)
-WARM_SHARE = 0.3
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """lr is the highest rate; schedule one of SCHEDULES; augment a kind of dfkd.data.loader.views; amp off|bf16|fp16."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    schedule: str
-    augment: str
-    label_smoothing: float
-    amp: str
-    seed: int
+STATISTICS = 10_000  # images that mean and standard deviation are taken from, at most
+CONTENT = "training_images"  # the field of the identity that is known once the images are read
+ROWS = 500  # images of a call that judges
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch did: mean loss and accuracy on its augmented training images, rate at its end, seconds so far."""
+def train_teacher(
+    data: str | Mapping[str, Images],
+    config: TeacherTrainConfig,
+    out: Path | str,
+    *,
+    architecture: str,
+    input_size: int | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Classifier:
+    """Train a new network and return it as it is after the last step, in evaluation mode.
 
-    number: int
-    loss: float
-    train_accuracy: float
-    lr: float
-    seconds: float
+    data: a set of images as dfkd.evaluation.open_images names it ("digits-on-photos", "imagefolder:PATH", ...), or
+    images by split: "train", "validation" and "test".
+    architecture: a name that dfkd.teachers.build knows. input_size: side of its images; None is its own.
+    world, progress and say: as of dfkd.training.distill.distill. OUT/result.json has the accuracies. A run that was
+    stopped goes on where its last checkpoint was, with the same result (bit for bit on a CPU); a finished one returns
+    at once, without reading an image.
 
-
-def rate(done: float, schedule: str) -> float:
-    """Learning rate as a share of its highest value, after the share ``done`` in [0, 1] of the run.
-
-    multistep: x 0.1 at 5/8, 6/8 and 7/8. cosine: (1 + cos(pi done)) / 2. onecycle: a straight rise from 1/25 over
-    the first 30 %, then a cosine down to 0 (Smith and Topin, arXiv:1708.07120).
+    Raises UsageError for an unknown architecture, images that cannot be read, what cannot work on the device, an `out`
+    of other settings or in use, and a run that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the
+    end of the step (in the main thread).
     """
-    if schedule == "multistep":
-        return 0.1 ** sum(done >= milestone for milestone in MILESTONES)
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    if done < WARM_SHARE:
-        return 0.04 + 0.96 * done / WARM_SHARE
-    return (1 + math.cos(math.pi * (done - WARM_SHARE) / (1 - WARM_SHARE))) / 2
+    out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
+    world = world or World(resolve_device(config.train.compute.device))
+    teachers.check(architecture)
+    check_training(config.train, world)
+    identity = identity_of(data, config, architecture, input_size)
+    with run_folder(out, (WEIGHTS, "config.json"), config.train.resume, world):
+        if world.from_first(lambda: finished(out, out / WEIGHTS, identity, ignoring=[CONTENT])):
+            return Classifier.from_pretrained(out).to(world.device)
+        images = _opener(data, input_size or teachers.input_size(architecture))
+        learning, validation = images("train"), images("validation")
+        identity[CONTENT] = learning.digest[:16]
+        classifier = _untrained(learning, config, architecture, world)
+        say(f"{architecture} on {len(learning.labels)} images, {world.device}")
+
+        def loss(network: Network, images: Tensor, labels: Tensor) -> Tensor:
+            with under_autocast():
+                logits = network(images)
+            return F.cross_entropy(wide(logits), labels, label_smoothing=config.label_smoothing)
+
+        def evaluate(state: State) -> dict[str, float]:
+            return {"validation_accuracy": accuracy(classifier.replace(module=state.result), validation)}
+
+        amp = config.train.compute.amp
+        under_autocast = autocast(amp, world.device)
+        form = Form(classifier.input_size, classifier.mean, classifier.std, world.device, AMP_DTYPES[amp])
+        training = Training(classifier.module, learning, torch.arange(len(learning.labels)), form, loss, evaluate)
+        state = fit(training, config.train, out, identity, world, progress, say)
+        classifier = classifier.replace(module=state.result.eval())
+        if world.first:
+            testing = images("test")
+            result = {
+                "accuracy": accuracy(classifier, testing),
+                "validation_accuracy": accuracy(classifier, validation),
+                "test_images": len(testing.labels),
+                "seconds": round(state.seconds, 3),
+                "steps": state.step,
+                "skipped": int(state.skipped),
+                "device": str(world.device),
+                "processes": world.size,
+                "class_names": list(classifier.class_names),
+                "out": str(out),
+            }
+            classifier.save_pretrained(out, data=identity["data"], accuracy=result["accuracy"])
+            write_result(out, identity, result)
+            (out / CHECKPOINT).unlink()
+    return classifier
 
 
-class State:
-    """A network in training, on the device that it is on, after ``epoch`` epochs that took ``seconds``.
-
-    The network is changed in place. The generator, of order and augmentation, is on the CPU whatever the device.
-    """
-
-    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
-        self.device = next(network.parameters()).device
-        self.network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
-            _parameter_groups(network, recipe.weight_decay),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.momentum > 0,
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.epoch = 0
-        self.seconds = 0.0
-
-    def content(self) -> dict[str, Any]:
-        """What load() takes to be in this state again."""
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "generator": self.generator.get_state(),
-            "epoch": self.epoch,
-            "seconds": self.seconds,
-        }
-
-    def load(self, content: Mapping[str, Any]) -> None:
-        self.network.load_state_dict(content["network"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.generator.set_state(content["generator"].cpu())
-        self.epoch, self.seconds = content["epoch"], content["seconds"]
+def identity_of(
+    data: str | Mapping[str, Images], config: TeacherTrainConfig, architecture: str, input_size: int | None
+) -> dict[str, Any]:
+    """Everything that the teacher depends on; images that are named go in by name here, and by content once read."""
+    named = data if isinstance(data, str) else data["train"].digest[:16]
+    return {**config.identity(), "data": named, "architecture": architecture, "input_size": input_size, CONTENT: None}
 
 
-def train(
-    classifier: Classifier,
-    source: Source,
-    count: int,
-    recipe: Recipe,
-    after_epoch: Callable[[Epoch], None],
-    state: State | None = None,
-) -> None:
-    """Train classifier.module in place, on the device that it is on, until it has had recipe.epochs epochs.
+def _opener(data: str | Mapping[str, Images], size: int) -> Callable[[str], Images]:
+    """Opens the images of a split."""
+    if not isinstance(data, str):
+        return data.__getitem__
+    from dfkd.evaluation import open_images
 
-    source: batches of ``count`` images in the form that form_of states. The last, partial batch of an epoch is left
-    out, since BatchNorm wants batches of one size; the shuffle leaves out others each time. state: of that module,
-    where to go on; by default the beginning. It is complete whenever after_epoch is called.
-    """
-    state = state or State(classifier.module, recipe)
-    started = time.perf_counter() - state.seconds
-    with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
-        while state.epoch < recipe.epochs:
-            loss, right = _one_epoch(state, classifier, source, count, recipe)
-            state.epoch, state.seconds = state.epoch + 1, time.perf_counter() - started
-            lr = float(state.optimizer.param_groups[0]["lr"])
-            after_epoch(Epoch(state.epoch, loss, right, lr, state.seconds))
-    state.network.eval()
-
-
-def form_of(classifier: Classifier, recipe: Recipe) -> Form:
-    """What classifier.module takes in training, where it is."""
-    device = next(classifier.module.parameters()).device
-    return Form(classifier.input_size, classifier.mean, classifier.std, device, AMP_DTYPES[recipe.amp])
-
-
-def _one_epoch(state: State, classifier: Classifier, source: Source, count: int, recipe: Recipe) -> tuple[float, float]:
-    """Mean loss and accuracy on the views of the epoch after state.epoch."""
-    device, optimizer, scaler = state.device, state.optimizer, state.scaler
-    state.network.train()
-    # Layers such as dropout draw from torch's global generator, which a resumed run would find in another state.
-    seed_global(derived_seed(recipe.seed, "dropout", state.epoch), device)
-    batch_size = min(recipe.batch_size, count)
-    per_epoch = count // batch_size
-    # Kept on the device: reading them every step would make it wait.
-    loss_sum = torch.zeros((), device=device)
-    right = torch.zeros((), device=device)
-    steps = _steps(state.generator, count, batch_size, recipe.augment, classifier.input_size)
-    for index, batch in enumerate(source.batches(steps)):
-        done = (state.epoch * per_epoch + index) / (per_epoch * recipe.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * rate(done, recipe.schedule)
-        with torch.autocast(device.type, AMP_DTYPES[recipe.amp], enabled=recipe.amp != "off"):
-            logits = classifier.module(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(scaler.scale(loss))
-        scaler.step(optimizer)
-        scaler.update()
-        loss_sum += loss.detach()
-        right += (logits.argmax(1) == batch.labels).sum()
-    return float(loss_sum) / per_epoch, float(right) / (per_epoch * batch_size)
-
-
-def _steps(generator: torch.Generator, count: int, batch_size: int, kind: str, size: int) -> Iterator[Step]:
-    """One epoch's. A source that asks ahead draws no more than the epoch, so the generator ends where it should."""
-    order = torch.randperm(count, generator=generator)
-    for start in range(0, count - batch_size + 1, batch_size):
-        yield Step(order[start : start + batch_size], draw(kind, batch_size, size, size, generator))
+    return partial(open_images, data, size=size)
 
 
 @torch.no_grad()
-def accuracy(classifier: Classifier, data: Images, batch_size: int = 500) -> float:
-    """Share, in 0..1, of the images that the classifier puts in their class, in evaluation mode."""
-    classifier.module.eval()
-    device = next(classifier.module.parameters()).device
+def accuracy(classifier: Classifier, images: Images) -> float:
+    """Share, in 0..1, of the images that the classifier puts in their class; leaves it in evaluation mode."""
+    classifier.eval()
     right = 0
-    for positions in torch.split(torch.arange(len(data.labels)), batch_size):
-        logits = classifier.logits(data.read(positions).to(device).float() / 255)
-        right += int((logits.argmax(1) == data.labels[positions].to(device)).sum())
-    return right / len(data.labels)
+    for positions in torch.split(torch.arange(len(images.labels)), ROWS):
+        first = classifier(images.read(positions)).argmax(1).cpu()
+        right += int((first == images.labels[positions]).sum())
+    return right / len(images.labels)
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights decay; biases and BatchNorm's scales do not."""
-    weights = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _untrained(learning: Images, config: TeacherTrainConfig, architecture: str, world: World) -> Classifier:
+    """The network on the device, with weights that follow from the seed; torch's generators are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        seed_global(config.train.seed, torch.device("cpu"))
+        network = teachers.build(architecture, len(learning.class_names))
+    network = world.synchronised(network, config.train.compute.sync_bn).to(world.device)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    mean, std = statistics(learning)
+    side = learning.read(torch.tensor([0])).shape[-1]
+    return Classifier(network, learning.class_names, mean, std, side, architecture)
+
+
+def statistics(images: Images) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation per channel, of images in 0..1; of STATISTICS evenly spaced ones where more exist."""
+    count = len(images.labels)
+    chosen = torch.arange(count) if count <= STATISTICS else torch.arange(STATISTICS) * count // STATISTICS
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for part in torch.split(chosen, ROWS):
+        pixels = images.read(part)
+        for channel in range(3):
+            counts[channel] += torch.bincount(pixels[:, channel].flatten(), minlength=256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    std = (share @ levels.square() - mean.square()).sqrt().clamp_min(1e-3)
+    return _rounded(mean), _rounded(std)
+
+
+def _rounded(values: Tensor) -> tuple[float, float, float]:
+    red, green, blue = (round(float(value), 4) for value in values)
+    return red, green, blue

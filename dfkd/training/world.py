@@ -1,12 +1,15 @@
-"""The processes of a run under torchrun: who is who, and what they tell one another.
+"""The processes of a training under torchrun, and the signals that they take.
 
 A process that torchrun did not start is alone, and then nothing here communicates.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -15,28 +18,28 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from dfkd.runtime import device_of, resolve_device
 from dfkd.errors import UsageError
-from dfkd.runtime import Rank, own_rank
+from dfkd.runtime import Rank, own_rank, resolve_device
 
 T = TypeVar("T")
+DEFERRED = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class World:
-    """Rank ``rank`` of ``size``, on its device.
+    """Process `rank` of `size`, on its device.
 
-    words: a group that talks through main memory, beside the one that carries gradients; None where alone.
+    cpu_group: a process group that talks through main memory, beside the one that carries gradients; None where alone.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    words: Any = None
+    cpu_group: Any = None
 
     @property
     def first(self) -> bool:
-        """Of all ranks the one that writes files, logs and checks."""
+        """Whether this process writes files, logs and checks."""
         return self.rank == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -52,7 +55,7 @@ class World:
                 said[0] = make()
             except UsageError as error:
                 said[1] = error
-        dist.broadcast_object_list(said, src=0, group=self.words)
+        dist.broadcast_object_list(said, src=0, group=self.cpu_group)
         if said[1] is not None:
             raise said[1]
         return said[0]  # type: ignore[no-any-return]
@@ -64,13 +67,21 @@ class World:
             values /= self.size
         return values
 
-    def shared(self, student: nn.Module) -> nn.Module:
-        """The student as it is to be called in training: its gradient becomes the mean over the ranks, and running
+    def shared(self, network: nn.Module) -> nn.Module:
+        """The network as it is to be called in training: its gradient becomes the mean over the ranks, and running
         statistics are those of the first one."""
         if self.size == 1:
-            return student
+            return network
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(student, device_ids=devices)
+        return DistributedDataParallel(network, device_ids=devices)
+
+    def synchronised(self, network: nn.Module, wanted: str) -> nn.Module:
+        """The network, whose BatchNorm layers, replaced in place, take statistics over all processes where that acts:
+        `wanted` is "on", or "auto" on GPUs. Its weights keep their names."""
+        if self.size == 1 or wanted == "off" or (wanted == "auto" and self.device.type != "cuda"):
+            return network
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        return converted
 
 
 class Agreement:
@@ -85,7 +96,7 @@ class Agreement:
         if self._world.size == 1:
             return number
         told = torch.tensor([number])
-        asked, self._asked = self._asked, (dist.all_reduce(told, dist.ReduceOp.MAX, self._world.words, True), told)
+        asked, self._asked = self._asked, (dist.all_reduce(told, dist.ReduceOp.MAX, self._world.cpu_group, True), told)
         if asked is None:
             return 0
         asked[0].wait()
@@ -96,17 +107,15 @@ class Agreement:
 def join(device: str) -> Iterator[World]:
     """This process among those that torchrun started, for the time of the block.
 
-    device: by name, as dfkd.device takes it; auto and cuda are the GPU of this process's local rank.
+    device: by name, as dfkd.runtime.resolve_device takes it; auto and cuda are the GPU of this process's local rank.
     Raises UsageError for a device that all ranks of a machine would share, or that is not there.
     """
     rank = own_rank() if dist.is_available() else Rank()
+    place = resolve_device(device, rank)
     if rank.count == 1:
-        yield World(resolve_device(device))
+        yield World(place)
         return
-    place = device_of(device, rank.local, rank.neighbours)
     on_gpu = place.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(place)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=(store := _store_of_this_life()),
@@ -129,3 +138,28 @@ def _store_of_this_life() -> Any:
         return None
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return PrefixStore(f"dfkd/life-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """SIGTERM and SIGINT only take a note until the end of the block; yields what tells the first one's number, or 0.
+
+    A second SIGINT interrupts as ever (KeyboardInterrupt): who asks twice does not want to wait for a step. Outside the
+    main thread, where Python runs no handlers, nothing changes.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {number: signal.signal(number, note) for number in DEFERRED}
+    try:
+        yield lambda: noted[0] if noted else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,288 @@
+"""Distillation: a student learns a frozen teacher's answers on synthetic images.
+
+OUT/last, OUT/best     the student as model.safetensors and config.json
+OUT/result.json        what came of it, once it is finished
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dfkd import teachers
+from dfkd.config import DistillConfig
+from dfkd.data import Batch, Form, Images, damage_text, open_data, read_all
+from dfkd.errors import UsageError
+from dfkd.extension import described
+from dfkd.runtime import KernelChoice, choose_kernels, derived_seed, resolve_device, seed_global
+from dfkd.teachers import Classifier
+from dfkd.training.folder import CHECKPOINT, WEIGHTS, finished, run_folder, write_result
+from dfkd.training.loop import Progress, Say, Training, fit
+from dfkd.training.losses import CrossEntropy, DistillLoss, KullbackLeibler, Objective, kl_at_temperature, own_losses
+from dfkd.training.mixing import mix
+from dfkd.training.msarc import Msarc
+from dfkd.training.state import State
+from dfkd.training.step import AMP_DTYPES, autocast, check_training, compiled
+from dfkd.training.world import World
+
+ROWS = 500  # images of a call that judges
+
+Data = Images | Path | str | Sequence[Path | str]
+
+
+def distill(
+    data: Data,
+    teacher: Classifier,
+    config: DistillConfig,
+    out: Path | str,
+    *,
+    student: nn.Module | None = None,
+    world: World | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Classifier:
+    """Train a student on synthetic images and return it as it is after the last step, in evaluation mode.
+
+    data: what `generate` returned, or one or several folders of images, whose classes are the teacher's.
+    teacher: is frozen in place (`Classifier.freeze`), on the device of the run.
+    student: a network to train in place, which takes what the teacher takes; None builds config.student anew.
+    world: of dfkd.training.world.join where the run has several processes, each of which calls this with the same
+    arguments; the first alone writes. Its device is then the run's.
+    progress(images shown, images in all) is called before the first step and after each, say(text) with what a user
+    should know.
+
+    OUT/last is this student, OUT/best the one that agreed best with the teacher on the held-out images; OUT/result.json
+    has the numbers. A run that was stopped goes on where its last checkpoint was, with the same result (bit for bit on
+    a CPU); a finished one returns at once.
+
+    Raises UsageError for classes that disagree, what cannot work on the device or with other settings, an `out` of
+    other settings or in use, and a run that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the end
+    of the step (in the main thread).
+    """
+    out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
+    world = world or World(resolve_device(config.train.compute.device))
+    kernels = check(config, world)
+    images = _opened(data, config, say)
+    network = student if student is not None else _built(config, len(images.class_names))
+    _check_pair(images, teacher, network)
+    own = own_losses(config)
+    identity = identity_of(images, teacher, config, own)
+    with run_folder(out, ("last", "best"), config.train.resume, world):
+        if world.from_first(lambda: finished(out, out / "last" / WEIGHTS, identity)):
+            network.load_state_dict(safetensors.torch.load_file(out / "last" / WEIGHTS))
+            return teacher.replace(module=network.to(world.device).eval(), architecture=config.student)
+        teacher, pupil = teacher.freeze(world.device), _pupil(teacher, network, config, world)
+        losses = _losses(config, own, kernels, teacher, pupil)
+        say(f"kernels: {kernels.name} ({kernels.why})")
+        say(f"losses: {', '.join(loss.describe() for loss in losses)}")
+        rows, held = split(images.ids, config.held_out)
+        judge = HeldOut(images, held if world.first else held[:0], teacher, pupil, config.temperature, out)
+        training = Training(
+            pupil.module,
+            images,
+            rows,
+            _form(teacher, config, world.device),
+            _objective(teacher, pupil, losses, config, world.device),
+            judge,
+            _mixer(config),
+        )
+        state = fit(training, config.train, out, identity, world, progress, say)
+        if world.first:
+            result = judge.finish(state, config.train.batch_size)
+            left_out = [bad.id for bad in getattr(images, "left_out", ())]
+            result |= {"left_out": left_out, "class_names": list(images.class_names), "out": str(out)}
+            result |= {"device": str(world.device), "processes": world.size, "kernels": vars(kernels)}
+            write_result(out, identity, result)
+            (out / CHECKPOINT).unlink()
+    return pupil.replace(module=state.result.eval())
+
+
+def check(config: DistillConfig, world: World) -> KernelChoice:
+    """What computes the losses. Raises UsageError for what cannot work, as far as that is known before data is read."""
+    check_training(config.train, world)
+    return choose_kernels(config.kernels, world.device)
+
+
+def identity_of(
+    images: Images, teacher: Classifier, config: DistillConfig, own: Sequence[DistillLoss]
+) -> dict[str, Any]:
+    """Everything that the student depends on: settings, and by content teacher, images and losses of one's own."""
+    return {
+        **config.identity(),
+        "loss": [described(loss) for loss in own],
+        "teacher": f"{teacher.architecture} {teacher.digest()[:16]}",
+        "data": images.digest[:16],
+    }
+
+
+def split(ids: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """Positions int64 for training and held out, ascending; the ids with the smallest hashes are held out.
+
+    An image's place follows from its id and not from the run's seed, so that runs compare on the same images. At least
+    one image is held out unless `part` is 0, and at least one is left for training.
+    """
+    count = min(len(ids) - 1, max(1, round(part * len(ids)))) if part else 0
+    ranks = sorted(range(len(ids)), key=[derived_seed(0, "held-out", i) for i in ids.tolist()].__getitem__)
+    train, held = (torch.tensor(sorted(half), dtype=torch.int64) for half in (ranks[count:], ranks[:count]))
+    return train, held
+
+
+class HeldOut:
+    """Judges a student on synthetic images that it does not learn from, without real data, and saves it.
+
+    positions: of the held-out images, int64 [n]; without any nothing is measured, and the best student is the last.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        positions: Tensor,
+        teacher: Classifier,
+        pupil: Classifier,
+        temperature: float,
+        out: Path,
+    ) -> None:
+        self._pupil, self._temperature, self._out = pupil, temperature, out
+        self._images = read_all(images, positions, teacher.input_size) if len(positions) else None
+        self._wanted = None if self._images is None else logits_of(teacher, self._images)
+
+    def __call__(self, state: State) -> dict[str, float]:
+        """Agreement and KL loss; the student becomes OUT/best where none was better. Leaves it in evaluation mode."""
+        if self._images is None or self._wanted is None:
+            return {}
+        judged = self._pupil.replace(module=state.result.eval())
+        last = score(logits_of(judged, self._images), self._wanted, self._temperature)
+        state.kept["last"] = last
+        if last > tuple(state.kept.get("best", (-1.0, 0.0))):  # below any that can occur
+            state.kept |= {"best": last, "best_step": state.step}
+            judged.save_pretrained(self._out / "best", step=state.step, agreement=last[0])
+        return {"agreement": last[0], "held_out_loss": -last[1]}
+
+    def finish(self, state: State, batch_size: int) -> dict[str, Any]:
+        """Save the last student; its numbers and those of the best one."""
+        last = self._pupil.replace(module=state.result.eval())
+        last.save_pretrained(self._out / "last", step=state.step)
+        if self._images is None:
+            last.save_pretrained(self._out / "best", step=state.step)
+        kept = state.kept
+        return {
+            "agreement": kept["last"][0] if kept else None,
+            "best_agreement": kept["best"][0] if kept else None,
+            "best_step": kept.get("best_step", state.step),
+            "steps": state.step,
+            "skipped": int(state.skipped),
+            "images": state.step * batch_size,
+            "seconds": round(state.seconds, 3),
+        }
+
+
+@torch.no_grad()
+def logits_of(classifier: Classifier, images: Tensor) -> Tensor:
+    """Logits float32 [N, C] of images uint8 [N, 3, H, W], on the device of the network, which is in eval mode."""
+    return torch.cat([classifier(part).float() for part in torch.split(images, ROWS)])
+
+
+def score(student: Tensor, teacher: Tensor, temperature: float) -> tuple[float, float]:
+    """(agreement of the argmax in 0..1, minus the KL loss): compared in that order, more is better."""
+    agreement = (student.argmax(1) == teacher.argmax(1)).float().mean()
+    return float(agreement), -float(kl_at_temperature(student, teacher, temperature))
+
+
+def _opened(data: Data, config: DistillConfig, say: Say) -> Images:
+    if isinstance(data, str | Path):
+        data = [data]
+    images = open_data(data, config.on_bad_sample) if isinstance(data, Sequence) else data
+    if left_out := getattr(images, "left_out", ()):
+        say(f"left out: {len(left_out)} of {len(left_out) + len(images.ids)} images: {damage_text(left_out)}")
+    return images
+
+
+def _built(config: DistillConfig, classes: int) -> nn.Module:
+    """The untrained student, whose weights follow from the seed; torch's generators are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        seed_global(config.train.seed, torch.device("cpu"))
+        return teachers.build(config.student, classes)
+
+
+def _check_pair(images: Images, teacher: Classifier, student: nn.Module) -> None:
+    """Raise UsageError where classes or sizes disagree, or there is too little data."""
+    if teacher.class_names != images.class_names:
+        theirs, ours = teacher.class_names, images.class_names
+        why = f"it has {len(theirs)}, the images have {len(ours)}"
+        if len(theirs) == len(ours):
+            label = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+            why = f"label {label} is {theirs[label]!r} to the teacher and {ours[label]!r} in the images"
+        todo = "use the teacher that the images were made for"
+        raise UsageError("teacher and images disagree about the classes", why, todo)
+    if len(images.ids) < 2:
+        raise UsageError(
+            f"the data has {len(images.ids)} images", "training and held-out images need one each at least"
+        )
+    side, training = teacher.input_size, student.training
+    try:
+        with torch.no_grad():
+            answers = student.eval()(torch.zeros(2, 3, side, side, device=next(student.parameters()).device)).shape[1]
+    except RuntimeError as error:
+        what = f"the student cannot take images of the teacher's size, {side}x{side}"
+        raise UsageError(what, str(error).splitlines()[0], "choose another --student") from None
+    finally:
+        student.train(training)
+    if answers != len(images.class_names):
+        raise UsageError(
+            f"the student has {answers} classes and the images {len(images.class_names)}",
+            todo="build the student with the number of classes of the images",
+        )
+
+
+def _pupil(teacher: Classifier, network: nn.Module, config: DistillConfig, world: World) -> Classifier:
+    """The student on the device, fed what the teacher is."""
+    twice = config.msarc.weight and config.msarc.maps != "cam"  # no SyncBatchNorm is differentiated twice
+    network = world.synchronised(network, "off" if twice else config.train.compute.sync_bn)
+    network = network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return teacher.replace(module=network, architecture=config.student)
+
+
+def _losses(
+    config: DistillConfig, own: Sequence[DistillLoss], kernels: KernelChoice, teacher: Classifier, pupil: Classifier
+) -> list[DistillLoss]:
+    """Every loss of the settings, made for the two networks."""
+    losses: list[DistillLoss] = [KullbackLeibler(temperature=config.temperature, kernels=kernels.name)]
+    losses += [CrossEntropy(config.ce_weight)] if config.ce_weight else []
+    losses += [Msarc.of(config.msarc)] if config.msarc.weight else []
+    bound = [loss.bind(teacher.module, pupil.module, teacher.input_size) for loss in (*losses, *own)]
+    compute = config.train.compute
+    for loss in bound:
+        if (loss.teacher_layers or loss.student_layers) and (compute.compile != "off" or compute.cuda_graph):
+            flag = "--cuda-graph" if compute.cuda_graph else f"--compile {compute.compile}"
+            raise UsageError(f"{loss.name} with {flag}", "it looks at layers inside of the networks", "leave one out")
+    return bound
+
+
+def _form(teacher: Classifier, config: DistillConfig, device: torch.device) -> Form:
+    # What autocast would round in front of the first layer may come rounded; what is blended is blended before.
+    dtype = torch.float32 if config.mix in ("mixup", "both") else AMP_DTYPES[config.train.compute.amp]
+    return Form(teacher.input_size, teacher.mean, teacher.std, device, dtype)
+
+
+def _objective(
+    teacher: Classifier, pupil: Classifier, losses: Sequence[DistillLoss], config: DistillConfig, device: torch.device
+) -> Objective:
+    compute = config.train.compute
+    return Objective(
+        teacher.module,
+        pupil.module,
+        losses,
+        autocast(compute.amp, device),
+        compiled(teacher.module, compute.compile),
+    )
+
+
+def _mixer(config: DistillConfig) -> Any:
+    def mixed(batch: Batch, total: int, rows: slice) -> Tensor:
+        assert batch.random is not None  # the steps of a run have their own
+        return mix(batch.images, config.mix, config.mix_alpha, batch.random, total, rows)
+
+    return mixed
