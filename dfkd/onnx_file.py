@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import dfkd
 from dfkd.errors import UsageError
-from dfkd.teachers.classifier import Classifier
+from dfkd.teachers import Classifier
 from dfkd_engine.backends.packages import missing
 from dfkd_engine.export import quiet
 

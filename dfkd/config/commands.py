@@ -109,18 +109,37 @@ class DistillCommand(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand(Config):
-    """Test a classifier on labelled real images: accuracy, per class, calibration and, beside a teacher, agreement."""
+    """Test a classifier on labelled real images: accuracy, per class, calibration and, beside a teacher, agreement.
+
+    dfkd-evaluate --checkpoint runs/mine/student/last --reference runs/mine/teacher --data digits-on-photos
+    dfkd-evaluate --teacher timm:resnet50 --data imagenet/val --split all
+
+    Classes are matched by name; of a checkpoint that names none they are taken from the images, in their order.
+    """
 
     SECTION = "evaluate"
 
-    data: str = option(MISSING, "images to test on: " + DATA_HELP)
-    split: str = option("test", "which of them", choices=("train", "validation", "test"))
+    data: str = option(MISSING, "images to test on: a folder of class folders, " + DATA_HELP)
+    split: str = option(
+        "test",
+        "which of them; all: every image of a PATH without {split}, which else is cut 70/10/20 by class",
+        choices=("train", "validation", "test", "all"),
+    )
     limit: int | None = option(None, "images at most, spread evenly over the set", unit="images", low=1)
-    checkpoint: Path | None = option(None, "folder or weight file of the classifier; none: --teacher alone, pretrained")
+    checkpoint: Path | None = option(
+        None, "folder or weight file of the classifier, whose architecture --teacher names; none: --teacher, pretrained"
+    )
     reference: Path | None = option(None, "folder of the teacher to measure agreement with")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     out: Path | None = option(None, "file to write the result to as JSON, beside the last line of output")
     classifier: TeacherConfig = nested(TeacherConfig)
+
+    def validate(self) -> None:
+        if self.checkpoint is not None and self.classifier.checkpoint is not None:
+            raise ValueError(
+                "--checkpoint and --teacher-checkpoint both name the classifier: leave one out; the teacher to measure"
+                " agreement with is --reference"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,15 +183,30 @@ class ExportCommand(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class RunCommand(Config):
-    """The whole job in one folder: teacher, synthesis, student, test, baselines and report, from one TOML file.
+    """The whole job in one folder: teacher, images, student, test, baselines and report, from one TOML file.
 
     dfkd-run FILE.toml --out runs/mine, or dfkd-run --preset demo. The file has a section for each stage, whose keys are
-    the options of its command: [teacher] (dfkd-train-teacher, or `checkpoint` of a teacher that exists), [generate],
-    [distill], [evaluate] (`data` of the final test) and [baselines.NAME] (what differs from [generate]). Started again
-    it goes on where it was stopped, and runs no stage twice.
+    the options of its command:
+
+      [teacher]         of dfkd-train-teacher; or `checkpoint` (and `architecture`, ...) of one that exists
+      [generate]        of dfkd-generate
+      [distill]         of dfkd-distill
+      [evaluate]        of dfkd-evaluate: `data` of the test
+      [baselines.NAME]  what differs from [generate], and under `distill` from [distill]; images and a student for each
+      [report]          of dfkd-report
+
+    Started again it goes on where it was stopped, and runs no stage twice. Writes OUT/teacher, OUT/synthetic,
+    OUT/student, OUT/baselines/NAME, OUT/evaluation.json and OUT/report.
     """
 
     SECTION = "run"
+    POSITIONAL = "file"
 
-    out: Path = option(Path("runs/demo"), "folder of the run")
-    seed: int = option(0, "of every stage", low=0)
+    file: Path | None = option(None, "TOML file of the run, or --preset")
+    base: str | None = option(None, "a preset instead of a file, listed below", flag="preset")
+    out: Path | None = option(None, "folder of the run; runs/NAME, by the file's or the preset's name")
+    seed: int = option(0, "of every stage that names none", low=0)
+
+    def validate(self) -> None:
+        if (self.file is None) == (self.base is None):
+            raise ValueError("what to run is a file or a preset: give FILE.toml, or --preset demo")

@@ -1,0 +1,51 @@
+"""dfkd-evaluate: a classifier and labelled real images -> accuracy, calibration, agreement with its teacher."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dfkd.cli.parse import command
+from dfkd.cli.progress import progress, say
+from dfkd.config import EvaluateCommand, plain
+from dfkd.files import make_writable, replace_text
+
+COMMAND = "dfkd-evaluate"
+SHOWN = 20  # classes up to which the last line of output holds the confusion matrix; --out always does
+
+
+def run(asked: EvaluateCommand) -> dict[str, Any]:
+    """Load, test, write --out where it is given; returns what was measured."""
+    from dfkd.evaluation import check_data, evaluate, open_images
+    from dfkd.runtime import resolve_device
+    from dfkd.teachers import Classifier, load_teacher
+
+    device = resolve_device(asked.device)
+    check_data("--data", asked.data)
+    named = open_images(asked.data, asked.split, 32).class_names
+    given = asked.classifier.replace(teacher_checkpoint=asked.checkpoint or asked.classifier.checkpoint)
+    classifier = load_teacher(given, named).freeze(device)
+    teacher = Classifier.from_pretrained(asked.reference).freeze(device) if asked.reference else None
+    if asked.out is not None:
+        make_writable(asked.out.parent)
+    say(f"testing {classifier.described()}")
+    with progress("testing", "img") as watch:
+        found = evaluate(classifier, asked.data, teacher, asked.split, asked.limit, watch)
+    facts = {"checkpoint": given.checkpoint or given.teacher, "architecture": classifier.architecture}
+    result = {**facts, "data": asked.data, "split": asked.split, **asdict(found)}
+    result["accuracy"] = result.pop("accuracy")  # last, where one looks first
+    if asked.out is not None:
+        replace_text(asked.out, json.dumps(plain(result), indent=1) + "\n")
+    if len(classifier.class_names) > SHOWN:
+        del result["confusion"]
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit with the command's status."""
+    sys.exit(command(EvaluateCommand, run, COMMAND, argv))
+
+
+if __name__ == "__main__":
+    main()
