@@ -1,11 +1,15 @@
-"""Folders that can be written and have one writer; whole-or-absent files come from engine/files.py."""
+"""Folders that can be written and have one writer, and the settings.json in them."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+import dfkd
+from dfkd.config import Config, plain
 from dfkd.errors import UsageError
 from dfkd_engine.files import PARTIAL, locked, remove_partials, replace_file, replace_text, sha256
 
@@ -17,6 +21,7 @@ __all__ = [
     "remove_partials",
     "replace_file",
     "replace_text",
+    "save_settings",
     "sha256",
 ]
 
@@ -44,3 +49,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     with locked(folder / ".lock", refuse):
         yield
+
+
+def save_settings(config: Config, folder: Path, command: str) -> Path:
+    """Write folder/settings.json: the command, every option by flat name, and the versions behind them.
+
+    The text follows from the values alone, not from how they were given; `--config` of the command takes it back.
+    """
+    versions = {"dfkd": dfkd.__version__, **{package: version(package) for package in ("diffusers", "torch")}}
+    settings = {"command": command, "options": plain(config.flat()), "versions": versions}
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(path := folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    return path

@@ -13,7 +13,6 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
 
@@ -21,8 +20,10 @@ import dfkd
 from dfkd.cli.words import dashed, nearest
 from dfkd.config.fields import Config, Leaf, leaves, merged, plain, presets, section, split_optional
 from dfkd.errors import Stopped, UsageError
-from dfkd.files import replace_text
+from dfkd.files import save_settings
 from dfkd_engine.errors import EngineError
+
+__all__ = ["command", "parse", "save_settings"]
 
 C = TypeVar("C", bound=Config)
 
@@ -77,18 +78,6 @@ def parse(cls: type[C], argv: Sequence[str], name: str) -> C:
         return cls.of(**values)
     except ValueError as error:  # of settings that do not fit together
         raise UsageError(str(error), todo=f"See {name} --help") from None
-
-
-def save_settings(config: Config, folder: Path, name: str) -> Path:
-    """Write folder/settings.json: the command, every option by flat name, and the versions behind them.
-
-    The text follows from the values alone, not from how they were given; `--config` of the command takes it back.
-    """
-    versions = {"dfkd": dfkd.__version__, **{package: version(package) for package in ("diffusers", "torch")}}
-    settings = {"command": name, "options": plain(config.flat()), "versions": versions}
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path := folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    return path
 
 
 def _checked(layer: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str, name: str) -> dict[str, Any]:
