@@ -105,8 +105,8 @@ class EngineSet:
 
         names = [function.name for function in functions]
         if not names:
-            why = "guidance differentiates through UNet and decoder, and an engine has no backward pass"
-            raise UsageError("--gradient unet uses no engines", why, "use --gradient latent")
+            why = "an engine has no backward pass, which --gradient unet needs, and only --method guided takes engines"
+            raise UsageError("these options use no engines", why, "use --method guided --gradient latent")
         if unknown := [name for name in self.networks if name not in names]:
             why = f"a run with these options has {', '.join(names)}"
             raise UsageError(f"there is no network {unknown[0]!r}", why, "correct --only, or the set's networks")
@@ -254,7 +254,8 @@ _COMMANDS: dict[str, tuple[type[Config], Callable[[Any, Sequence[str]], dict[str
 def _functions(chosen: EngineSet) -> "tuple[Function, ...]":
     from dfkd.cli.generate import pipeline_of
 
-    return pipeline_of(chosen.run, backend="eager").functions()
+    made: tuple[Function, ...] = getattr(pipeline_of(chosen.run, backend="eager"), "functions", tuple)()
+    return made
 
 
 def _table(file: Path, name: str) -> Mapping[str, Any]:

@@ -5,14 +5,14 @@ quicker by a clear margin; a named backend must have them all. Nothing is built 
 or the run is refused, under `auto` too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dfkd.compiled.engines import backend_of, engine_spec, reasons, takes
 from dfkd.compiled.functions import Function
-from dfkd.config import BACKENDS, ComputeConfig
+from dfkd.config import BACKENDS, QUANTISING_BACKENDS, ComputeConfig
 from dfkd.errors import UsageError
 from dfkd_engine.compiled import Engine, load
 from dfkd_engine.devices import architecture
@@ -60,13 +60,12 @@ def choose(
     device = architecture(functions[0].device)
     if asked != "auto" and (reason := backend_of(asked).unusable(device, functions[0].dtype)) is not None:
         raise UsageError(f"--backend {asked} cannot be used", reason, "choose another --backend")
-    backends = BACKENDS if asked == "auto" else (asked,)
-    found = {function.name: _engines(function, backends, device, store) for function in functions}
-    must = [f for f in functions if not found[f.name] and (asked != "auto" or f.quantise != "none")]
-    if must:
-        why = "; ".join(reasons(store.explain(engine_spec(must[0], _able(must[0], backends), device))))
-        what = f"no {'' if asked == 'auto' else asked + ' '}engine in {store.root} for {', '.join(map(str, must))}"
-        raise UsageError(f"there is {what}", f"{must[0].name}: {why}", f"build it: {build_command}")
+    found = {function.name: found for function, found in _engines(functions, asked, device, store)}
+    if lacking := [f for f in functions if not found[f.name] and (asked != "auto" or f.quantise != "none")]:
+        named = asked if asked != "auto" else QUANTISING_BACKENDS[0]
+        why = "; ".join(reasons(store.explain(engine_spec(lacking[0], named, device))))
+        what = f"{'' if asked == 'auto' else asked + ' '}engine in {store.root} for {', '.join(map(str, lacking))}"
+        raise UsageError(f"there is no {what}", f"{lacking[0].name}: {why}", f"build it: {build_command}")
     return tuple(_choice(function, found[function.name], asked, before, build_command) for function in functions)
 
 
@@ -90,13 +89,15 @@ def load_engines(choices: Iterable[Choice], store: EngineStore, device: torch.de
     }
 
 
-def _engines(function: Function, backends: Sequence[str], device: str, store: EngineStore) -> Found:
-    specs = {name: engine_spec(function, name, device) for name in backends if takes(name, function)}
-    return {name: manifest for name, spec in specs.items() if (manifest := store.find(spec)) is not None}
-
-
-def _able(function: Function, backends: Sequence[str]) -> str:
-    return next((name for name in backends if takes(name, function)), backends[0])
+def _engines(
+    functions: Sequence[Function], asked: str, device: str, store: EngineStore
+) -> Iterator[tuple[Function, Found]]:
+    """Each function with its engines in the store, of the backend that is asked for or of all."""
+    there = {(manifest.spec.network, manifest.spec.backend) for manifest in store.list()}
+    for function in functions:
+        names = [asked] if asked != "auto" else [name for name in BACKENDS if (function.name, name) in there]
+        specs = {name: engine_spec(function, name, device) for name in names if takes(name, function)}
+        yield function, {name: found for name, spec in specs.items() if (found := store.find(spec)) is not None}
 
 
 def _choice(

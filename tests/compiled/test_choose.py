@@ -1,5 +1,7 @@
 """Which engine is taken for which function: by name, by what was measured, by what a folder was begun with."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -9,26 +11,36 @@ from dfkd.config import ComputeConfig
 from dfkd.errors import UsageError
 from dfkd_engine.backends import BACKENDS
 from dfkd_engine.errors import EngineError
+from dfkd_engine.store import EngineStore
 from tests.compiled.small_functions import Unchanged, decode, gradient, milliseconds, set_facts
 from tests.compiled.test_engines import BACKEND_FILE
 
 COMMAND = "dfkd-engines build --mine"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
+FUNCTIONS = (decode(), gradient())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
     """Backends that compile nothing, in the places of two built-in ones."""
-    found = {name: Unchanged(name) for name in ("inductor", "onnxruntime")}
-    for name, backend in found.items():
-        monkeypatch.setitem(BACKENDS, name, backend)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("inductor", "onnxruntime"):
+            patch.setitem(BACKENDS, name, Unchanged(name))
+        yield
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    store = EngineStore(tmp_path_factory.mktemp("engines"))
+    return store, {function.name: build(function, "onnxruntime", store)[1].key for function in FUNCTIONS}
 
 
 @pytest.fixture
-def built(store):
-    """keys of the onnxruntime engines of two functions, and the functions."""
-    functions = (decode(), gradient())
-    return {function.name: build(function, "onnxruntime", store)[1].key for function in functions}, functions
+def built(store, original):
+    """The keys of the onnxruntime engines of two functions, in a store to be changed; and the functions."""
+    shutil.copytree(original[0].root, store.root)
+    return original[1], FUNCTIONS
 
 
 def chosen(store, functions, backend="auto", before=None):
