@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from dfkd.cli import COMMANDS
-from dfkd.cli.words import nearest
+from dfkd.config.words import nearest
 
 
 def main(argv: list[str] | None = None) -> None:

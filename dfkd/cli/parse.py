@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
 
 import dfkd
-from dfkd.cli.words import dashed, nearest
 from dfkd.config.fields import Config, Leaf, leaves, merged, plain, presets, section, split_optional
+from dfkd.config.words import dashed, nearest
 from dfkd.errors import Stopped, UsageError
 from dfkd.files import save_settings
 from dfkd_engine.errors import EngineError

@@ -26,6 +26,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
+from dfkd.config.words import nearest
+
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
@@ -108,7 +110,8 @@ class Config:
         """An instance from flat names. Raises ValueError: unknown, wrong, or a required one absent."""
         known = leaves(cls)
         if unknown := sorted(values.keys() - known.keys()):
-            raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}: known are {', '.join(known)}")
+            near = nearest(unknown[0], known).replace("-", "_")
+            raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}" + (f": {near}" if near else ""))
         defaults = {name: leaf.default for name, leaf in known.items()}
         return _build(cls, (), merged(cls, defaults, values))  # type: ignore[no-any-return]
 
