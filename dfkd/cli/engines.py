@@ -252,7 +252,7 @@ _COMMANDS: dict[str, tuple[type[Config], Callable[[Any, Sequence[str]], dict[str
 
 
 def _functions(chosen: EngineSet) -> "tuple[Function, ...]":
-    from dfkd.cli.generate import pipeline_of
+    from dfkd.synthesis.command import pipeline_of
 
     made: tuple[Function, ...] = getattr(pipeline_of(chosen.run, backend="eager"), "functions", tuple)()
     return made

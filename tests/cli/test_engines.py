@@ -61,7 +61,7 @@ def place(tmp_path, monkeypatch):
         found.asked.append(command)
         return SimpleNamespace(functions=lambda: found.functions)
 
-    monkeypatch.setattr("dfkd.cli.generate.pipeline_of", pipeline_of)
+    monkeypatch.setattr("dfkd.synthesis.command.pipeline_of", pipeline_of)
     return found
 
 

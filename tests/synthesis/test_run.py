@@ -1,137 +1,235 @@
-"""A run into shards: what is missing and nothing else, the same bytes whenever it is done, records of what was done."""
+"""generate(): calls of whole groups into shards; what is missing and nothing else; call size and threads on record."""
 
-import dataclasses
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
+import dfkd
+from dfkd.config import GenerateConfig
+from dfkd.data import read_folder
 from dfkd.errors import UsageError
-from dfkd.data.shards import ShardFolder, read_folder
-from dfkd.synthesis.guidance import Guidance, LossWeights
-from dfkd.synthesis.run import Rows, Synthesis, synthesise
-from dfkd.synthesis.sampler import SamplerSettings
-from dfkd.synthesis.schedule import build_table
-from tests.synthesis.small_networks import CLASS_NAMES, SCHEDULER, SmallPrior, classifier
+from dfkd.synthesis.run import generate, identity_of
+from dfkd.synthesis.synthesizer import Synthesizer
+from tests.synthesis.tinted import Tinted
 
-COUNT, GROUP, SHARD, STEPS = 11, 4, 8, 3  # the last group of the last shard is sampled whole and one image dropped
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = GenerateConfig.of(batch=8, group=4, shard_size=16, threads=1)
 
 
-@pytest.fixture
-def synthesis():
-    prior, teacher = SmallPrior(), classifier()
-    return Synthesis(
-        prior=prior,
-        teacher=teacher,
-        guidance=Guidance(prior.decode, teacher, LossWeights(0.1, 1.0)),
-        table=build_table(SCHEDULER, "ddpm", STEPS),
-        settings=SamplerSettings(cutmix_every=1),
-        seed=3,
-        classes=(2, 0),
-        group=GROUP,
-        prompt="a {label}",
-        negative_prompt="",
-        latent_size=prior.latent_size,
-        device=torch.device("cpu"),
-    )
-
-
-def open_shards(path, **settings):
-    return ShardFolder.create_or_open(path, {"seed": 3, **settings}, CLASS_NAMES, 8, "png", COUNT, SHARD)
-
-
-def run(path, synthesis, micro=3, done=None):
-    with open_shards(path) as folder:
-        return synthesise(folder, synthesis, Rows(micro, micro, micro), (done if done is not None else []).append)
-
-
-def shards(path):
+def shards_of(path):
     return {file.name: file.read_bytes() for file in sorted(path.glob("shard-*"))}
 
 
-def test_a_run_and_its_records(synthesis, tmp_path):
-    advanced = []
-    result = run(tmp_path, synthesis, done=advanced)
-    assert (result.images, result.shards, result.shards_before) == (COUNT, 2, 0) and result.seconds > 0
-    assert advanced == [4, 4, 3]
-    pool = read_folder(tmp_path)
-    assert pool.ids.tolist() == list(range(COUNT)) and pool.labels.tolist() == [2, 0] * 5 + [2]
-    for record in pool.records:
-        name = CLASS_NAMES[record.label]
-        assert (record.class_name, record.prompt, record.seed) == (name, f"a {name}", 3)
-        assert record.partner is not None and record.partner // GROUP == record.id // GROUP
-        assert (record.partner - record.id) % 2 == 0  # of the same class: classes alternate
-        assert record.box is not None and len(record.box) == 4
-        assert {n: len(curve) for n, curve in record.loss_curve.items()} == {"bn": STEPS, "cls": STEPS}
-        assert record.losses == {name: curve[-1] for name, curve in record.loss_curve.items()}
-    shown = synthesis.teacher.logits(pool.images / 255).softmax(1)
-    sure = torch.tensor([record.teacher_probability for record in pool.records])
-    torch.testing.assert_close(sure, shown.gather(1, pool.labels[:, None])[:, 0], rtol=1e-4, atol=1e-5)  # five digits
+def run_of(path):
+    return json.loads((path / "manifest.json").read_text())["run"]
 
 
-def test_started_again_it_does_what_is_missing(synthesis, tmp_path, monkeypatch):
-    run(tmp_path, synthesis)
-    before = shards(tmp_path)
-    assert run(tmp_path, synthesis).images == 0
-    sampled = []
-    sample = Synthesis.sample
-    monkeypatch.setattr(
-        Synthesis, "sample", lambda self, group, *rows: (sampled.append(group), sample(self, group, *rows))[1]
-    )
+def made(path, count=30, seed=7, config=CONFIG, synthesizer=None, **more):
+    """The synthesizer, after a run on the folder."""
+    synthesizer = synthesizer or Tinted()
+    generate(synthesizer, path, count, seed, config=config, **more)
+    return synthesizer
+
+
+def test_images_labels_records_and_progress(tmp_path):
+    seen, said = [], []
+    synthesizer = Tinted()
+    assert isinstance(synthesizer, Synthesizer) and dfkd.generate is generate
+    pool = generate(synthesizer, tmp_path, 30, 7, lambda *done: seen.append(done), CONFIG, said.append)
+    assert pool.labels.tolist() == [i % 3 for i in range(30)] and pool.class_names == ("zero", "one", "two")
+    assert pool.read(torch.tensor([5, 29]))[:, 0, 0, 0].tolist() == [5, 29]
+    assert seen == [(8, 30), (16, 30), (24, 30), (30, 30)]
+    records = read_folder(tmp_path).records
+    assert [(r.id, r.label, r.class_name, r.seed) for r in records[:2]] == [(0, 0, "zero", 7), (1, 1, "one", 7)]
+    assert run_of(tmp_path) == {"call_size": 8, "threads": 1}
+    assert said == ["30 images of 4x4, 30 to make: calls of 8, groups of 4, 1 threads"]
+
+
+@pytest.mark.parametrize(
+    "group, batch, shard, calls",
+    [
+        (1, 3, 8, [(0, 3), (3, 3), (6, 2), (8, 3), (11, 3), (14, 2), (16, 3), (19, 1)]),  # a shard ends a call
+        (4, 8, 8, [(0, 8), (8, 8), (16, 4)]),  # two groups a call
+        (4, 6, 8, [(0, 4), (4, 4), (8, 4), (12, 4), (16, 4)]),  # whole groups alone
+        (4, 2, 8, [(0, 4), (4, 4), (8, 4), (12, 4), (16, 4)]),  # one at least
+        (1, 512, 0, [(0, 20)]),  # a shard is no smaller than a call
+        (8, 12, 0, [(0, 8), (8, 8), (16, 4)]),
+    ],
+)
+def test_calls_hold_whole_groups_and_end_with_their_shard(tmp_path, group, batch, shard, calls):
+    config = GenerateConfig.of(batch=batch, group=group, shard_size=shard)
+    assert made(tmp_path, 20, config=config, synthesizer=Tinted(group)).calls == calls
+
+
+@pytest.mark.parametrize("group, batch, shard", [(4, 64, 256), (1, 512, 512), (100, 64, 300), (64, 192, 384)])
+def test_a_shard_holds_about_256_images_in_whole_calls(tmp_path, group, batch, shard):
+    made(tmp_path, 2, config=GenerateConfig.of(batch=batch, group=group), synthesizer=Tinted(group))
+    assert json.loads((tmp_path / "manifest.json").read_text())["shard_size"] == shard
+
+
+def test_started_again_it_makes_what_is_missing_or_damaged(tmp_path):
+    made(tmp_path)
+    before = shards_of(tmp_path)
+    assert made(tmp_path).calls == []
     (tmp_path / "shard-00001.tar").unlink()
-    result = run(tmp_path, synthesis)
-    assert (result.images, result.shards, result.shards_before) == (3, 1, 1) and sampled == [2]
-    assert shards(tmp_path) == before
-
-
-def test_a_damaged_shard_is_repaired(synthesis, tmp_path):
-    run(tmp_path, synthesis)
-    before = shards(tmp_path)
-    file = tmp_path / "shard-00000.tar"
-    damaged = bytearray(file.read_bytes())
+    assert made(tmp_path).calls == [(16, 8), (24, 6)] and shards_of(tmp_path) == before
+    damaged = bytearray(before["shard-00000.tar"])
     damaged[700] ^= 1
-    file.write_bytes(damaged)
-    with pytest.raises(UsageError, match=r"shard-00000\.tar was altered"):
-        read_folder(tmp_path)
-    assert run(tmp_path, synthesis).images == SHARD
-    assert shards(tmp_path) == before
+    (tmp_path / "shard-00000.tar").write_bytes(damaged)
+    assert made(tmp_path).calls == [(0, 8), (8, 8)] and shards_of(tmp_path) == before
 
 
-def test_interrupted_between_shards(synthesis, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(whole, synthesis)
-
-    def stop(_):
-        if len(advanced := [*calls, 1]) == 3:
-            raise KeyboardInterrupt
-        calls[:] = advanced
-
-    calls = []
-    with pytest.raises(KeyboardInterrupt), open_shards(stopped) as folder:
-        synthesise(folder, synthesis, Rows(3, 3, 3), stop)
-    assert list(shards(stopped)) == ["shard-00000.idx", "shard-00000.tar"]
-    run(stopped, synthesis)
-    assert shards(stopped) == shards(whole)
+class Killed(BaseException):
+    pass
 
 
-def test_a_group_does_not_depend_on_those_before_it(synthesis):
-    first = [synthesis.sample(group, 4) for group in (0, 1, 2)]
-    alone = synthesis.sample(2, 4)
-    assert torch.equal(alone[0], first[2][0]) and alone[1] == first[2][1]
+def kill_at(image):
+    def before(ids):
+        if image in ids:
+            raise Killed
+
+    return before
 
 
-def test_another_micro_batch_gives_the_same_images(synthesis):
-    pixels, records = synthesis.sample(1, 4)
-    again, others = synthesis.sample(1, 3)
-    assert (pixels.int() - again.int()).abs().max() <= 2
-    assert [r.label for r in records] == [r.label for r in others]
-    assert [(r.partner, r.box) for r in records] == [(r.partner, r.box) for r in others]
+def test_a_continued_run_keeps_call_size_and_threads_whatever_it_is_asked(tmp_path):
+    made(tmp_path / "whole", 60)
+    with pytest.raises(Killed):
+        made(tmp_path / "killed", 60, synthesizer=Tinted(before=kill_at(40)))
+    assert [name for name in shards_of(tmp_path / "killed") if name.endswith("tar")] == [
+        "shard-00000.tar",
+        "shard-00001.tar",
+    ]
+    said = []
+    other = CONFIG.replace(batch=4, threads=2, shard_size=0)
+    continued = made(tmp_path / "killed", 60, config=other, say=said.append)
+    assert continued.calls == [(32, 8), (40, 8), (48, 8), (56, 4)]
+    assert said == ["60 images of 4x4, 28 to make: calls of 8, groups of 4, 1 threads, as the folder was begun"]
+    assert shards_of(tmp_path / "killed") == shards_of(tmp_path / "whole")
+    assert run_of(tmp_path / "killed") == run_of(tmp_path / "whole")
 
 
-def test_another_seed_gives_other_images(synthesis):
-    other = dataclasses.replace(synthesis, seed=4)
-    assert (synthesis.sample(0, 4)[0].int() - other.sample(0, 4)[0].int()).abs().float().mean() > 5
+def test_threads_are_set_for_the_run_alone(tmp_path):
+    before = torch.get_num_threads()
+    made(tmp_path, 4, config=CONFIG.replace(threads=before + 1))
+    assert torch.get_num_threads() == before
+    assert read_folder(tmp_path).images[0, 2, 0, 0] == before + 1
 
 
-def test_without_a_teacher_there_are_no_losses(synthesis):
-    _, records = dataclasses.replace(synthesis, guidance=None, settings=SamplerSettings()).sample(0, 4)
-    assert all(not r.losses and not r.loss_curve and r.partner is None and r.box is None for r in records)
+@pytest.mark.parametrize(
+    "cuts, fits, sizes, calls",
+    [
+        (False, 4, [8, 4], [(0, 8), (0, 4), (4, 4), (8, 4), (12, 4)]),  # the images that failed are made again
+        (False, 8, [8], [(0, 8), (8, 8)]),
+        (True, 2, [8, 4, 2], [(0, 8), (0, 4), (0, 4), (4, 4), (8, 4), (12, 4)]),  # groups stay whole, calls are cut
+    ],
+)
+def test_short_memory_halves_the_calls_and_is_on_record(tmp_path, cuts, fits, sizes, calls):
+    said = []
+    synthesizer = made(tmp_path, 16, synthesizer=Tinted(cuts=cuts, fits=fits), say=said.append)
+    assert synthesizer.calls == calls and run_of(tmp_path)["call_size"] == sizes[-1]
+    for line, pair in zip(said[1:], pairwise(sizes), strict=True):
+        assert line.startswith("tinted: out of memory in calls of {} images (CUDA out of memory. ".format(*pair))
+        assert line.endswith("; again with {1}, recorded".format(*pair))
+    assert read_folder(tmp_path).images[:, 0, 0, 0].tolist() == list(range(16))
+    (tmp_path / "shard-00000.tar").unlink()
+    assert made(tmp_path, 16, synthesizer=Tinted(cuts=cuts)).calls[0] == (0, calls[-1][1])
+
+
+def test_memory_that_holds_no_group_ends_in_words(tmp_path):
+    with pytest.raises(UsageError, match=r"a call of tinted runs out of memory with 4 images.*smaller --group"):
+        made(tmp_path, synthesizer=Tinted(fits=3))
+    with pytest.raises(UsageError, match="a call of tinted runs out of memory with 1 image: CUDA out"):
+        made(tmp_path, synthesizer=Tinted(cuts=True, fits=0))
+    assert not shards_of(tmp_path)
+
+
+def test_other_errors_are_not_taken_for_short_memory(tmp_path):
+    def broken(ids):
+        raise RuntimeError("another")
+
+    with pytest.raises(RuntimeError, match="another"):
+        made(tmp_path, synthesizer=Tinted(before=broken))
+
+
+def test_a_folder_takes_images_of_one_identity(tmp_path):
+    made(tmp_path)
+    before = shards_of(tmp_path)
+    with pytest.raises(UsageError, match="seed is 7 there and 8 here"):
+        made(tmp_path, seed=8)
+    with pytest.raises(UsageError, match="shade is 0 there and 1 here"):
+        made(tmp_path, synthesizer=Tinted(shade=1))
+    with pytest.raises(UsageError, match=r"--shard-size 18 .*groups of 4"):
+        made(tmp_path, config=GenerateConfig.of(group=2, shard_size=18))
+    assert shards_of(tmp_path) == before
+
+
+@dataclass
+class Own:
+    level: float
+    teacher: object = None
+    name, class_names, image_size, group = "own", ("a",), 8, 1
+
+    def identity(self):
+        return {"teacher": "digest"}
+
+    def __call__(self, ids, labels=None, seed=0):
+        raise NotImplementedError
+
+
+def test_a_synthesizer_of_ones_own_is_told_by_its_fields_and_its_source(tmp_path):
+    one, other = identity_of(Own(0.5, object()), 3), identity_of(Own(0.25), 3)
+    source = one.pop("source")
+    assert one == {"method": "own", "level": 0.5, "teacher": "digest", "seed": 3}
+    assert other["level"] == 0.25 and other["source"] == source and len(source) == 16
+
+
+# The second process of two dies the first time that it comes to image 40; torchrun starts both again.
+PROGRAM = """
+import os, pathlib, sys
+from dfkd.config import GenerateConfig
+from dfkd.synthesis.run import generate
+from tests.synthesis.tinted import Tinted
+
+out, mark = map(pathlib.Path, sys.argv[1:])
+
+
+def die(ids):
+    if 24 in ids and not mark.exists():
+        mark.touch()
+        os._exit(9)
+
+
+config = GenerateConfig.of(batch=8, group=4, shard_size=8)
+pool = generate(Tinted(before=die), out, 38, 7, config=config, say=print)
+assert len(pool.labels) == 38
+"""
+
+
+def test_two_processes_one_of_them_killed_write_the_bytes_of_one(tmp_path):
+    """One process has torch's own number of threads; torchrun tells each of its own to take one."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--no-python"]
+
+    def started(out, *more):
+        words = [sys.executable, *more, "-c", PROGRAM, tmp_path / out, tmp_path / f"{out}-mark"]
+        return subprocess.run([str(w) for w in words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    (tmp_path / "one-mark").touch()
+    done, two = started("one"), started("two", *launch, sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert two.returncode == 0 and (tmp_path / "two-mark").exists(), two.stderr
+    assert len(shards_of(tmp_path / "one")) == 10 and shards_of(tmp_path / "two") == shards_of(tmp_path / "one")
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two")]
+    for manifest in manifests:
+        for shard in manifest["shards"]:
+            del shard["seconds"]
+    assert manifests[0] == manifests[1]
+    assert {"2 processes" in line for line in two.stdout.splitlines()} == {True}  # the first alone speaks
+    assert not list((tmp_path / "two").glob(".*lock")) and not list((tmp_path / "two").glob("*.partial"))

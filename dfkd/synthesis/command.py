@@ -1,0 +1,133 @@
+"""A synthesis from its settings alone: what dfkd-generate does, and dfkd-run at that stage."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dfkd.config import GenerateCommand, plain
+from dfkd.data import MANIFEST, export_imagefolder, open_folder, read_manifest, require_space
+from dfkd.errors import UsageError
+from dfkd.files import make_writable, replace_text, save_settings
+from dfkd.runtime import own_rank, resolve_device
+from dfkd.synthesis.methods import make_method, needs_prior
+from dfkd.synthesis.pipeline import GuidedPipeline
+from dfkd.synthesis.plan import make_plan, predict, seconds_of, table
+from dfkd.synthesis.run import open_run, run_on_record
+from dfkd.synthesis.synthesizer import Synthesizer
+from dfkd.teachers import Classifier, load_teacher
+from dfkd_engine.prior import Prior
+
+COMMAND = "dfkd-generate"
+RESULT = "result.json"
+IMAGE_FOLDER = "imagefolder"
+
+Say = Callable[[str], object]
+
+
+def pipeline_of(asked: GenerateCommand, backend: str | None = None) -> Synthesizer:
+    """The synthesizer that the settings name, its networks loaded and on their device.
+
+    backend: instead of the settings'. Raises UsageError or EngineError: a network is absent or damaged, or does not fit
+    the others.
+    """
+    rank = own_rank()
+    config = asked.generate if backend is None else asked.generate.replace(backend=backend)
+    device = resolve_device(config.compute.device, rank)
+    teacher, student, prior = load_teacher(asked.teacher).freeze(device), None, None
+    if asked.student_checkpoint is not None:
+        student = Classifier.from_pretrained(asked.student_checkpoint).freeze(device)
+    if needs_prior(config):
+        if not (rank.first and sys.stderr.isatty()):
+            quieten_libraries()
+        prior = Prior.from_pretrained(asked.prior, dtype=config.compute.dtype, device=device)
+    return make_method(config, prior, teacher, student)
+
+
+def quieten_libraries() -> None:
+    """Take bars and hints from the libraries that load the networks; their errors still come through."""
+    import diffusers
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def run(
+    asked: GenerateCommand, say: Say, progress: Callable[[int, int], object] | None = None
+) -> dict[str, Any] | None:
+    """Make what is missing, write OUT/settings.json and OUT/result.json; returns what result.json holds.
+
+    Of the processes of torchrun each makes its own shards; the first alone speaks, and has a result, None in the
+    others. Raises UsageError as `generate`, and for images that are not finite.
+    """
+    rank = own_rank()
+    make_writable(asked.out)
+    synthesizer = pipeline_of(asked)
+    names, size = synthesizer.class_names, synthesizer.image_size
+    with open_run(synthesizer, asked.out, asked.count, asked.seed, asked.generate, say, rank) as work:
+        if rank.first:
+            save_settings(asked, asked.out, COMMAND)
+            for line in getattr(synthesizer, "describe", tuple)():
+                say(line)
+            if asked.format == "imagefolder":
+                stored = work.images(work.missing) + asked.count
+                require_space(asked.out, stored, size, asked.generate.shards.image_format)
+        try:
+            written = work.write(progress)
+        except FloatingPointError as error:
+            raise UsageError(str(error), todo="lower --guidance-step, or use --dtype fp32") from None
+    if not rank.first:
+        return None
+    if asked.format == "imagefolder":
+        export_imagefolder(asked.out, asked.out / IMAGE_FOLDER)
+    result = {
+        "out": asked.out,
+        "images": asked.count,
+        "images_written": written.images,
+        "shards_written": written.shards,
+        "shards_before": written.before,
+        "seconds": round(written.seconds, 3),
+        "images_per_second": round(written.images / written.seconds, 3) if written.images else None,
+        "processes": rank.count,
+        "plan": work.plan.to_json() if work.plan else None,
+        "run": dict(work.folder.run),
+        "backends": getattr(synthesizer, "backends", {}),
+        "kernels": getattr(synthesizer, "kernels", None),
+        "class_names": names,
+        "class_counts": torch.bincount(open_folder(asked.out).labels, minlength=len(names)).tolist(),
+    }
+    replace_text(asked.out / RESULT, json.dumps(plain(result), indent=1, sort_keys=True) + "\n")
+    return result
+
+
+def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
+    """What a run would take: images per call, memory, seconds. Nothing is written.
+
+    Raises UsageError as `pipeline_of`, and for a method whose network calls are not known.
+    """
+    pipe, missing = pipeline_of(asked), asked.count
+    if not isinstance(pipe, GuidedPipeline):
+        raise UsageError(f"--plan-only with --method {pipe.name}", "its network calls are not known", "leave it out")
+    found = make_plan(pipe, asked.generate)
+    if (asked.out / MANIFEST).exists():
+        missing -= sum(int(shard["count"]) for shard in read_manifest(asked.out)[1])
+    pipe.call_size = found.call_size
+    pipe.use_engines(run_on_record(asked.out).get("engines"))
+    timings = predict(pipe, found, asked.generate.shards.image_format)
+    for line in (*pipe.describe(), *table(found, timings, missing)):
+        say(line)
+    seconds = seconds_of(found, timings, missing)
+    forecast = {
+        "images": missing,
+        "timings": {name: asdict(timing) for name, timing in timings.items()},
+        "predicted_seconds": round(seconds, 3),
+        "predicted_images_per_second": round(missing / seconds, 3) if missing else None,
+    }
+    return {"out": asked.out, "images": asked.count, "plan": {**found.to_json(), **forecast}}
