@@ -64,7 +64,7 @@ class Seen:
             value = loss(leaves).sum()
             slopes = torch.autograd.grad(value, [moment for leaf in leaves for moment in leaf])
         own = [moment for moments in self.moments for moment in moments]
-        linear = own[0].new_zeros(len(own[0]))
+        linear = own[0].new_zeros(own[0].shape[0])  # len() would fix the batch of a traced graph
         for moment, slope in zip(own, slopes, strict=True):
             linear = linear + (moment * slope.to(moment)).sum(1)
         return value.detach() + (linear - linear.detach())
