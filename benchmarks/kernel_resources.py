@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernel_resources            a table, then JSON on the last line
 
-Shapes are those of a run at 512x512 (latents [B, 4, 64, 64]); pointers are aligned to 16 bytes and sizes are multiples
-of 16 elements, which Triton's launcher tells its compiler of such arguments. Must not run with TRITON_INTERPRET=1,
-which leaves nothing to compile.
+Launches are those of a run at 512x512 (latents [B, 4, 64, 64]), made on meta tensors and recorded where Triton would
+compile and start them. Pointers count as aligned to 16 bytes, as PyTorch allocates them. Must not run with
+TRITON_INTERPRET=1, which leaves nothing to compile.
 """
 
 import json
@@ -12,174 +12,143 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
 
 CAPABILITIES = (80, 90, 100)
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+POINTERS = {F64: "*fp64", F32: "*fp32", F16: "*fp16", BF16: "*bf16", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel at one shape.
+    """A kernel as one launch compiles it.
 
-    arguments  by name: a type ("*fp32", "i64", "fp32", ...), or the value of one that is fixed at compile time
-    unaligned  names of the integers that are no multiple of 16
+    signature: by argument "*fp32", "i32", ..., or "constexpr" for one that `fixed` has.
+    aligned: arguments that 16 divides.
     """
 
     name: str
     kernel: Any
-    arguments: Mapping[str, Any]
+    signature: Mapping[str, str]
+    fixed: Mapping[str, Any]
+    aligned: tuple[str, ...]
     warps: int
-    unaligned: tuple[str, ...] = field(default=())
 
 
-def philox_cases() -> list[Case]:
-    from dfkd_kernels import philox
-
-    words = {"k0": "u32", "k1": "u32", "stream_id": "u32"}
-    fixed = {"KIND": 2, "BLOCK": philox.BLOCK}
-    arguments = {"out_ptr": "*fp32", "ids_ptr": "*i64", **words, "n": "i64", **fixed}
-    return [Case("philox normal", philox._kernel, arguments, 4, tuple(words))]
+def meta(*shape: int, dtype: torch.dtype = F32, nhwc: bool = False) -> Tensor:
+    order = torch.channels_last if nhwc else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=order)
 
 
-def guided_cases() -> list[Case]:
-    """Both memory formats, in each the plainest launch and the one with every term."""
-    from dfkd_kernels import guided_clean, guided_push, guided_update
+def guided_step() -> Iterator[tuple[str, Callable[[], object]]]:
+    from dfkd_kernels.guided_step import _launch
 
-    found = []
-    size = {"micro": "i32", "n": "i32", "pixels": "i32"}
-    for nhwc in (True, False):
-        walk = {"CHANNELS": 4, "NHWC": nhwc, "TILE": guided_clean.TILE}
-        where = "channels_last" if nhwc else "contiguous"
-        pointers = {"x_ptr": "*fp16", "clean_ptr": None, "z_ptr": "*fp32", "model_ptr": "*fp16", "row_ptr": "*fp32"}
-        fixed = {**walk, "MODEL_NHWC": nhwc, "X_NHWC": nhwc, "COPIES": 2}
-        arguments = {**pointers, "scale": "fp32", "shift": "fp32", **size, **fixed}
-        found.append(Case(f"guided_clean {where}", guided_clean._kernel, arguments, guided_clean.WARPS, ("micro",)))
-
-        pointers = {"pushed_ptr": "*fp32", "x_ptr": "*fp16", "push_ptr": "*fp32", "gradient_ptr": "*fp16"}
-        pointers |= {"length_ptr": "*fp32", "base_ptr": "*fp32"}
-        numbers = {"unit": "fp32", "scale": "fp32", "shift": "fp32", "images": "i32", **size}
-        fixed = {**walk, "GRADIENT_NHWC": nhwc, "X_NHWC": nhwc, "COPIES": 1, "NORM": True}
-        arguments, loose = {**pointers, **numbers, **fixed}, ("images", "micro")
-        found.append(Case(f"guided_push {where}", guided_push._kernel, arguments, guided_clean.WARPS, loose))
-
-        pointers = {"after_ptr": "*fp32", "rows_ptr": "*fp16", "z_ptr": "*fp32", "model_ptr": "*fp16"}
-        pointers |= {"row_ptr": "*fp32", "gradient_ptr": "*fp16", "length_ptr": "*fp32"}
-        optional = {"clean_ptr": "*fp32", "push_ptr": "*fp32", "before_ptr": "*fp32"}
-        noise, mix = {"ids_ptr": "*i64"}, {"partner_ptr": "*i64", "box_ptr": "*i64"}
-        numbers = {
-            "unit": "fp32",
-            "k0": "u32",
-            "k1": "u32",
-            "stream_id": "u32",
-            "images": "i32",
-            **size,
-            "width": "i32",
-        }
-        fixed = {**walk, "MODEL_NHWC": nhwc, "GRADIENT_NHWC": nhwc, "ROWS_NHWC": nhwc, "COPIES": 2, "NEXT_COPIES": 2}
-        fixed |= {"NOISE_ORDER": guided_update.noise_order(4, 4096, nhwc), "NORM": True}
-        for name, terms in (("", {}), (" noise", noise), (" every term", {**optional, **noise, **mix})):
-            absent = dict.fromkeys((*optional, *noise, *mix))
-            arguments = {**pointers, **absent, **terms, **numbers, **fixed}
-            loose = ("images", "micro", "k0", "k1", "stream_id")
-            case = Case(f"guided_update {where}{name}", guided_update._kernel, arguments, guided_clean.WARPS, loose)
-            found.append(case)
-    return found
+    shape, ids = (8, 4, 64, 64), meta(8, dtype=torch.int64)
+    z, row, box = meta(*shape), meta(8), meta(8, 4, dtype=torch.int64)
+    model = meta(2, *shape, dtype=F16)
+    yield "4x64x64", lambda: _launch(z, model[:1], row, None, None, None, None, None, 0, 0)
+    yield "4x64x64", lambda: _launch(z, model, row, z, None, None, None, None, 0, 0)
+    yield "4x64x64", lambda: _launch(z, model, row, z, None, ids, None, None, 7, 3)
+    yield "4x64x64", lambda: _launch(z, model, row, z, z, ids, ids, box, 7, 3)
 
 
-def soft_kl_cases() -> list[Case]:
+def soft_kl() -> Iterator[tuple[str, Callable[[], object]]]:
     """Class counts of CIFAR, ImageNet, the widest row in registers, and ImageNet-21k, whose odd rows have no alignment.
 
     21840 is a wide row that has some.
     """
-    from dfkd_kernels import soft_kl
+    from dfkd_kernels.soft_kl import WIDEST, _launch
 
-    found = []
-    for classes, dtype, labels in (
-        (10, "fp32", False), (1000, "fp32", False), (1000, "fp16", True),
-        (soft_kl.WIDEST, "fp32", True), (21840, "fp16", True), (21841, "fp32", False),
+    for classes, dtype, weight in (
+        (10, F32, 0.0), (1000, F32, 0.0), (1000, F16, 1.0), (WIDEST, F32, 1.0), (21840, F16, 1.0), (21841, F32, 0.0),
     ):  # fmt: skip
-        rows, block, warps = soft_kl.tile_of(classes)
-        logits = dict.fromkeys(("gradient_ptr", "student_ptr", "teacher_ptr"), f"*{dtype}")
-        arguments = {"losses_ptr": "*fp32", **logits, "labels_ptr": "*i64" if labels else None, "rows": "i32"}
-        arguments |= {"CLASSES": classes, "STUDENT_STRIDE": classes, "TEACHER_STRIDE": classes, "TEMPERATURE": 4.0}
-        arguments |= {"CE_WEIGHT": float(labels), "AGREEING": False, "UNIT": 1.0, "ROWS": rows, "BLOCK": block}
-        name = f"soft_kl {classes} {dtype}" + " labels" * labels
-        found.append(Case(name, soft_kl._kernel, arguments, warps))
-    logits = dict.fromkeys(("losses_ptr", "gradient_ptr", "student_ptr", "teacher_ptr"), "*fp64")
-    rows, block, warps = soft_kl.tile_of(1000)
-    arguments = {**arguments, **logits, "labels_ptr": None, "TEMPERATURE": 1.0, "CE_WEIGHT": 0.0, "AGREEING": True}
-    arguments |= {"CLASSES": 1000, "STUDENT_STRIDE": 1000, "TEACHER_STRIDE": 1000, "ROWS": rows, "BLOCK": block}
-    found.append(Case("soft_kl 1000 fp64 agreeing", soft_kl._kernel, arguments, warps))
-    return found
+        logits, labels = meta(256, classes, dtype=dtype), meta(256, dtype=torch.int64) if weight else None
+        yield f"{classes} {name_of(dtype)}", lambda given=(logits, logits, 4.0, labels, weight, False): _launch(*given)
+    logits = meta(256, 1000, dtype=F64)
+    yield "1000 fp64 agreeing", lambda: _launch(logits, logits, 1.0, None, 0.0, True)
 
 
-def group_norm_cases() -> list[Case]:
+def group_norm_silu() -> Iterator[tuple[str, Callable[[], object]]]:
     """Feature maps of Stable Diffusion's VAE (512 channels at 64x64 to 128 at 512x512) and UNet, in 32 groups."""
-    import torch
+    from dfkd_kernels.group_norm_silu import _launch_backward, _launch_forward
 
-    from dfkd_kernels import group_norm_backward, group_norm_forward
-    from dfkd_kernels.group_norm_tiles import Cut
-
-    found = []
     for channels, side, dtype, nhwc, silu in (
-        (128, 512, "fp16", True, True), (128, 512, "fp32", True, True), (512, 64, "bf16", True, True),
-        (512, 64, "fp16", False, True), (128, 512, "fp32", False, True), (320, 64, "fp16", True, False),
-        (1280, 8, "fp16", True, True), (1280, 8, "fp32", True, True),
+        (128, 512, F16, True, True), (128, 512, F32, True, True), (512, 64, BF16, True, True),
+        (512, 64, F16, False, True), (128, 512, F32, False, True), (320, 64, F16, True, False),
+        (1280, 8, F16, True, True), (1280, 8, F32, True, True),
     ):  # fmt: skip
-        cut = Cut(torch.empty(1, channels, side, side, device="meta"), 32, nhwc)
-        maps = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}")
-        sums = dict.fromkeys(("mean_ptr", "rstd_ptr", "plain_ptr", "along_ptr", "part_ptr"), "*fp32")
-        fixed = {"EPS": 1e-6, "SILU": silu, "SPAN": cut.tile.steps * cut.tile.pixels, "GROUPS": 32}
-        launches: list[tuple[Any, dict[str, Any]]] = [(group_norm_forward._whole, cut.whole)]
-        launches += [(group_norm_backward._whole, cut.whole)]
-        if not cut.tile.whole:
-            launches = [(group_norm_forward._moments, cut.tiles), (group_norm_forward._statistics, cut.combining)]
-            launches += [(group_norm_forward._apply, cut.tiles), (group_norm_backward._slopes, cut.tiles)]
-            launches += [(group_norm_backward._sums, cut.combining), (group_norm_backward._gradient, cut.tiles)]
-        for kernel, own in launches:
-            every = {**maps, **sums, **fixed, **own}
-            arguments = {name: every[name] for name in kernel.arg_names}
-            way = kernel.__module__.removeprefix("dfkd_kernels.group_norm_") + kernel.__name__
-            name = f"group_norm {way} {channels}x{side}x{side} {dtype} {'channels_last' if nhwc else 'contiguous'}"
-            found.append(Case(name, kernel, arguments, own["num_warps"]))
-    return found
+        x, w = meta(2, channels, side, side, dtype=dtype, nhwc=nhwc), meta(channels, dtype=dtype)
+        name, of_groups = f"{channels}x{side}x{side} {name_of(dtype)} {order_of(nhwc)}", meta(2, 32)
+        yield name, lambda given=(x, w, w, 32, 1e-6, silu): _launch_forward(*given)
+        yield name, lambda given=(x, x, of_groups, of_groups, w, w, 32, silu): _launch_backward(*given)
 
 
-def batch_norm_tap_cases() -> list[Case]:
-    """Stem of a 224 pixels wide ResNet, a narrow and a wide layer of a CIFAR network, in both memory formats.
+def bn_moments() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Stem of a 224 pixels wide ResNet, a narrow and a wide layer of a CIFAR network, and maps of 7x7.
 
-    Maps of 7x7 have no alignment in the order of channels.
+    The last have no alignment in the order of channels.
     """
-    from dfkd_kernels import batch_norm_launches as taps
+    from dfkd_kernels.bn_moments import _launch, _launch_gradient
 
-    found = []
-    layer = dict.fromkeys(("mean_ptr", "variance_ptr", "weight_ptr", "bias_ptr"), "*fp32")
-    for channels, pixels, dtype in ((64, 12544, "fp16"), (16, 1024, "fp32"), (512, 64, "fp16"), (2048, 49, "fp16")):
+    for channels, side, dtype in ((64, 112, F16), (16, 32, F32), (512, 8, F16), (2048, 7, F16)):
         for nhwc in (True, False):
-            wide, high, span, warps = taps.tile_of(channels, pixels, nhwc)
-            name = f"{channels}x{pixels} {dtype} {'channels_last' if nhwc else 'contiguous'}"
-            size = {"channels": "i32", "pixels": "i32"}
-            loose = ("pixels",) if pixels % 16 else ()
-            fixed = {"NHWC": nhwc, "RELU": True, "EPS": 1e-5, "CHANNELS": wide, "PIXELS": high, "SPAN": span}
-            maps = dict.fromkeys(("y_ptr", "x_ptr"), f"*{dtype}") | dict.fromkeys(("m1_ptr", "m2_ptr"), "*fp32")
-            arguments = {**maps, **layer, "rows": "i32", **size, **fixed, "WHOLE": span >= pixels}
-            found.append(Case(f"batch_norm_tap {name}", taps._forward, arguments, warps, loose))
-            maps = dict.fromkeys(("dx_ptr", "x_ptr", "dy_ptr"), f"*{dtype}")
-            maps |= dict.fromkeys(("dm1_ptr", "dm2_ptr"), "*fp32")
-            arguments = {**maps, **layer, **size, **fixed, "DY_NHWC": nhwc}
-            found.append(Case(f"batch_norm_tap gradient {name}", taps._backward_kernel, arguments, warps, loose))
-    names = ("m1_ptr", "m2_ptr", "m1_parts_ptr", "m2_parts_ptr")
-    arguments = dict.fromkeys(names, "*fp32") | dict.fromkeys(("rows", "parts", "pixels"), "i32")
-    arguments |= {"ROWS": taps.ROWS, "PARTS": taps.PARTS}
-    found.append(Case("batch_norm_tap parts", taps._added_up, arguments, 4, ("parts",)))
-    return found
+            x, layer = meta(16, channels, side, side, dtype=dtype, nhwc=nhwc), [meta(channels)] * 4
+            name, moments = f"{channels}x{side}x{side} {name_of(dtype)} {order_of(nhwc)}", meta(16, channels)
+            yield name, lambda given=(x, *layer, 1e-5, True): _launch(*given)
+            yield name, lambda given=(x, *layer, 1e-5, True, x, moments, moments): _launch_gradient(*given)
+
+
+LAUNCHES = {
+    "guided_step": guided_step, "soft_kl": soft_kl, "group_norm_silu": group_norm_silu, "bn_moments": bn_moments
+}  # fmt: skip
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return POINTERS[dtype][1:]
+
+
+def order_of(nhwc: bool) -> str:
+    return "channels_last" if nhwc else "contiguous"
 
 
 def cases() -> list[Case]:
-    return [*philox_cases(), *guided_cases(), *soft_kl_cases(), *group_norm_cases(), *batch_norm_tap_cases()]
+    from triton.runtime.jit import JITFunction
+
+    calls: list[tuple[Any, ...]] = []
+    found: list[Case] = []
+    with patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: calls.append((kernel, args, kwargs))):
+        for stem, launches in LAUNCHES.items():
+            for label, launch in launches():
+                calls.clear()
+                launch()
+                found += [case_of(stem, label, *call) for call in calls]
+    return found
+
+
+def case_of(stem: str, label: str, kernel: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Case:
+    """A launch as Triton's launcher describes it to the compiler."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, fixed, aligned = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], fixed[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            aligned.append(name)
+        else:
+            signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
+            aligned += [name] if value % 16 == 0 and not parameter.do_not_specialize else []
+    absent = "".join(f" no {name.removesuffix('_ptr')}" for name, value in fixed.items() if value is None)
+    title = f"{stem} {kernel.__name__.lstrip('_')} {label}{absent}"
+    return Case(title, kernel, signature, fixed, tuple(aligned), kwargs.get("num_warps", 4))
 
 
 def measure(case: Case, capability: int) -> dict[str, Any]:
@@ -188,21 +157,13 @@ def measure(case: Case, capability: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    typed = re.compile(r"\*?(fp|bf|i|u)\d+")
-    signature, fixed = {}, {}
-    for name, value in case.arguments.items():
-        if isinstance(value, str) and typed.fullmatch(value):
-            signature[name] = value
-        else:
-            signature[name], fixed[name] = "constexpr", value
     order = list(case.kernel.arg_names)
-    aligned = [n for n, t in signature.items() if t[0] == "*" or (t[0] in "iu" and n not in case.unaligned)]
     built = triton.compile(
         ASTSource(
             case.kernel,
-            signature={name: signature[name] for name in order},
-            constexprs=fixed,
-            attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
+            signature=dict(case.signature),
+            constexprs=dict(case.fixed),
+            attrs={(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
         ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": case.warps},
@@ -228,7 +189,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def _bits(access: str) -> int:
-    """Of a PTX access such as ld.global.v4.b32."""
+    """Width of a PTX access such as ld.global.v4.b32."""
     vector = re.search(r"\.v(\d)", access)
     width = re.search(r"\.[bfsu](\d+)", access)
     return (int(vector[1]) if vector else 1) * (int(width[1]) if width else 0)

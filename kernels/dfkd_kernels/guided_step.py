@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """One step of guided diffusion sampling in one launch: CFG, guidance push, sampler step, noise and Latent CutMix.
 
     m  = model[0], or u + cfg (c - u)                      classifier-free guidance, arXiv:2207.12598 (cfg: their w + 1)
@@ -15,13 +16,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from dfkd_kernels.common import FLOATS, interpreted, require, require_triton, tl, triton
 from dfkd_kernels.philox import philox_normal
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # a CPU-only installation needs the reference alone
-    triton = None
 
 COEFFICIENTS = ("z0_z", "z0_model", "step_z", "step_model", "step_prev", "step_noise", "step_z0", "cfg")
 TILE, WARPS = 2048, 8  # eight values a thread: two 128-bit loads of float32, or one of a half
@@ -76,19 +72,11 @@ def guided_step_ref(
 
 
 if triton is not None:
-    from dfkd_kernels.philox import image_words, interleaved, normal_pair
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _normals(image, tile, k0, k1, stream_id, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Elements tile TILE + 0, 1, ... of an image's noise; Philox makes four in a block."""
-        c0, c1, c2, c3 = image_words(tile * (TILE // 4) + tl.arange(0, TILE // 4), image, k0, k1, stream_id)
-        v0, v1 = normal_pair(c0, c1)
-        v2, v3 = normal_pair(c2, c3)
-        return tl.reshape(interleaved(v0, v1, v2, v3), [TILE])
+    from dfkd_kernels.philox import normals_of_image
 
     # A group's size and a step's seed and stream compile nothing anew; n does, for wide accesses where 16 divides it.
-    @triton.jit(do_not_specialize=["k0", "k1", "stream_id", "images", "pixels", "width"])  # type: ignore[untyped-decorator]
-    def _kernel(  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["k0", "k1", "stream_id", "images", "pixels", "width"])
+    def _kernel(
         next_ptr,  # [G, C, h, w] float32, as are z0, z, push and before
         z0_ptr,
         z_ptr,
@@ -134,9 +122,10 @@ if triton is not None:
             z_next += tl.load(row_ptr + 6) * push
             z0 += push
         if ids_ptr is not None:
-            noise = _normals(tl.load(ids_ptr + image), tile, k0, k1, stream_id, TILE)
+            noise = normals_of_image(tl.load(ids_ptr + image), tile, k0, k1, stream_id, TILE)
             if partner_ptr is not None:
-                noise = tl.where(inside, _normals(tl.load(ids_ptr + partner), tile, k0, k1, stream_id, TILE), noise)
+                pasted = normals_of_image(tl.load(ids_ptr + partner), tile, k0, k1, stream_id, TILE)
+                noise = tl.where(inside, pasted, noise)
             z_next += tl.load(row_ptr + 5) * noise
         tl.store(next_ptr + image * n + f, z_next, mask=live)
         tl.store(z0_ptr + image * n + f, z0, mask=live)
@@ -180,8 +169,8 @@ def _operator(
     stream: int,
 ) -> tuple[Tensor, Tensor]:
     """z' and z0; every tensor contiguous, the seed as a signed integer of 64 bits."""
-    if triton is not None and z.device.type == "cpu" and not isinstance(_kernel, triton.runtime.jit.JITFunction):
-        return _launch(z, model, row, push, before, ids, partner, box, seed, stream)  # TRITON_INTERPRET=1
+    if interpreted(z):
+        return _launch(z, model, row, push, before, ids, partner, box, seed, stream)
     noise = None if ids is None else (seed % 2**64, ids, stream)
     mix = None if partner is None or box is None else (partner, box)
     return guided_step_ref(z, model, row, push=push, before=before, noise=noise, mix=mix)
@@ -225,23 +214,19 @@ def guided_step(
         ValueError: a shape, dtype or device does not fit.
         RuntimeError: Triton is not installed.
     """
-    if triton is None:
-        raise RuntimeError("Triton is not installed, and kernels=triton needs it. pip install triton")
+    require_triton()
     if z.dim() != 4 or z.dtype != torch.float32 or not z.numel():
         raise ValueError(f"z: {tuple(z.shape)} {z.dtype}; want [G, C, h, w] float32, not empty")
-    if model.shape[1:] != z.shape or len(model) not in (1, 2) or not model.is_floating_point():
-        raise ValueError(f"model: {tuple(model.shape)} {model.dtype}; want [1 or 2, {', '.join(map(str, z.shape))}]")
+    cfg_rows = 2 if len(model) == 2 else 1
     seed, ids, stream = noise or (0, None, 0)
     partner, box = mix or (None, None)
-    images, whole = z.shape[:1], torch.int64
-    for name, tensor, shape, dtype in (
-        ("model", model, model.shape, model.dtype), ("row", row, (len(COEFFICIENTS),), z.dtype),
-        ("push", push, z.shape, z.dtype), ("before", before, z.shape, z.dtype),
-        ("ids", ids, images, whole), ("partner", partner, images, whole), ("box", box, (*images, 4), whole),
-    ):  # fmt: skip
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != z.device):
-            found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name}: {found}; want {tuple(shape)} {dtype} on {z.device}")
+    require("model", model, (cfg_rows, *z.shape), FLOATS, z)
+    require("row", row, (len(COEFFICIENTS),), (torch.float32,), z)
+    require("push", push, z.shape, (torch.float32,), z)
+    require("before", before, z.shape, (torch.float32,), z)
+    require("ids", ids, z.shape[:1], (torch.int64,), z)
+    require("partner", partner, z.shape[:1], (torch.int64,), z)
+    require("box", box, (len(z), 4), (torch.int64,), z)
     given = (None if t is None else t.contiguous() for t in (z, model, row, push, before, ids, partner, box))
     z_next, z0 = _operator(*given, seed - (seed >> 63 << 64), stream)
     return z_next, z0

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """Counter-based random numbers: the same value for an image whatever batch, device or order it is drawn in.
 
 Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), ten times
@@ -12,31 +13,24 @@ is lane e % 4 of block e // 4, elements counted in row-major order of `shape`.
     normal   sqrt(-2 ln u) (cos, sin)(2 pi v)            Box-Muller on lanes (0, 1) and (2, 3), u = (x + 1/2) 2^-32
 
 The normal is worked out in float64 and rounded to float32 before the cast to `dtype`: float64 functions differ between
-devices in the last bits only, so after rounding the CPU and the GPU draw the same image. Other kernels draw their noise
-themselves, by `image_words` and `normal_pair`.
+devices in the last bits only, so after rounding the CPU and the GPU draw the same image. Kernels that need noise draw
+it themselves by `normals_of_image`.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # a CPU-only installation needs the reference alone
-    triton = None
+from dfkd_kernels.common import tl, triton
 
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
-_BITS, _UNIFORM, _NORMAL = 0, 1, 2
-BLOCK = 256  # counters, of four elements each, a program
 
 
-def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox-4x32 on int64 tensors holding values in [0, 2^32); returns four tensors of that kind."""
+def philox_4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox-4x32 on four int64 tensors of values in [0, 2^32); returns four such tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -47,32 +41,84 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
     return c0, c1, c2, c3
 
 
-def _reference_lanes(seed: int, ids: Tensor, stream: int, n: int) -> tuple[Tensor, ...]:
-    """Four int64 tensors [B, blocks], one per lane."""
-    block = torch.arange(-(-n // 4), device=ids.device)[None, :]
-    rows = ids[:, None]
+def _lanes(seed: int, ids: Tensor, stream: int, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The words of an image's blocks: four int64 tensors [B, blocks], one a lane.
+
+    Raises:
+        ValueError: an argument is outside the bounds that `philox_normal` names.
+    """
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(f"ids: shape {tuple(ids.shape)} {ids.dtype}; want a vector of int64")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: {seed}; want 0 <= seed < 2^64")
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream: {stream}; want 0 <= stream < 2^32")
+    if min(shape, default=0) < 0 or math.prod(shape) > 2**33:
+        raise ValueError(f"shape: {tuple(shape)}; want sizes >= 0 and at most 2^33 elements an image")
+    rows = (ids if ids.device.type == "cuda" else ids.cpu())[:, None]  # other devices may lack float64
+    block = torch.arange(-(-math.prod(shape) // 4), device=rows.device)[None, :]
     counter = (block, torch.full_like(block, stream), rows & _MASK, (rows >> 32) & _MASK)
     return philox_4x32(counter, (seed & _MASK, seed >> 32))
 
 
-def _reference(kind: int, seed: int, ids: Tensor, stream: int, n: int) -> Tensor:
-    """[B, n]: int64 bits, or float32 uniforms or normals."""
-    lanes = _reference_lanes(seed, ids, stream, n)
-    if kind == _NORMAL:
-        u0, u1, u2, u3 = ((lane.double() + 0.5) * 2.0**-32 for lane in lanes)
-        r0, r2 = torch.sqrt(-2 * torch.log(u0)), torch.sqrt(-2 * torch.log(u2))
-        a1, a3 = 2 * math.pi * u1, 2 * math.pi * u3
-        pairs = (r0 * torch.cos(a1), r0 * torch.sin(a1), r2 * torch.cos(a3), r2 * torch.sin(a3))
-        lanes = tuple(value.float() for value in pairs)
-    elif kind == _UNIFORM:
-        lanes = tuple((((lane >> 9).double() + 0.5) * 2.0**-23).float() for lane in lanes)
-    return torch.stack(lanes, dim=-1).flatten(1)[:, :n]
+def _interleaved(lanes: tuple[Tensor, ...], ids: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Four lanes [B, blocks] -> [B, *shape] on the device of `ids`."""
+    values = torch.stack(lanes, dim=-1).flatten(1)[:, : math.prod(shape)]
+    return values.to(ids.device, dtype).reshape(len(ids), *shape)
+
+
+def philox_bits(seed: int, ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Raw random words: int64 [B, *shape] with values in [0, 2^32) on the device of `ids`.
+
+    Args and errors as for `philox_normal`.
+    """
+    return _interleaved(_lanes(seed, ids, stream, shape), ids, shape, torch.int64)
+
+
+def philox_uniform(
+    seed: int, ids: Tensor, stream: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniform numbers in the open interval (0, 1): [B, *shape] on the device of `ids`, float32 or float64.
+
+    Drawn from the same words as the normals of the same stream, so independent draws need streams of their own.
+    Half precision is refused: it would round values onto 0 and 1. Other args and errors as for `philox_normal`.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: {dtype}; want torch.float32 or torch.float64")
+    lanes = tuple(((lane >> 9).double() + 0.5) * 2.0**-23 for lane in _lanes(seed, ids, stream, shape))
+    return _interleaved(lanes, ids, shape, dtype)
+
+
+def philox_normal(
+    seed: int, ids: Tensor, stream: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normal numbers: [B, *shape] on the device of `ids`.
+
+    Row i is a function of (seed, ids[i], stream, shape) alone.
+
+    Args:
+        seed: 0 <= seed < 2^64, the run's seed.
+        ids: int64 [B], image ids.
+        stream: 0 <= stream < 2^32, which of an image's independent sequences (its start, a step's noise, ...).
+        shape: shape of one image's numbers, at most 2^33 elements.
+        dtype: a floating dtype; the float32 value is rounded to it.
+
+    Raises:
+        ValueError: an argument is outside these bounds.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: {dtype}; want a floating dtype")
+    u0, u1, u2, u3 = ((lane.double() + 0.5) * 2.0**-32 for lane in _lanes(seed, ids, stream, shape))
+    r0, r2 = torch.sqrt(-2 * torch.log(u0)), torch.sqrt(-2 * torch.log(u2))
+    a1, a3 = 2 * math.pi * u1, 2 * math.pi * u3
+    pairs = (r0 * torch.cos(a1), r0 * torch.sin(a1), r2 * torch.cos(a3), r2 * torch.sin(a3))
+    return _interleaved(tuple(value.float() for value in pairs), ids, shape, dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def philox_words(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    def philox_words(c0, c1, c2, c3, k0, k1):
         """Ten rounds of Philox-4x32 on uint32 blocks of one shape: the device's `philox_4x32`."""
         for _ in tl.static_range(10):
             p0 = c0.to(tl.uint64) * 0xD2511F53
@@ -86,18 +132,7 @@ if triton is not None:
         return c0, c1, c2, c3
 
     @triton.jit
-    def image_words(block, image, k0, k1, stream_id):  # type: ignore[no-untyped-def]
-        """Words of the blocks of four elements `block` (integers of any shape) of one image; the rest are scalars."""
-        # Zeros of the block's shape carry the counter words and keys, which are the same for all.
-        c0 = block.to(tl.uint32)
-        zero = c0 - c0
-        c1 = zero + stream_id.to(tl.uint32)
-        c2 = zero + (image & 0xFFFFFFFF).to(tl.uint32)
-        c3 = zero + ((image >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        return philox_words(c0, c1, c2, c3, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
-
-    @triton.jit
-    def normal_pair(a, b):  # type: ignore[no-untyped-def]
+    def normal_pair(a, b):
         """Box-Muller on two uint32 words: two float32 normals, worked out in float64.
 
         The angle is reduced to within pi/4 of a quarter turn in integers, exactly, so that sine and cosine are two
@@ -123,125 +158,15 @@ if triton is not None:
         return (radius * along).to(tl.float32), (radius * across).to(tl.float32)
 
     @triton.jit
-    def interleaved(v0, v1, v2, v3):  # type: ignore[no-untyped-def]
-        """Four lanes of shape [..., N] -> [..., N, 2, 2], which read in order is lane 0, 1, 2, 3."""
-        return tl.join(tl.join(v0, v2), tl.join(v1, v3))
-
-    @triton.jit(do_not_specialize=["k0", "k1", "stream_id"])  # type: ignore[untyped-decorator]
-    def _kernel(  # type: ignore[no-untyped-def]
-        out_ptr,  # [B, n] int64, float16, bfloat16, float32 or float64, contiguous
-        ids_ptr,  # [B] int64
-        k0: tl.uint32,
-        k1: tl.uint32,
-        stream_id: tl.uint32,
-        n,  # specialised: a multiple of 16 makes every row start aligned, which wide stores need
-        KIND: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        row = tl.program_id(1).to(tl.int64)
-        image = tl.load(ids_ptr + row)
-        block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # one counter per four elements
-        c0, c1, c2, c3 = image_words(block, image, k0, k1, stream_id)
-        if KIND == 2:
-            v0, v1 = normal_pair(c0, c1)
-            v2, v3 = normal_pair(c2, c3)
-        elif KIND == 1:
-            v0 = ((c0 >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-            v1 = ((c1 >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-            v2 = ((c2 >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-            v3 = ((c3 >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-        else:
-            v0, v1, v2, v3 = c0.to(tl.int64), c1.to(tl.int64), c2.to(tl.int64), c3.to(tl.int64)
-        # Lanes interleaved in registers, so a thread stores its four elements with one wide instruction.
-        value = tl.reshape(interleaved(v0, v1, v2, v3), [4 * BLOCK])
-        element = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
-        tl.store(out_ptr + row * n + element, value.to(out_ptr.dtype.element_ty), mask=element < n)
-
-
-def _launch(kernel: Any, kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(len(ids), n, dtype=dtype, device=ids.device)
-    if out.numel():
-        # Blocks first: CUDA allows 2^31 - 1 programs along x and only 65535 along y.
-        for start in range(0, len(ids), 65535):
-            rows = ids[start : start + 65535]
-            grid = (-(-n // (4 * BLOCK)), len(rows))
-            kernel[grid](out[start:], rows, seed & _MASK, seed >> 32, stream, n, KIND=kind, BLOCK=BLOCK, num_warps=4)
-    return out
-
-
-@torch.library.custom_op("dfkd::philox", mutates_args=())
-def _philox(kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
-    """[B, n] of `dtype`; kind 0 bits, 1 uniform, 2 normal; seed modulo 2^64."""
-    # Worked out on the CPU: other devices may lack float64, and the values are the same everywhere.
-    return _reference(kind, seed % 2**64, ids.cpu(), stream, n).to(ids.device, dtype).contiguous()
-
-
-@_philox.register_kernel("cuda")
-def _(kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
-    if triton is None:
-        raise RuntimeError("Triton is not installed: random numbers on a CUDA device need it. pip install triton")
-    return _launch(_kernel, kind, seed % 2**64, ids.contiguous(), stream, n, dtype)
-
-
-@_philox.register_fake
-def _(kind: int, seed: int, ids: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty(ids.shape[0], n, dtype=dtype)
-
-
-def _draw(kind: int, seed: int, ids: Tensor, stream: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise ValueError(f"ids: shape {tuple(ids.shape)} {ids.dtype}; want a vector of int64")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: {seed}; want 0 <= seed < 2^64")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream: {stream}; want 0 <= stream < 2^32")
-    n = math.prod(shape)
-    if min(shape, default=0) < 0 or n > 2**33:
-        raise ValueError(f"shape: {tuple(shape)}; want sizes >= 0 and at most 2^33 elements an image")
-    # A seed of 64 bits goes through an operator's signed integer.
-    flat: Tensor = _philox(kind, seed - (seed >> 63 << 64), ids, stream, n, dtype)
-    return flat.view(len(ids), *shape)
-
-
-def philox_bits(seed: int, ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Raw random words: int64 [B, *shape] with values in [0, 2^32) on the device of `ids`.
-
-    Args and errors as for `philox_normal`.
-    """
-    return _draw(_BITS, seed, ids, stream, shape, torch.int64)
-
-
-def philox_uniform(
-    seed: int, ids: Tensor, stream: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Uniform numbers in the open interval (0, 1): [B, *shape] on the device of `ids`, float32 or float64.
-
-    Drawn from the same words as the normals of the same stream, so independent draws need streams of their own.
-    Half precision is refused: it would round values onto 0 and 1. Other args and errors as for `philox_normal`.
-    """
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: {dtype}; want torch.float32 or torch.float64")
-    return _draw(_UNIFORM, seed, ids, stream, shape, dtype)
-
-
-def philox_normal(
-    seed: int, ids: Tensor, stream: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Standard normal numbers: [B, *shape] on the device of `ids`.
-
-    Row i is a function of (seed, ids[i], stream, shape) alone.
-
-    Args:
-        seed: 0 <= seed < 2^64, the run's seed.
-        ids: int64 [B], image ids.
-        stream: 0 <= stream < 2^32, which of an image's independent sequences (its start, a step's noise, ...).
-        shape: shape of one image's numbers, at most 2^33 elements.
-        dtype: a floating dtype; the float32 value is rounded to it.
-
-    Raises:
-        ValueError: an argument is outside these bounds.
-        RuntimeError: `ids` lies on a CUDA device and Triton is not installed.
-    """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: {dtype}; want a floating dtype")
-    return _draw(_NORMAL, seed, ids, stream, shape, dtype)
+    def normals_of_image(image, tile, k0, k1, stream_id, TILE: tl.constexpr):
+        """Normals float32 [TILE] of the image with id `image`: elements tile TILE + 0, 1, ... in row-major order."""
+        block = tile * (TILE // 4) + tl.arange(0, TILE // 4)  # four elements each
+        c0 = block.to(tl.uint32)
+        zero = c0 - c0  # carries the counter words and keys that are the same for all blocks
+        c1 = zero + stream_id.to(tl.uint32)
+        c2 = zero + (image & 0xFFFFFFFF).to(tl.uint32)
+        c3 = zero + ((image >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        w0, w1, w2, w3 = philox_words(c0, c1, c2, c3, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
+        v0, v1 = normal_pair(w0, w1)
+        v2, v3 = normal_pair(w2, w3)
+        return tl.reshape(tl.join(tl.join(v0, v2), tl.join(v1, v3)), [TILE])  # lane 0, 1, 2, 3 of every block in turn

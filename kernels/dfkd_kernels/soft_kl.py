@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """Distillation's loss and its gradient in the student's logits, made in one launch.
 
     p = softmax(t / T), q = softmax(s / T), r = softmax(s)
@@ -23,17 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_kernels.guided_clean import interpreted
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # a CPU-only installation needs the reference alone
-    triton = None
+from dfkd_kernels.common import FLOATS, accumulated, interpreted, power_of_two, require, require_triton, tl, triton
 
 TILE, WARPS = 2048, 8  # eight values a thread of each network's logits, all of which stay in registers
-WIDEST, BLOCK = 8192, 4096  # classes of the widest row that fits; wider ones are read twice, a block at a time
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WIDEST = 4096  # classes of the widest row that fits; wider ones are read twice, so many classes at a time
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -52,7 +46,7 @@ def soft_kl_ref(
     agreeing: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and gradient [B, C] of `soft_kl` by their definitions; both float32, or float64."""
-    wide = _accumulated(student, teacher)
+    wide = accumulated(student, teacher)
     s, t = student.to(wide), teacher.to(wide)
     losses = temperature**2 * divergence(s, t, temperature).sum(1)
     gradient = temperature * ((s / temperature).softmax(1) - (t / temperature).softmax(1))
@@ -68,7 +62,7 @@ def soft_kl_ref(
 if triton is not None:
 
     @triton.jit
-    def log1p(x):  # type: ignore[no-untyped-def]
+    def log1p(x):
         """log(1 + x) for x > -1; in float32 the sum would round a small x away, and a whole row shares its error."""
         if x.dtype == tl.float64:
             return tl.log(1.0 + x)
@@ -77,8 +71,8 @@ if triton is not None:
         series = 2.0 * w * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9)))))
         return tl.where(tl.abs(w) < 0.18, series, tl.log(1.0 + x))
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def top_and_rest(x, place_of, SHARPNESS: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit
+    def top_and_rest(x, place_of, SHARPNESS: tl.constexpr):
         """Of rows [R, C]: the largest value, where it first is, the sum of exp((x - largest) SHARPNESS) elsewhere.
 
         Kept apart from the 1 that the largest adds: of a sure answer it is all that is left.
@@ -87,14 +81,14 @@ if triton is not None:
         others = tl.where(place_of == place[:, None], 0.0, tl.exp((x - top[:, None]) * SHARPNESS))
         return top, place, tl.where(top == float("-inf"), 0.0, tl.sum(others, 1))
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def joined(top, rest, other_top, other_rest, SHARPNESS: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit
+    def joined(top, rest, other_top, other_rest, SHARPNESS: tl.constexpr):
         """Two parts of a row: the rest of the whole, under the larger of both tops."""
         low = tl.where(top == other_top, 1.0, tl.exp(-tl.abs(top - other_top) * SHARPNESS))
         return tl.where(other_top > top, other_rest + (1.0 + rest) * low, rest + (1.0 + other_rest) * low)
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def differences(s, t, s_top, t_top, s_rest, t_rest, SHARPNESS: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit
+    def differences(s, t, s_top, t_top, s_rest, t_rest, SHARPNESS: tl.constexpr):
         """Terms of KL(p || q), and q - p, of rows [R, C] or of parts of them."""
         a = (s - s_top[:, None]) * SHARPNESS
         b = (t - t_top[:, None]) * SHARPNESS
@@ -111,7 +105,7 @@ if triton is not None:
         return tl.where(near, p * series, tl.where(p > 0.0, p * d, 0.0) + difference), difference
 
     @triton.jit
-    def from_labels(s, own, s_top, s_rest, surely):  # type: ignore[no-untyped-def]
+    def from_labels(s, own, s_top, s_rest, surely):
         """Of rows [R, C] or of parts of them: s at the label less the largest, if it is here, and r - onehot."""
         z = s - s_top[:, None]
         share = 1.0 / (1.0 + s_rest)
@@ -119,13 +113,13 @@ if triton is not None:
         at_label = tl.where(surely[:, None], (-s_rest * share)[:, None], r - 1.0)
         return tl.sum(tl.where(own, z, 0.0), 1), tl.where(own, at_label, r)
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def logits_of(ptr, row, column, live, STRIDE: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit
+    def logits_of(ptr, row, column, live, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
         """Rows [R, C] of logits; past their end -inf, a class that is ruled out."""
         return tl.load(ptr + row[:, None] * STRIDE + column, mask=live, other=float("-inf")).to(DTYPE)
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _kernel(  # type: ignore[no-untyped-def]
+    @triton.jit
+    def _kernel(
         losses_ptr,  # [B] float32 or float64
         gradient_ptr,  # [B, C], contiguous
         student_ptr,  # [B, C], columns side by side
@@ -204,9 +198,7 @@ if triton is not None:
 
 def tile_of(classes: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps. Narrower than the classes: their rows are read twice."""
-    block = 1 << (classes - 1).bit_length()
-    if classes > WIDEST:
-        block = BLOCK
+    block = min(power_of_two(classes), WIDEST)
     return max(1, TILE // block), block, WARPS * max(1, block // TILE)
 
 
@@ -218,10 +210,6 @@ def unit_of(dtype: torch.dtype, temperature: float, ce_weight: float) -> float:
     return 2.0 ** math.floor(math.log2(2**15 / (temperature + ce_weight))) if dtype == torch.float16 else 1.0
 
 
-def _accumulated(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
 def _launch(
     student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None, ce_weight: float, agreeing: bool
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +217,9 @@ def _launch(
     losses, gradient = _fake(student, teacher)
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     rows, block, warps = tile_of(classes)
-    if batch:
+    if not batch:
+        return losses, gradient
+    with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]
         _kernel[(-(-batch // rows),)](
             losses, gradient, student, teacher, None if labels is None else labels.contiguous(), batch,
             CLASSES=classes, STUDENT_STRIDE=student.stride(0), TEACHER_STRIDE=teacher.stride(0),
@@ -257,7 +247,7 @@ _operator.register_kernel("cuda")(_launch)
 
 @_operator.register_fake
 def _fake(student: Tensor, teacher: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    losses = student.new_empty(student.shape[0], dtype=_accumulated(student, teacher))
+    losses = student.new_empty(student.shape[0], dtype=accumulated(student, teacher))
     return losses, torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
@@ -304,21 +294,15 @@ def soft_kl(
         ValueError: shapes, dtypes, devices or numbers that do not fit; on a CPU a label that is no class.
         RuntimeError: Triton is not installed.
     """
-    if triton is None:
-        raise RuntimeError("Triton is not installed, and kernels=triton needs it. pip install triton")
+    require_triton()
     if student.dim() != 2 or not student.shape[1] or student.dtype not in FLOATS:
         raise ValueError(f"student: {tuple(student.shape)} {student.dtype}; want [B, C >= 1], floating")
-    if teacher.shape != student.shape or teacher.dtype not in FLOATS:
-        raise ValueError(f"teacher: {tuple(teacher.shape)} {teacher.dtype}; want {tuple(student.shape)}, floating")
+    require("teacher", teacher, student.shape, FLOATS, student)
+    require("labels", labels, student.shape[:1], (torch.int64,), student)
     if not 0 < temperature < math.inf or not 0 <= ce_weight < math.inf:
         raise ValueError(f"temperature {temperature}, ce_weight {ce_weight}; want > 0 and >= 0, finite")
     if ce_weight and labels is None:
         raise ValueError(f"ce_weight {ce_weight} needs labels")
-    if labels is not None and (labels.shape != student.shape[:1] or labels.dtype != torch.int64):
-        raise ValueError(f"labels: {tuple(labels.shape)} {labels.dtype}; want ({len(student)},) int64")
-    for name, tensor in (("teacher", teacher), ("labels", labels)):
-        if tensor is not None and tensor.device != student.device:
-            raise ValueError(f"{name} is on {tensor.device}, student on {student.device}")
     labels = labels if ce_weight else None
     losses: Tensor = _operator(student, teacher.detach(), temperature, labels, ce_weight, agreeing)[0]
     return losses
