@@ -1,21 +1,32 @@
 """Small folders of shards for tests."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from dfkd.data.shards import Record, ShardFolder
+from dfkd.data import Record, ShardFolder
+from dfkd.runtime import Rank
 
 CLASS_NAMES = ("zero", "one", "two")
 SETTINGS = {"seed": 7, "sampler": {"name": "ddim", "steps": 20}}
 
 
 def open_for_writing(
-    path: Path, count: int = 10, size: int = 8, image_format: str = "png", shard_size: int = 4, **settings: object
+    path: Path,
+    count: int = 10,
+    size: int = 8,
+    image_format: str = "png",
+    shard_size: int = 4,
+    rank: Rank = Rank(),  # noqa: B008 (frozen)
+    run: Mapping[str, Any] | None = None,
+    **settings: object,
 ) -> ShardFolder:
     merged = {**SETTINGS, **settings}
-    return ShardFolder.create_or_open(path, merged, CLASS_NAMES, size, image_format, count, shard_size)
+    return ShardFolder.create_or_open(path, merged, CLASS_NAMES, size, image_format, count, shard_size, rank, run)
 
 
 def sample(ids: range, size: int) -> tuple[npt.NDArray[np.uint8], list[Record]]:
@@ -53,4 +64,16 @@ def make(path: Path, **options: object) -> Path:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+    """The files directly in a folder, by name."""
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
+
+
+def class_folders(path: Path, names: Sequence[str] = CLASS_NAMES, sizes: tuple[int, int] = (8, 8)) -> Path:
+    """Four smooth random PNG images a class; the last one of each has the second size, in pixels."""
+    for label, name in enumerate(names):
+        (path / name).mkdir(parents=True)
+        for i in range(4):
+            coarse = np.random.default_rng(100 + 4 * label + i).integers(60, 200, (3, 3, 3), dtype=np.uint8)
+            size = sizes[i == 3]
+            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(path / name / f"{i}.png")
+    return path

@@ -9,41 +9,47 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
+from dfkd.data.codec import decode, encode
+from dfkd.data.shards import open_folder
 from dfkd.errors import UsageError
 from dfkd.files import PARTIAL, make_writable, replace_text
-from dfkd.data.shards.codec import decode, encode
-from dfkd.data.shards.reader import scan
 
 
 def export_imagefolder(path: Path, out: Path | None = None) -> int:
-    """Write the images of the finished folder of shards ``path`` below ``out`` (default: into it); returns how many.
+    """Write the images of the finished folder of shards ``path`` below ``out`` (default: path/imagefolder); returns
+    how many.
 
-    Each file is whole or absent, and the same every time. Raises UsageError for a damaged or unfinished folder, an
-    ``out`` that cannot be written, and class names that cannot be names of folders.
+    Each file is whole or absent, and the same every time. A folder that already holds this export is left alone, so
+    that what someone took out of it stays out. Raises UsageError for damaged or unfinished shards, an ``out`` that
+    cannot be written, and class names that cannot be names of folders.
     """
-    out = path if out is None else out
-    layout, samples = scan(path)
-    for name in layout.class_names:
+    out = path / "imagefolder" if out is None else out
+    pool = open_folder(path)
+    for name in pool.class_names:
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise UsageError(f"class {name!r} cannot be a folder", "it is empty or holds a slash", "use shards instead")
-        make_writable(out / name)
-    extension = "jpg" if layout.image_format == "jpg" else "png"
-    lines = []
-    for entry, record in samples:
-        data = entry.read()
-        if layout.image_format != extension:
-            data = encode(decode(data, layout.image_format), extension)
-        name = f"{record.class_name}/{record.id:08d}.{extension}"
-        _write(out / name, data)
-        lines.append(json.dumps({"file_name": name, **asdict(record)}, sort_keys=True))
-    replace_text(out / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
-    labels = {name: label for label, name in enumerate(layout.class_names)}
+    image_format = pool.layout.image_format
+    extension = "jpg" if image_format == "jpg" else "png"
+    described = {f"{record.class_name}/{record.id:08d}.{extension}": asdict(record) for record in pool.records()}
+    lines = [json.dumps({"file_name": name, **record}, sort_keys=True) + "\n" for name, record in described.items()]
+    make_writable(out)
+    metadata = out / "metadata.jsonl"
+    if metadata.exists() and metadata.read_text(encoding="utf-8") == "".join(lines):
+        return len(lines)
+    for name in pool.class_names:
+        (out / name).mkdir(exist_ok=True)
+    for position, name in enumerate(described):
+        (data,) = pool.encoded(torch.tensor([position]))
+        content = data.tobytes()
+        if image_format != extension:
+            content = encode(decode(content, image_format), extension)
+        # Renamed but not flushed: the shards are the durable copy, and metadata.jsonl comes after every image.
+        beside = out / (name + PARTIAL)
+        beside.write_bytes(content)
+        beside.replace(out / name)
+    labels = {name: label for label, name in enumerate(pool.class_names)}
     replace_text(out / "classes.json", json.dumps(labels, indent=1) + "\n")
+    replace_text(metadata, "".join(lines))
     return len(lines)
-
-
-def _write(path: Path, data: bytes) -> None:
-    # Renamed but not flushed: the shards are the durable copy, and metadata.jsonl is written only after every image.
-    beside = path.with_name(path.name + PARTIAL)
-    beside.write_bytes(data)
-    beside.replace(path)

@@ -1,4 +1,4 @@
-"""What others make of our folders: DALI's reader and its index tool, Hugging Face datasets, torchvision's layout."""
+"""What others make of our folders: WebDataset, DALI, Hugging Face datasets, and readers of class folders."""
 
 import json
 import subprocess
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 from dfkd.config import IMAGE_FORMATS
-from dfkd.data.imagefolder import export_imagefolder
-from dfkd.data.loader import dali
+from dfkd.data import ShardFolder, dali, export_imagefolder
+from dfkd.errors import UsageError
 from tests.shard_folders import CLASS_NAMES, contents, fill, make, open_for_writing, sample
 
 needs_dali = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed")
@@ -78,6 +79,17 @@ def test_hugging_face_datasets_reads_the_shards(tmp_path: Path) -> None:
     assert all(np.array_equal(np.asarray(row["png"]), image) for row, image in zip(found, images, strict=True))
 
 
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    make(tmp_path)
+    urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    images, records = sample(range(10), 8)
+    assert [item["__key__"] for item in samples] == [f"{i:08d}" for i in range(10)]
+    assert [item["cls"] for item in samples] == [record.label for record in records]
+    assert [item["json"]["prompt"] for item in samples] == [record.prompt for record in records]
+    assert all(np.array_equal(item["png"], image) for item, image in zip(samples, images, strict=True))
+
+
 def test_an_imagefolder_has_torchvisions_layout(tmp_path: Path) -> None:
     """root/<class>/<image>: classes are the folders in the order of their names, which classes.json maps to labels."""
     export_imagefolder(make(tmp_path / "shards"), tmp_path / "out")
@@ -90,3 +102,30 @@ def test_an_imagefolder_has_torchvisions_layout(tmp_path: Path) -> None:
     for file in files:
         assert labels[file.parent.name] == int(file.stem) % 3
         assert np.array_equal(np.asarray(Image.open(file)), sample(range(int(file.stem), int(file.stem) + 1), 8)[0][0])
+
+
+@pytest.mark.parametrize("image_format", ["png", "npy"])
+def test_pixels_and_records_survive(tmp_path: Path, image_format: str) -> None:
+    out = tmp_path / "out"
+    assert export_imagefolder(make(tmp_path / "shards", image_format=image_format), out) == 10
+    images, records = sample(range(10), 8)
+    lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    for image, record, line in zip(images, records, lines, strict=True):
+        assert line["file_name"] == f"{record.class_name}/{record.id:08d}.png"
+        assert (line["id"], line["label"], line["prompt"]) == (record.id, record.label, record.prompt)
+        assert np.array_equal(np.array(Image.open(out / line["file_name"])), image)
+    assert json.loads((out / "classes.json").read_text()) == {name: i for i, name in enumerate(CLASS_NAMES)}
+
+
+def test_jpeg_bytes_are_copied(tmp_path: Path) -> None:
+    export_imagefolder(make(tmp_path, image_format="jpg"))
+    data = (tmp_path / "imagefolder" / "two" / "00000005.jpg").read_bytes()
+    assert data in (tmp_path / "shard-00001.tar").read_bytes()
+
+
+def test_a_class_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    with ShardFolder.create_or_open(tmp_path, {}, ("and/or",), 8, "png", 1, 1) as folder:
+        images, records = sample(range(1), 8)
+        folder.write(0, images, records)
+    with pytest.raises(UsageError, match="and/or"):
+        export_imagefolder(tmp_path)

@@ -13,30 +13,37 @@ normalise, cast, channels last. It reads nothing and draws nothing by itself: ev
              fancy upsampling); nvJPEG on a GPU differs by a few levels
     resizing pixels that are not in the networks' size are only decoded here; torch resizes them, as in the other
              sources, and applies the view: DALI's bicubic kernel is another (a = -0.5, ours is -0.75)
-    fitting  image files of any size, cut and resized as Pillow does, in float where Pillow rounds between its two
-             passes: a level apart at most, where an image has another size
+    fitting  image files of any size, cut and resized as dfkd.data.codec does with Pillow, in float where Pillow rounds
+             between its two passes: a level apart at most, where an image has another size
     bfloat16 is torch's cast of the pipeline's float32; float16 is DALI's own
 """
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 from math import ceil
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dfkd.data.batches import Batch, Encoded, Form, Images, Step, read_pixels, resize
+from dfkd.data.views import REACH, Views, draw, padding
 from dfkd.errors import UsageError
-from dfkd.data.loader.contract import Batch, Encoded, Form, Images
-from dfkd.data.loader.order import Step
-from dfkd.data.loader.pixels import read_pixels, resize
-from dfkd.data.loader.views import REACH, Views, draw, padding
 
 AHEAD = 2  # batches in the making while one is used
+# Inputs of the pipeline by name: type, dimensions of a sample, layout.
+INPUTS = {
+    "bytes": ("UINT8", 1, ""),
+    "pixels": ("UINT8", 3, "HWC"),
+    "corner": ("INT32", 1, ""),
+    "mirror": ("INT32", 0, ""),
+    "matrix": ("FLOAT", 2, ""),
+    "colour": ("FLOAT", 1, ""),
+}
 
 
 @cache
@@ -57,7 +64,7 @@ def _nvidia() -> Any:
 
 
 class Dali:
-    """threads: that decode and view; rows: of the largest batch; kind: of the views."""
+    """Batches made by DALI. threads: that decode and view; rows: of the largest batch; kind: of the views."""
 
     def __init__(self, data: Images, positions: Tensor, form: Form, kind: str, rows: int, threads: int) -> None:
         self.form = form
@@ -79,7 +86,7 @@ class Dali:
                 pixels = self._next()
                 step = feed.asked.popleft()
                 self._schedule()
-                if feed.whole:
+                if feed.views_here:
                     images = pixels.permute(0, 3, 1, 2).to(form.dtype)
                 else:
                     resized = resize(pixels.permute(0, 3, 1, 2), form.size).permute(0, 2, 3, 1)
@@ -125,18 +132,18 @@ class _Feed:
 
     def __init__(self, data: Images, positions: Tensor, size: int, kind: str) -> None:
         self.data, self.positions, self.size = data, positions, size
-        self.encoded = isinstance(data, Encoded) and data.image_format != "npy"
-        self.fitted = self.encoded and data.image_format == ""  # type: ignore[attr-defined]  # of any size and shape
-        # Whether the pipeline does the view as well.
-        self.whole = not isinstance(data, Encoded) or data.image_size == size
-        self.inputs = _inputs_of(kind) if self.whole else ()
+        self.encoded = isinstance(data, Encoded) and data.files != ""
+        self.fit = data.image_size if isinstance(data, Encoded) and data.files == "fitted" else 0
+        # Whether the pipeline makes the view as well: of images that are not in the networks' size torch does.
+        self.views_here = not isinstance(data, Encoded) or data.image_size == size
+        self.inputs = _inputs_of(kind) if self.views_here else ()
         # At 4 pixels and more it is narrower than the image that it mirrors. Parts of an image need none.
         self.border = min(size, ceil(REACH * size) + 1) if "matrix" in self.inputs and kind != "rrc-flip" else 0
         self.steps: Iterator[Step] = iter(())
         self.asked: deque[Step] = deque()
 
     def __call__(self) -> tuple[Any, ...]:
-        """Those of the next step; raises StopIteration where there is none."""
+        """Inputs of the next step; raises StopIteration where there is none."""
         step = next(self.steps)
         while not len(step.positions):
             self.asked.append(step)
@@ -144,14 +151,14 @@ class _Feed:
         positions = self.positions[step.positions]
         if self.encoded:
             images: Any = self.data.encoded(positions)  # type: ignore[attr-defined]
-        elif self.whole:
+        elif self.views_here:
             images = read_pixels(self.data, positions, self.size).numpy()
             if self.border:
                 images = _between_mirrors(_between_mirrors(images, self.border, 2), self.border, 1)
         else:
             images = self.data.read(positions).permute(0, 2, 3, 1).contiguous().numpy()
         self.asked.append(step)
-        return (images, *_arguments(step.views, self.inputs, self.size, self.border))
+        return (images, *(_arguments(step.views, self.size, self.border) if self.views_here else ()))
 
     def damaged(self, step: Step, error: RuntimeError) -> UsageError:
         """The image that Pillow cannot read either, by file and id, or else what DALI says of the batch."""
@@ -172,61 +179,41 @@ def _pipeline(feed: _Feed, form: Form, rows: int, threads: int) -> Any:
     fn = nvidia.fn
     gpu = form.device.type == "cuda"
     names = ["bytes" if feed.encoded else "pixels", *feed.inputs]
+    kinds, dimensions, layouts = zip(*(INPUTS[name] for name in names), strict=True)
+    dtypes = [getattr(nvidia.types, kind) for kind in kinds]
     device = (form.device.index or 0) if gpu else None
     pipe = nvidia.Pipeline(batch_size=rows, num_threads=threads, device_id=device, prefetch_queue_depth=AHEAD)
     with pipe:
-        dtypes, dimensions, layouts = _kinds(names)
         images, *arguments = fn.external_source(
-            source=feed, num_outputs=len(names), dtype=dtypes, ndim=dimensions, layout=layouts
+            source=feed, num_outputs=len(names), dtype=dtypes, ndim=list(dimensions), layout=list(layouts)
         )
         encoded = images
         images = _decoded(images, feed.encoded, gpu)
-        if feed.fitted:
-            images = _fitted(images, encoded, form.size)
-        if feed.whole:
+        if feed.fit:
+            images = _fitted(images, encoded, feed.fit)
+        if feed.views_here:
             images = _viewed(images, dict(zip(feed.inputs, arguments, strict=True)), form, feed)
         pipe.set_outputs(images)
     pipe.build()
     return pipe
 
 
-def _kinds(names: Sequence[str]) -> tuple[list[Any], list[int], list[str]]:
-    """Types, dimensions of a sample and layouts of the pipeline's inputs."""
-    types = _nvidia().types
-    known = {
-        "bytes": (types.UINT8, 1, ""),
-        "pixels": (types.UINT8, 3, "HWC"),
-        "corner": (types.INT32, 1, ""),
-        "mirror": (types.INT32, 0, ""),
-        "matrix": (types.FLOAT, 2, ""),
-        "colour": (types.FLOAT, 1, ""),
-    }
-    dtypes, dimensions, layouts = zip(*(known[name] for name in names), strict=True)
-    return list(dtypes), list(dimensions), list(layouts)
-
-
 def _inputs_of(kind: str) -> tuple[str, ...]:
-    """Which numbers the views of this kind are made of."""
+    """Names of what _arguments gives for views of this kind."""
     views = draw(kind, 1, 8, 8, torch.Generator())
     window = ("corner", "mirror") if views.window is not None else ()
     return (*window, *(name for name in ("matrix", "colour") if getattr(views, name) is not None))
 
 
-def _arguments(views: Views, names: tuple[str, ...], size: int, border: int) -> Iterator[Any]:
+def _arguments(views: Views, size: int, border: int) -> Iterator[NDArray[Any]]:
     """The views as DALI takes them: positions in pixels of the image, or of the one with a border around it."""
-    for name in names:
-        if name == "corner":
-            assert views.window is not None
-            yield (views.window[:, :2] - torch.tensor(padding(size, size))).int().numpy()
-        elif name == "mirror":
-            assert views.window is not None
-            yield views.window[:, 2].int().numpy()
-        elif name == "matrix":
-            assert views.matrix is not None
-            yield _in_pixels(views.matrix, size, border).numpy()
-        else:
-            assert views.colour is not None
-            yield views.colour.numpy()
+    if views.window is not None:
+        yield (views.window[:, :2] - torch.tensor(padding(size, size))).int().numpy()
+        yield views.window[:, 2].int().numpy()
+    if views.matrix is not None:
+        yield _in_pixels(views.matrix, size, border).numpy()
+    if views.colour is not None:
+        yield views.colour.numpy()
 
 
 def _in_pixels(matrix: Tensor, size: int, border: int) -> Tensor:
@@ -297,8 +284,8 @@ def _viewed(images: Any, views: dict[str, Any], form: Form, feed: _Feed) -> Any:
     )
 
 
-def _between_mirrors(pixels: npt.NDArray[np.uint8], border: int, axis: int) -> npt.NDArray[np.uint8]:
-    """As _reflected, of pixels [B, H, W, 3] in main memory: copies of the batch, not of each image."""
+def _between_mirrors(pixels: NDArray[np.uint8], border: int, axis: int) -> NDArray[np.uint8]:
+    """What _reflected does, of pixels [B, H, W, 3] in main memory: copies of the batch, not of each image."""
     first, last = np.split(pixels, [border], axis)[0], np.split(pixels, [-border], axis)[1]
     return np.concatenate((np.flip(first, axis), pixels, np.flip(last, axis)), axis)
 
@@ -313,7 +300,7 @@ def _reflected(images: Any, size: int, border: int, axis: int) -> Any:
 
 
 def _coloured(images: Any, colour: Any) -> Any:
-    """dfkd.data.loader.views.colour on levels 0 to 255."""
+    """dfkd.data.views.colour on levels 0 to 255."""
     fn, math = _nvidia().fn, _nvidia().math
     contrast, brightness, gain = colour[0], colour[1], colour[2:5]
     offset = fn.reductions.mean(images) * (1 - contrast) + 255 * brightness

@@ -1,25 +1,25 @@
-"""The writing side of a folder of shards: atomic, resumable, one run at a time, of one process or several."""
+"""Writing a folder of shards: atomic, resumable, one run at a time, by one process or several."""
 
 import io
 import json
+import shutil
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from dfkd.config import IMAGE_FORMATS
+from dfkd.data.codec import encode
+from dfkd.data.shards import MANIFEST, VERSION, Layout, Record, index_text, read_manifest
 from dfkd.errors import UsageError
 from dfkd.files import PARTIAL, folder_lock, locked, make_writable, remove_partials, replace_file, replace_text, sha256
 from dfkd.runtime import Rank
-from dfkd.data.shards.codec import encode
-from dfkd.data.shards.index import repair_index, write_index
-from dfkd.data.shards.layout import MANIFEST, VERSION, Layout, Record, read_manifest
 
 WAIT = 0.5  # seconds between two looks at what the other processes have done
 
@@ -27,14 +27,14 @@ WAIT = 0.5  # seconds between two looks at what the other processes have done
 class ShardFolder:
     """The writing side of a folder of shards; holds its lock until closed, best by ``with``.
 
-    The processes of a run share a folder: each has the shards whose index is its rank modulo their number, the first
-    holds the lock, and what one writes it commits alone, under a lock of that moment.
+    Processes of one run share a folder: each writes the shards whose index is its rank modulo their number, the first
+    holds the lock, and each commits what it has written under a second lock, held for that moment only.
     """
 
-    def __init__(self, path: Path, layout: Layout, shards: list[dict[str, Any]], rank: Rank, lock: ExitStack) -> None:
+    def __init__(self, path: Path, layout: Layout, shards: Sequence[dict[str, Any]], rank: Rank) -> None:
         self.path, self.layout, self.rank = path, layout, rank
         self._shards = {entry["file"]: entry for entry in shards}
-        self._lock = lock
+        self._lock = ExitStack()
 
     @classmethod
     def create_or_open(
@@ -47,15 +47,21 @@ class ShardFolder:
         count: int,
         shard_size: int,
         rank: Rank = Rank(),  # noqa: B008 (frozen)
+        run: Mapping[str, Any] | None = None,
     ) -> Self:
         """Start a folder, or take up one that a run of the same settings has begun.
 
-        settings must be plain JSON values. Raises UsageError when the folder cannot be written, is in use, or belongs
-        to other settings (naming each field with both values).
+        settings: what identifies the images. run: how they will be computed (call size, threads, engines); a folder
+        that has begun keeps what it has on record, which `.run` gives. Both are plain JSON values.
+        Raises UsageError when the folder cannot be written, is in use, or belongs to other settings (naming each field
+        with both values).
         """
         if image_format not in IMAGE_FORMATS:
             raise UsageError(f"image format {image_format!r} is unknown", f"known are {', '.join(IMAGE_FORMATS)}")
-        wanted = Layout(_plain(settings), tuple(class_names), image_size, image_format, count, shard_size)
+        layout = Layout(
+            _plain(settings), tuple(class_names), image_size, image_format, count, shard_size, _plain(run or {})
+        )
+        shards: list[dict[str, Any]] = []
         make_writable(path)
         with ExitStack() as lock:
             if rank.first:
@@ -63,31 +69,44 @@ class ShardFolder:
             with _committing(path):
                 if rank.count == 1:
                     remove_partials(path)
-                for name in ("shard-*", MANIFEST):  # those that nobody is writing now
+                for name in ("shard-*", MANIFEST):  # which nobody is writing while we hold the lock
                     for leftover in path.glob(name + PARTIAL):
                         leftover.unlink()
-                shards: list[dict[str, Any]] = []
-                if (path / MANIFEST).exists():
+                new = not (path / MANIFEST).exists()
+                if not new:
                     found, shards = read_manifest(path)
-                    _refuse_other(path, found, wanted)
+                    _refuse_other(path, found, layout)
+                    layout = found
                 elif any(path.glob("shard-*.tar")):
                     raise UsageError(
                         f"{path} holds shards without {MANIFEST}", "they would be overwritten", "choose another --out"
                     )
-                folder = cls(path, wanted, shards, rank, lock)
-                if not (path / MANIFEST).exists():
+                folder = cls(path, layout, shards, rank)
+                if new:
                     folder._write_manifest()
-                for file in folder._shards if rank.first else ():  # an index that is absent or damaged costs no image
-                    repair_index(path / file)
+                for file in folder._shards if rank.first else ():
+                    _write_index(path / file)
             folder._lock = lock.pop_all()
             return folder
 
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """How the images of this folder are computed, on record in its manifest."""
+        return self.layout.run
+
+    def record(self, **facts: Any) -> None:
+        """Replace some of what `run` has on record, from here on and for whoever continues the folder."""
+        with _committing(self.path):
+            self._read_manifest()
+            self.layout = replace(self.layout, run=_plain({**self.run, **facts}))
+            self._write_manifest()
+
     def missing(self) -> list[int]:
-        """This process's shards that are absent or whose bytes are not those that the manifest has on record."""
+        """Shards of this process that are absent or whose bytes are not those that the manifest has on record."""
         return [i for i in range(self.layout.shard_count()) if self.rank.owns(i) and not self._whole(i)]
 
     def missing_of_others(self) -> list[int]:
-        """The same of the other processes, by the manifest as it is now."""
+        """Shards of the other processes that are absent or altered, by the manifest at this moment."""
         self._read_manifest()
         return [i for i in range(self.layout.shard_count()) if not self.rank.owns(i) and not self._whole(i)]
 
@@ -99,7 +118,7 @@ class ShardFolder:
             self._read_manifest()
             pending = [index for index in pending if not self._whole(index)]
 
-    def write(self, index: int, images: npt.NDArray[np.uint8], records: Sequence[Record], seconds: float = 0.0) -> Path:
+    def write(self, index: int, images: NDArray[np.uint8], records: Sequence[Record], seconds: float = 0.0) -> Path:
         """Commit one shard: images uint8 [n, H, W, 3] and their records, both in the order of the shard's ids."""
         ids, size = self.layout.ids(index), self.layout.image_size
         if [record.id for record in records] != list(ids):
@@ -110,7 +129,7 @@ class ShardFolder:
         path = self.path / file
         with _committing(self.path):
             replace_file(path, lambda out: _write_tar(out, images, records, self.layout.image_format))
-            write_index(path)
+            _write_index(path)
             self._read_manifest()
             self._shards[file] = {
                 "file": file,
@@ -136,7 +155,8 @@ class ShardFolder:
         return entry is not None and path.is_file() and sha256(path) == entry["sha256"]
 
     def _read_manifest(self) -> None:
-        self._shards = {entry["file"]: entry for entry in read_manifest(self.path)[1]}
+        self.layout, shards = read_manifest(self.path)
+        self._shards = {entry["file"]: entry for entry in shards}
 
     def _write_manifest(self) -> None:
         shards = [self._shards[file] for file in sorted(self._shards)]
@@ -144,12 +164,36 @@ class ShardFolder:
         replace_text(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
+def require_space(folder: Path, count: int, size: int, image_format: str) -> None:
+    """Raise UsageError when the disk of ``folder`` (which need not exist yet) cannot hold the images asked for."""
+    needed = required_bytes(count, size, image_format)
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UsageError(
+            f"{count} images of {size}x{size} as {image_format} need up to {needed / 1e9:.2f} GB",
+            f"the disk of {existing} has {free / 1e9:.2f} GB free",
+            "free some space, choose another --out, or ask for fewer images",
+        )
+
+
+def required_bytes(count: int, size: int, image_format: str) -> int:
+    """Disk space of ``count`` images of ``size`` x ``size`` at most: pixels that do not compress.
+
+    For JPEG half of the raw size and a header are reckoned, which photos stay below and pure noise does not.
+    """
+    raw = 3 * size * size
+    pixels = raw // 2 + 1024 if image_format == "jpg" else raw + raw // 100 + 256
+    # Three tar headers with padding, and a record with the losses of some hundred steps.
+    return count * (pixels + 3 * 1024 + 4096)
+
+
 def _committing(path: Path) -> AbstractContextManager[None]:
     """Alone among the processes that commit to the folder; waits for its turn."""
     return locked(path / ".commit", lambda owner: None)
 
 
-def _write_tar(out: BinaryIO, images: npt.NDArray[np.uint8], records: Sequence[Record], image_format: str) -> None:
+def _write_tar(out: BinaryIO, images: NDArray[np.uint8], records: Sequence[Record], image_format: str) -> None:
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for image, record in zip(images, records, strict=True):
             parts = {
@@ -163,23 +207,30 @@ def _write_tar(out: BinaryIO, images: npt.NDArray[np.uint8], records: Sequence[R
                 tar.addfile(info, io.BytesIO(data))
 
 
+def _write_index(shard: Path) -> None:
+    """Write the index where it is absent or not the shard's; nothing where the shard itself is absent or damaged."""
+    path, wanted = shard.with_suffix(".idx"), index_text(shard)
+    if wanted and not (path.exists() and path.read_bytes() == wanted.encode()):
+        replace_text(path, wanted)
+
+
 def _file_name(index: int) -> str:
     return f"shard-{index:05d}.tar"
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON reads it back, so that settings compare equal with those of a manifest."""
+    """What JSON reads back, so that settings compare equal with a manifest's."""
     plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
     return plain
 
 
 def _refuse_other(path: Path, found: Layout, wanted: Layout) -> None:
-    there, asked = _flat(_plain(asdict(found))), _flat(_plain(asdict(wanted)))
+    there, asked = _flat(asdict(found)), _flat(asdict(wanted))
     absent = "(absent)"
     differing = [
         f"{key.removeprefix('settings.')} is {there.get(key, absent)} there and {asked.get(key, absent)} here"
         for key in sorted(there.keys() | asked.keys())
-        if there.get(key, absent) != asked.get(key, absent)
+        if there.get(key, absent) != asked.get(key, absent) and key.partition(".")[0] != "run"
     ]
     if differing:
         todo = "repeat those settings, or choose another --out"

@@ -8,13 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd.data import (
+    KINDS,
+    Batch,
+    Form,
+    ImageFiles,
+    Images,
+    LoaderChoice,
+    Order,
+    Pool,
+    Source,
+    choose_loader,
+    dali,
+    list_folder,
+    open_data,
+    open_folder,
+    open_source,
+    read_folder,
+    steps,
+)
 from dfkd.errors import UsageError
-from dfkd.data.loader import KINDS, Batch, Form, LoaderChoice, Order, Source, choose, dali, open_source, steps
-from dfkd.data.shards import Pool, open_folder, read_folder
-from tests.shard_folders import make
+from tests.shard_folders import class_folders, make
 
 NO_DALI = pytest.mark.skipif(not dali.installed(), reason="NVIDIA DALI is not installed")
-CPU = torch.device("cpu")
+CPU, GPU, HUGE = torch.device("cpu"), torch.device("cuda"), 10**9
 ROWS = torch.tensor([0, 1, 3, 4, 5, 7, 8, 9])
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 NAMES = ("resident", "torch", pytest.param("dali", marks=[pytest.mark.dali, NO_DALI]))
@@ -23,12 +40,21 @@ NAMES = ("resident", "torch", pytest.param("dali", marks=[pytest.mark.dali, NO_D
 ROUNDING = {"resident": 0.0, "torch": 0.0, "dali": 2e-3}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images of 8x8 in three shards, which nobody changes."""
+    return make(tmp_path_factory.mktemp("shards"))
+
+
 def form(size: int = 8, dtype: torch.dtype = torch.float32) -> Form:
     return Form(size, MEAN, STD, CPU, dtype)
 
 
-def opened(name: str, path: Path, kind: str = "none", wanted: Form | None = None, workers: int = 0) -> Source:
-    return open_source(LoaderChoice(name, ""), open_folder(path), ROWS, wanted or form(), kind, 100, workers)
+def opened(
+    name: str, data: Path | Images, kind: str = "none", wanted: Form | None = None, workers: int = 0, kept: bool = False
+) -> Source:
+    data = open_folder(data) if isinstance(data, Path) else data
+    return open_source(LoaderChoice(name, "", kept), data, ROWS, wanted or form(), kind, 100, workers)
 
 
 def batches(source: Source, order: Order, kind: str = "none", start: int = 0) -> Iterator[Batch]:
@@ -54,9 +80,9 @@ def overwritten(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches_are_the_images_of_their_ids(tmp_path: Path, name: str) -> None:
-    pool = read_folder(make(tmp_path))
-    found = list(batches(opened(name, tmp_path), Order(0, 8, 4, 8)))
+def test_batches_are_the_images_of_their_ids(folder: Path, name: str) -> None:
+    pool = read_folder(folder)
+    found = list(batches(opened(name, folder), Order(0, 8, 4, 8)))
     assert sorted(torch.cat([batch.ids for batch in found]).tolist()) == ROWS.tolist()
     for batch in found:
         # (x / 255 - mean) / std and back: a few roundings of numbers below 4, times 255.
@@ -68,21 +94,20 @@ def test_batches_are_the_images_of_their_ids(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_source_gives_what_the_resident_one_gives_from_any_step(tmp_path: Path, name: str, kind: str) -> None:
-    make(tmp_path)
+def test_a_source_gives_what_the_resident_one_gives_from_any_step(folder: Path, name: str, kind: str) -> None:
     order = Order(seed=3, count=8, batch_size=3, length=23)
-    whole = list(batches(opened("resident", tmp_path, kind), order, kind))
+    whole = list(batches(opened("resident", folder, kind), order, kind))
     assert len(whole) == 8
-    source = opened(name, tmp_path, kind)
+    source = opened(name, folder, kind)
     for start in (5, 0):
         for one, other in zip(whole[start:], batches(source, order, kind, start), strict=True):
             assert_same(one, other, ROUNDING[name])
 
 
-def test_worker_processes_give_the_same(tmp_path: Path) -> None:
+def test_worker_processes_give_the_same(folder: Path) -> None:
     order = Order(seed=3, count=8, batch_size=3, length=23)
-    whole = list(batches(opened("resident", make(tmp_path), "shift"), order, "shift"))
-    source = opened("torch", tmp_path, "shift", workers=2)
+    whole = list(batches(opened("resident", folder, "shift"), order, "shift"))
+    source = opened("torch", folder, "shift", workers=2)
     first = batches(source, order, "shift")
     assert_same(next(first), whole[0])
     first.close()  # type: ignore[attr-defined]
@@ -91,8 +116,8 @@ def test_worker_processes_give_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_source_that_was_left_in_the_middle_begins_again(tmp_path: Path, name: str) -> None:
-    source, order = opened(name, make(tmp_path)), Order(seed=3, count=8, batch_size=2, length=24)
+def test_a_source_that_was_left_in_the_middle_begins_again(folder: Path, name: str) -> None:
+    source, order = opened(name, folder), Order(seed=3, count=8, batch_size=2, length=24)
     first = batches(source, order)
     kept = [next(first) for _ in range(3)]
     first.close()  # type: ignore[attr-defined]
@@ -103,10 +128,9 @@ def test_a_source_that_was_left_in_the_middle_begins_again(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_share_out_what_one_has(tmp_path: Path, name: str) -> None:
-    make(tmp_path)
+def test_two_ranks_share_out_what_one_has(folder: Path, name: str) -> None:
     whole, *ranks = (
-        batches(opened(name, tmp_path, "shift"), Order(1, 8, 5, 16, rank, world), "shift")
+        batches(opened(name, folder, "shift"), Order(1, 8, 5, 16, rank, world), "shift")
         for rank, world in ((0, 1), (0, 2), (1, 2))
     )
     for one, *parts in zip(whole, *ranks, strict=True):
@@ -116,11 +140,10 @@ def test_two_ranks_share_out_what_one_has(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_the_rounding_of_float32(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    make(tmp_path)
+def test_half_precision_is_the_rounding_of_float32(folder: Path, name: str, dtype: torch.dtype) -> None:
     order = Order(0, 8, 8, 8)
-    (exact,) = batches(opened(name, tmp_path, "affine", workers=0), order, "affine")
-    (half,) = batches(opened(name, tmp_path, "affine", form(dtype=dtype), workers=0), order, "affine")
+    (exact,) = batches(opened(name, folder, "affine"), order, "affine")
+    (half,) = batches(opened(name, folder, "affine", form(dtype=dtype)), order, "affine")
     assert half.images.dtype == dtype and half.images.is_contiguous(memory_format=torch.channels_last)
     rounded = exact.images.to(dtype).float()
     # DALI's cast of its own float32 is not of ours: a value on the edge between two of the type may fall to either.
@@ -131,25 +154,35 @@ def test_half_precision_is_the_rounding_of_float32(tmp_path: Path, name: str, dt
 @pytest.mark.parametrize("image_format", ["jpg", "npy"])
 def test_pixels_before_the_view_are_those_of_pillow(tmp_path: Path, name: str, image_format: str) -> None:
     pool = read_folder(make(tmp_path, image_format=image_format, size=24))
-    (one,) = batches(opened(name, tmp_path, wanted=form(24), workers=0), Order(0, 8, 8, 8))
+    (one,) = batches(opened(name, tmp_path, wanted=form(24)), Order(0, 8, 8, 8))
     assert (pixels(one.images) - pool.images[one.ids]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_are_brought_to_the_size_of_the_networks(tmp_path: Path, name: str) -> None:
-    pool = read_folder(make(tmp_path))
-    (one,) = batches(opened(name, tmp_path, wanted=form(4), workers=0), Order(0, 8, 8, 8))
+def test_images_are_brought_to_the_size_of_the_networks(folder: Path, name: str) -> None:
+    pool = read_folder(folder)
+    (one,) = batches(opened(name, folder, wanted=form(4)), Order(0, 8, 8, 8))
     wanted = F.interpolate(pool.images[one.ids].float(), size=[4, 4], mode="bicubic").clamp(0, 255)
     assert (pixels(one.images) - wanted).abs().max() <= 0.501  # rounded to a level
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_in_memory_need_no_folder(tmp_path: Path, name: str) -> None:
-    images = torch.randint(0, 256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pool = Pool(images, torch.arange(8) % 2, torch.arange(8) + 100, ("a", "b"))
-    source = open_source(LoaderChoice(name, ""), pool, torch.arange(8), form(), "none", 8, 0)
-    (batch,) = batches(source, Order(0, 8, 8, 8))
+def test_images_in_memory_need_no_folder(name: str) -> None:
+    images = torch.randint(0, 256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pool = Pool(images, torch.arange(10) % 2, torch.arange(10) + 100, ("a", "b"))
+    (batch,) = batches(opened(name, pool), Order(0, 8, 8, 8))
     assert (pixels(batch.images) - images[batch.ids - 100]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_image_files_and_joined_folders_come_as_they_are_read(folder: Path, tmp_path: Path, name: str) -> None:
+    fitted = ImageFiles(list_folder(class_folders(tmp_path / "any", sizes=(9, 16))), 8)
+    same = open_data([folder, class_folders(tmp_path / "same")])
+    mixed = open_data([folder, tmp_path / "any"])
+    for data, levels in ((fitted, 1.01), (same, 1e-3), (mixed, 1.01)):  # DALI fits in float
+        (one,) = batches(opened(name, data), Order(0, 8, 8, 8))
+        at = torch.tensor([data.ids.tolist().index(number) for number in one.ids.tolist()])
+        assert (pixels(one.images) - data.read(at)).abs().max() < (levels if name == "dali" else 1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
@@ -157,9 +190,16 @@ def test_images_in_memory_need_no_folder(tmp_path: Path, name: str) -> None:
 def test_a_shard_that_is_damaged_on_the_way_is_named_with_the_image(
     tmp_path: Path, name: str, harm: Callable[[bytes], bytes]
 ) -> None:
-    source = opened(name, make(tmp_path), workers=1)
+    source = opened(name, make(tmp_path))
     victim = tmp_path / "shard-00001.tar"
     victim.write_bytes(harm(victim.read_bytes()))
+    with pytest.raises(UsageError, match=r"^\S*shard-00001\.tar: image [4567] cannot be read"):
+        list(batches(source, Order(0, 8, 4, 8)))
+
+
+def test_a_worker_names_a_damaged_image(tmp_path: Path) -> None:
+    source = opened("torch", make(tmp_path), workers=1)
+    (tmp_path / "shard-00001.tar").write_bytes(b"")
     with pytest.raises(UsageError, match=r"^\S*shard-00001\.tar: image [4567] cannot be read"):
         list(batches(source, Order(0, 8, 4, 8)))
 
@@ -167,12 +207,9 @@ def test_a_shard_that_is_damaged_on_the_way_is_named_with_the_image(
 @pytest.mark.dali
 @NO_DALI
 @pytest.mark.parametrize("size", [8, 4])
-def test_decoded_once_or_as_needed_it_is_the_same(tmp_path: Path, size: int) -> None:
-    order, pool = Order(3, 8, 3, 16), open_folder(make(tmp_path))
-    kept, streamed = (
-        open_source(LoaderChoice("dali", "", kept), pool, ROWS, form(size), "affine-colour", 3, 1)
-        for kept in (True, False)
-    )
+def test_decoded_once_or_as_needed_it_is_the_same(folder: Path, size: int) -> None:
+    order = Order(3, 8, 3, 16)
+    kept, streamed = (opened("dali", folder, "affine-colour", form(size), kept=kept) for kept in (True, False))
     # Of another size, it is torch that makes the view of what is streamed.
     rounding = 0.0 if size == 8 else ROUNDING["dali"]
     both = (batches(source, order, "affine-colour") for source in (kept, streamed))
@@ -180,25 +217,22 @@ def test_decoded_once_or_as_needed_it_is_the_same(tmp_path: Path, size: int) -> 
         assert_same(one, other, rounding)
 
 
-HUGE, GPU = 10**9, torch.device("cuda")
-
-
 def test_the_choice_is_by_size_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfkd.data.loader.choice._free_memory", lambda device: 10**9)
+    monkeypatch.setattr("dfkd.data.loader._free_memory", lambda device: 10**9)
     monkeypatch.setattr(dali, "installed", lambda: True)
-    small, large = choose("auto", 1000, 32, CPU), choose("auto", HUGE, 512, CPU)
+    small, large = choose_loader("auto", 1000, 32, CPU), choose_loader("auto", HUGE, 512, CPU)
     assert small.name == "resident" and "3.1 MB" in small.why
     assert (large.name, large.kept) == ("dali", False) and "as they are needed" in large.why
-    assert choose("auto", 1000, 32, GPU).name == "resident"
-    assert choose("auto", HUGE, 32, GPU).name == "dali"
-    assert not choose("dali", 1000, 32, GPU).kept and choose("dali", 1000, 32, CPU).kept
-    assert choose("torch", 10, 32, CPU).name == "torch"
+    assert choose_loader("auto", 1000, 32, GPU).name == "resident"
+    assert choose_loader("auto", HUGE, 32, GPU).name == "dali"
+    assert not choose_loader("dali", 1000, 32, GPU).kept and choose_loader("dali", 1000, 32, CPU).kept
+    assert choose_loader("torch", 10, 32, CPU).name == "torch"
 
 
 def test_without_dali_it_is_refused_and_auto_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali, "installed", lambda: False)
     with pytest.raises(UsageError, match="--loader dali: NVIDIA DALI is not installed"):
-        choose("dali", 10, 32, CPU)
-    assert choose("auto", 10, 32, CPU).name == "resident"
-    choice = choose("auto", HUGE, 32, CPU)
+        choose_loader("dali", 10, 32, CPU)
+    assert choose_loader("auto", 10, 32, CPU).name == "resident"
+    choice = choose_loader("auto", HUGE, 32, CPU)
     assert choice.name == "torch" and "NVIDIA DALI is not installed" in choice.why

@@ -1,4 +1,4 @@
-"""Random views of images: drawn here as numbers, applied here by torch or elsewhere by whatever decodes.
+"""Random views of images: drawn as numbers, then applied by torch here, or by DALI while it decodes.
 
 Functions on images take float [B, 3, H, W] in 0..1 and return the same shape, dtype, range and device, vectorised over
 the batch. Random numbers come from a CPU generator alone, so one generator state gives one result on every device and
@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from dfkd.config import VIEWS
 from dfkd.errors import UsageError
-
-KINDS = ("none", "crop-flip", "shift", "affine", "affine-colour", "rrc-flip")
 
 PADDING = 4 / 32
 ROTATION = math.radians(15)
@@ -44,7 +43,7 @@ class Views:
     colour: Tensor | None = None
 
     def rows(self, rows: slice) -> "Views":
-        """Those of some of the images."""
+        """Views of some of the images."""
         return Views(*(None if part is None else part[rows] for part in (self.window, self.matrix, self.colour)))
 
 
@@ -72,11 +71,11 @@ def draw(kind: str, batch: int, height: int, width: int, generator: Generator) -
         return Views(matrix=matrix, colour=_colour_change(batch, generator))
     if kind == "rrc-flip":
         return Views(matrix=_crop_matrix(batch, generator))
-    raise UsageError(f"augmentation {kind!r} is unknown", f"known are {', '.join(KINDS)}", "choose one of them")
+    raise UsageError(f"augmentation {kind!r} is unknown", f"known are {', '.join(VIEWS)}", "choose one of them")
 
 
-def apply(images: Tensor, views: Views) -> Tensor:
-    """The views of the images."""
+def apply_views(images: Tensor, views: Views) -> Tensor:
+    """Views of the images, float [B, 3, H, W]."""
     if views.window is not None:
         top, left, flip = views.window.unbind(1)
         images = crop(images, top, left, flip.bool(), padding(*images.shape[-2:]))
