@@ -8,13 +8,15 @@ another key, and the engine is built anew.
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 import dfkd_kernels
 from dfkd.compiled import calibration
@@ -22,6 +24,7 @@ from dfkd.compiled.functions import Call, Function
 from dfkd.config import BACKENDS, QUANTISING_BACKENDS
 from dfkd.extension import described, resolve, source_digest
 from dfkd_engine import sources_digest
+from dfkd_engine.attention import set_attention
 from dfkd_engine.backends import Backend, Tunable, compile_graph, get
 from dfkd_engine.backends.packages import versions
 from dfkd_engine.compiled import Engine
@@ -194,7 +197,7 @@ def _compile(
 def _traced(function: Function, group_norm: str) -> Graph:
     graphs = _graphs.setdefault(function, {})
     if group_norm not in graphs:
-        with running(function.networks, group_norm):
+        with _traceable(function.networks, group_norm):
             graphs[group_norm] = trace(
                 function.call,
                 function.inputs,
@@ -207,6 +210,20 @@ def _traced(function: Function, group_norm: str) -> Graph:
         got, wanted = ("; ".join(map(str, outputs)) for outputs in (graph.outputs, function.outputs))
         raise EngineError(f"{function} gives {got}", f"it is declared to give {wanted}", "correct its outputs")
     return graph
+
+
+@contextmanager
+def _traceable(networks: Sequence[nn.Module], group_norm: str) -> Iterator[None]:
+    """The networks with torch's own attention, which tracing takes apart, and group norms of this name."""
+    attention = [(network, dict(own)) for network in networks if (own := getattr(network, "attn_processors", None))]
+    try:
+        for network, _ in attention:
+            set_attention(network, "sdpa")
+        with running(tuple(networks), group_norm):
+            yield
+    finally:
+        for network, own in attention:
+            network.set_attn_processor(own)  # type: ignore[operator]
 
 
 def _in_eight_bits(function: Function, graph: Graph) -> Graph:
@@ -241,7 +258,7 @@ def _judge(what: str, function: Function, engine: Engine) -> dict[str, float]:
     """Errors against the call in float64. Raises EngineError where they miss the tolerance."""
     precision = function.dtype if function.quantise == "none" else function.quantise
     batches = [function.samples(min(rows, engine.spec.rows[2]), SEED + i) for i, rows in enumerate(JUDGED_ROWS)]
-    with torch.no_grad():
+    with torch.no_grad(), running(function.networks, "torch"):
         parity = measure(engine, function.exact(), function.call, batches, function.kind, precision)
     if (problem := parity.problem(TOLERANCE[function.kind, precision])) is not None:
         todo = "report it, and use another backend for this function"

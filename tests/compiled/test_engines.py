@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from torch.nn import ModuleList
 
 from dfkd.compiled import engines
 from dfkd.compiled.engines import build, engine_spec, reasons
@@ -225,6 +227,27 @@ class TestBuild:
         own = replace(function, eager=lambda x: calls.append(len(x)) or function.call(x))
         build(own, "unchanged", store)
         assert calls == [6] * (engines.TIMED_TURNS + 1)
+
+
+def test_a_network_with_xformers_is_traced_with_torchs_attention():
+    """Whether that is installed or not; the network has it again afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        layer = Attention(query_dim=4, heads=2, dim_head=2).eval().requires_grad_(False)
+    network = ModuleList([layer])
+    network.attn_processors = {"0.processor": XFormersAttnProcessor()}
+    network.set_attn_processor = lambda given: layer.set_processor(
+        given["0.processor"] if isinstance(given, dict) else given
+    )
+    network.set_attn_processor(network.attn_processors)
+    row = TensorSpec("row", (None, 3, 4), "float32")
+    function = decode(
+        call=lambda row: (network[0](row),), inputs=(row,), outputs=(replace(row, name="result"),), networks=(network,)
+    )
+    x = torch.randn(5, 3, 4)
+    (got,) = engines._traced(function, "torch")(x)
+    assert type(layer.processor) is XFormersAttnProcessor
+    layer.set_processor(AttnProcessor2_0())
+    torch.testing.assert_close(got, layer(x))
 
 
 class TestOwnBackend:
