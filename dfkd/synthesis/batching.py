@@ -171,8 +171,9 @@ class Pack:
 
     def records(self, probability: Tensor) -> list[Record]:
         """What is known of each image. probability: the teacher's for the label, [B]."""
-        names = sorted({name for values in self.losses.values() for name in values})
-        curves = {name: torch.stack([self.losses[i][name] for i in sorted(self.losses)], 1).tolist() for name in names}
+        guided = [self.losses[i] for i in sorted(self.losses)]
+        names = list(guided[0]) if guided else []
+        curves = {name: torch.stack([values[name] for values in guided], 1).tolist() for name in names}
         last = self.plans[max(self.plans)] if self.plans else None
         ids, labels, found = self.ids.tolist(), self.labels.tolist(), []
         for n, sure in enumerate(probability.tolist()):

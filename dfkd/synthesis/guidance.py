@@ -76,7 +76,8 @@ class Guidance:
 
     def with_(self, decode: Decode, losses: Sequence[GuidanceLoss] | None = None) -> "Guidance":
         """The same teacher and student with another decoder, and other losses where they are given."""
-        own = (self.student, self.grad_scale if decode is self.decode else 1.0, self.kernels, self.fused)
+        scale = 1.0 if decode is identity else self.grad_scale  # pixels reach no network in float16
+        own = (self.student, scale, self.kernels, self.fused)
         return Guidance(decode, self.teacher, self.losses if losses is None else losses, *own)
 
     def judge(self, images: Tensor) -> tuple[Tensor, list[Moments]]:

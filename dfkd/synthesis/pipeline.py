@@ -60,7 +60,8 @@ class GuidedPipeline:
         class_names, image_size: the teacher's, and the images' side in pixels.
         group: images that interact, 1 where they do not; image i belongs to group i // group.
         call_size: images per network call, `--batch` at first; may be set between calls.
-        guidance: None where no teacher guides.
+        guidance: of latents, None where no teacher guides; pixel_guidance: of the refinement; statistics: of noise
+            editing, L_bn alone; None without these.
 
     Raises UsageError, before any work: settings, prior, teacher and losses that do not fit one another, and a named
     backend without its engines.
@@ -79,8 +80,9 @@ class GuidedPipeline:
         self.config = config = config or GenerateConfig()
         compute, sampling = config.compute, config.sampling
         self.device = resolve_device(compute.device, own_rank())
-        self.kernels = choose_kernels(compute.kernels, self.device)
-        self.prior = _prepared(prior, config, self.device, self.kernels.name)
+        chosen = choose_kernels(compute.kernels, self.device)
+        self.kernels, self._kernels_why = chosen.name, chosen.why
+        self.prior = _prepared(prior, config, self.device, self.kernels)
         self.teacher = teacher.freeze(self.device)
         self.class_names = teacher.class_names
         self.classes = chosen_classes(self.class_names, sampling.only)
@@ -89,8 +91,6 @@ class GuidedPipeline:
         self.image_size = self.latent_size[0] * prior.vae_scale_factor
         self.table = build_table(prior.scheduler_config, sampling.sampler, sampling.steps)
         self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
-        self.student: Classifier | None = None
-        self.guidance: Guidance | None = None
         self._guide(student)
         self.group = config.batching.group if self._images_interact() else 1
         self.call_size = config.batching.batch
@@ -150,14 +150,13 @@ class GuidedPipeline:
     def latents(self, pack: Pack) -> Tensor:
         """Sample the latents [B, C, h, w] of a pack."""
         config, z = self.config.guidance, pack.start()
-        rows = self.table.coefficients(self.config.sampling.cfg, z)
-        if self.guidance and config.noise_edit_steps:
-            statistics = BatchNormLoss(1.0, config.bn_stats, config.bn_loss)
-            own = Guidance.with_(self.guidance, self.prior.decode, (statistics,))
-            z = edit_noise(z, pack.noise_gradient(rows, own), config.noise_edit_steps, config.noise_edit_scale)
+        rows = self.table.coefficients(z, self.config.sampling.cfg)
+        if self.statistics:
+            along = pack.noise_gradient(rows, self.statistics)
+            z = edit_noise(z, along, config.noise_edit_steps, config.noise_edit_scale)
         loop = sample_through_unet if self.guidance and config.gradient == "unet" else sample
         return loop(z, rows, pack.denoise, pack.guide, repeats=self.repeats_at, noise=pack.noise, mix=pack.mix,
-                    after=pack.after, step=GUIDED_STEPS[self.kernels.name])  # fmt: skip
+                    after=pack.after, step=GUIDED_STEPS[self.kernels])  # fmt: skip
 
     def repeats_at(self, step: int) -> int:
         """Guidance steps at a denoising step; 0 where the teacher does not guide."""
@@ -183,8 +182,7 @@ class GuidedPipeline:
         config = self.config.guidance
         z = self.latents(pack)
         images = pack.decode(z)
-        if self.guidance and config.refine_steps:
-            pixels = self.guidance.with_(identity)
+        if (pixels := self.pixel_guidance) is not None:
             images = refine(images, lambda x: pack.gradient(pixels, x)[0], config.refine_steps, config.refine_step)
         finite = (z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)).cpu()
         if not finite.all():
@@ -205,11 +203,17 @@ class GuidedPipeline:
         self._engines = load_engines(self.choices, store, self.device) if self.choices else {}
         if self.guidance is not None and self._engines:
             self.guidance = EngineGuidance(self.guidance, self._engines)
+            self.pixel_guidance = self.pixel_guidance and self.guidance.in_pixels
         return {choice.network: choice.key for choice in self.choices if choice.key is not None}
 
     def without_engines(self) -> None:
         """Let every network run eagerly from now on."""
         self._engines, self.choices = {}, ()
+
+    @property
+    def backends(self) -> dict[str, dict[str, str]]:
+        """What runs each function, and why: {name: {"backend", "why"}}."""
+        return {choice.network: {"backend": choice.backend, "why": choice.why} for choice in self.choices}
 
     def functions(self) -> tuple[Function, ...]:
         """The parts that compilers can take over; empty where none can."""
@@ -242,7 +246,7 @@ class GuidedPipeline:
 
     def describe(self) -> list[str]:
         """Lines for people: kernels, and what runs which network."""
-        lines = [f"kernels: {self.kernels.name} ({self.kernels.why})"]
+        lines = [f"kernels: {self.kernels} ({self._kernels_why})"]
         if self.guidance and self.guidance.fused:
             lines.append(f"  where the teacher is eager: {self.guidance.fused.describe()}")
         return lines + describe_choices(self.choices)
@@ -270,29 +274,29 @@ class GuidedPipeline:
                     "give a student distilled from this teacher",
                 )
             student = student.replace(module=copy.deepcopy(student.module)).freeze(self.device)
-        self.student = student
+        self.student, config = student, self.config.guidance
+        self.guidance, self.pixel_guidance, self.statistics = None, None, None
         if not self.losses:
             return
         scale = FP16_GRAD_SCALE if self.prior.dtype == torch.float16 else 1.0
-        own = (self.losses, student, scale, self.kernels.name)
         try:
-            self.guidance = Guidance(self.prior.decode, self.teacher, *own)
+            self.guidance = Guidance(self.prior.decode, self.teacher, self.losses, student, scale, self.kernels)
+            if config.refine_steps:
+                self.pixel_guidance = self.guidance.with_(identity)
+            if config.noise_edit_steps:
+                loss = BatchNormLoss(1.0, config.bn_stats, config.bn_loss)
+                self.statistics = self.guidance.with_(self.prior.decode, (loss,))
         except ValueError as error:
-            todo = "give a student" if "student" in str(error) else "use --bn-weight 0 for this teacher"
+            todo = "give a student" if "student" in str(error) else "leave the losses of BatchNorm out: --bn-weight 0"
             raise UsageError(str(error), todo=todo) from None
 
     def _images_interact(self) -> bool:
-        config = self.config.guidance
-        edits = self.guidance is not None and config.noise_edit_steps > 0 and config.bn_stats == "group"
-        shares = self.guidance is not None and "group" in self.guidance.needs
-        return shares or edits or self.config.cutmix.every > 0
+        shared = any("group" in guidance.needs for guidance in (self.guidance, self.statistics) if guidance)
+        return shared or self.config.cutmix.every > 0
 
     def _try_teacher(self) -> None:
         """Show the teacher two grey images. Raises UsageError for what would fail later."""
-        config, grey = self.config.guidance, torch.full((2, 3, self.image_size, self.image_size), 0.5).to(self.device)
-        if config.noise_edit_steps and not self.teacher.batch_norms():
-            what = f"teacher {self.teacher.architecture} has no BatchNorm layer"
-            raise UsageError(what, "--noise-edit-steps descends their loss", "leave it out")
+        grey = torch.full((2, 3, self.image_size, self.image_size), 0.5, device=self.device)
         try:
             with torch.no_grad():
                 logits = self.guidance.judge(grey)[0] if self.guidance else self.teacher.logits(grey)

@@ -128,7 +128,7 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def coefficients(self, cfg: float, like: Tensor) -> Tensor:
+    def coefficients(self, like: Tensor, cfg: float = 1.0) -> Tensor:
         """[S, 8] on the device and in the dtype of `like`: a row of guided_step.COEFFICIENTS a step, cfg in all."""
         columns = [getattr(self, name) for name in COEFFICIENTS[:-1]]
         return torch.stack([*columns, torch.full_like(self.alpha, cfg)], 1).to(like.device, like.dtype)
