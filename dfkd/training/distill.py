@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfkd import teachers
 from dfkd.config import DistillConfig
-from dfkd.data import Batch, Form, Images, damage_text, open_data, read_all
+from dfkd.data import Batch, Form, Images, damage_text, match_network, open_data, read_all
 from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import KernelChoice, choose_kernels, derived_seed, resolve_device, seed_global
@@ -65,7 +65,7 @@ def distill(
     out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
     world = world or World(resolve_device(config.train.compute.device))
     kernels = check(config, world)
-    images = _opened(data, config, say)
+    images = match_network(_opened(data, config, say), teacher.class_names, teacher.input_size)
     network = student if student is not None else _built(config, len(images.class_names))
     _check_pair(images, teacher, network)
     own = own_losses(config)
@@ -192,9 +192,7 @@ def score(student: Tensor, teacher: Tensor, temperature: float) -> tuple[float, 
 
 
 def _opened(data: Data, config: DistillConfig, say: Say) -> Images:
-    if isinstance(data, str | Path):
-        data = [data]
-    images = open_data(data, config.on_bad_sample) if isinstance(data, Sequence) else data
+    images = open_data(data, config.on_bad_sample) if isinstance(data, str | Path | Sequence) else data
     if left_out := getattr(images, "left_out", ()):
         say(f"left out: {len(left_out)} of {len(left_out) + len(images.ids)} images: {damage_text(left_out)}")
     return images
