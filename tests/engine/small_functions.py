@@ -9,12 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.synthesis.guidance import Guidance, LossWeights
 from dfkd.teachers import build
-from dfkd.teachers.adapters import Logits
-from dfkd.teachers.classifier import Classifier
-from dfkd.teachers.resnet import resnet_thin
-from dfkd.teachers.wrn import WideResNet
 from dfkd_engine.spec import TensorSpec
 
 CLASSES = 5
@@ -36,18 +31,33 @@ class ValueAndGradient:
 
 
 class PixelGradient:
-    """(gradient, losses...) of the guidance losses in images [B, 3, H, W] with labels [B]."""
+    """(gradient, losses...) in images [B, 3, H, W] with labels [B]: cross-entropy, and BatchNorm statistics if any.
 
-    def __init__(self, module: nn.Module, size: int, bn: bool, stats: str = "group") -> None:
-        mean, std = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
-        names = tuple(str(index) for index in range(CLASSES))
-        self.teacher = Classifier(module, "small", names, size, mean, std)
-        weights = LossWeights(bn=float(bn), cls=1.0, bn_stats=stats)
-        self.guidance = Guidance(lambda x: x, self.teacher, weights, loss_dtype=torch.float32)
+    m1, m2 are the moments of a layer's input over the whole batch; L_bn = sum |m1 - mean| + |m2 - var - mean^2|.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        gradient, losses = self.guidance.of_batch(images, labels)
-        return gradient, *losses.values()
+        leaf = images.detach().requires_grad_()
+        seen: list[tuple[Any, Tensor]] = []
+        handles = [layer.register_forward_pre_hook(lambda layer, x: seen.append((layer, *x))) for layer in self.layers]
+        with torch.enable_grad():
+            cls = F.cross_entropy(self.module(leaf), labels, reduction="none")
+            bn = [_distance(layer, x) for layer, x in seen]
+            (gradient,) = torch.autograd.grad(cls.sum() + sum(bn), leaf)
+        for handle in handles:
+            handle.remove()
+        losses = [cls.detach()] + ([sum(bn).detach().expand(images.shape[0])] if bn else [])
+        return gradient, *losses
+
+
+def _distance(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    m1, m2 = x.mean((0, 2, 3)), x.square().mean((0, 2, 3))
+    mean, var = layer.running_mean, layer.running_var
+    return (m1 - mean).norm() + (m2 - var - mean.square()).norm()
 
 
 def frozen(network: nn.Module) -> nn.Module:
@@ -62,6 +72,15 @@ def frozen(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+
 def _transformers(kind: str, **config: Any) -> nn.Module:
     import transformers
 
@@ -70,22 +89,11 @@ def _transformers(kind: str, **config: Any) -> nn.Module:
 
 
 TEACHERS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # name -> side in pixels, network
-    "resnet_thin": (16, lambda: resnet_thin(8, 1, CLASSES)),
-    "resnet_basic": (
-        32,
-        lambda: _transformers(
-            "ResNet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_channels=3
-        ),
-    ),
-    "resnet_bottleneck": (
+    "thin residual": (16, lambda: build("resnet8_half", CLASSES)),
+    "bottlenecks": (
         33,  # odd: the last windows of the strided layers stop short of the edge
         lambda: _transformers("ResNet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2]),
     ),
-    "wide_resnet": (16, lambda: WideResNet(10, 1, CLASSES)),
-    "vgg": (32, lambda: build("vgg8", CLASSES)),
-    "mobilenetv2": (32, lambda: build("mobilenetv2", CLASSES)),
-    "mobilenetv2_tf": (32, lambda: _transformers("MobileNetV2", depth_multiplier=0.25, image_size=32)),
-    "shufflenetv2": (32, lambda: build("shufflenetv2", CLASSES)),
     "convnext": (32, lambda: _transformers("ConvNext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)),
     "vit": (
         32,
@@ -116,12 +124,11 @@ def images(size: int) -> tuple[TensorSpec, ...]:
 def examples(specs: Sequence[TensorSpec], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
     """Normal numbers, or integers below CLASSES."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [[batch if size is None else size for size in spec.shape] for spec in specs]
     return tuple(
-        torch.randint(CLASSES, shape, generator=generator)
+        torch.randint(CLASSES, spec.sizes(batch), generator=generator)
         if spec.dtype == "int64"
-        else torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
-        for spec, shape in zip(specs, shapes, strict=True)
+        else torch.randn(spec.sizes(batch), generator=generator).to(getattr(torch, spec.dtype))
+        for spec in specs
     )
 
 

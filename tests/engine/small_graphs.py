@@ -18,7 +18,7 @@ from dfkd_engine.graph import Graph, trace
 from dfkd_engine.spec import EngineSpec, TensorSpec
 
 ROWS = (1, 4, 6)
-SIDE, CHANNELS, WIDTH, TOKENS = 4, 4, 8, 5
+SIDE, CHANNELS, WIDTH, TOKENS, CLASSES = 4, 4, 8, 5, 5
 
 Z = TensorSpec("z", (None, CHANNELS, SIDE, SIDE), "float32")
 IMAGE = TensorSpec("image_gradient", (None, 3, 2 * SIDE, 2 * SIDE), "float32")
@@ -108,7 +108,7 @@ def networks() -> Networks:
         teacher = nn.Sequential(
             nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES),
         )  # fmt: skip
         for layer in teacher:
             if isinstance(layer, nn.BatchNorm2d):
@@ -147,7 +147,7 @@ def arguments(network: str, rows: int, seed: int = 0) -> tuple[Tensor, ...]:
     made = []
     for tensor in INPUTS[network]:
         if tensor.dtype == "int64":
-            made.append(torch.arange(rows) % 3)
+            made.append(torch.arange(rows) % CLASSES)
         elif tensor.name == "t":
             made.append(torch.tensor([500.0]))
         else:

@@ -1,4 +1,4 @@
-"""Bytes counted, against functions whose bytes are known and an allocator; elements, against the networks themselves."""
+"""Bytes that are counted, against functions whose bytes are known and against the allocator of the CPU."""
 
 import gc
 from collections.abc import Callable
@@ -6,27 +6,19 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfkd_engine.memory import (
     ELEMENT_LIMIT,
-    CallPlan,
     Footprint,
-    decoder_elements,
     footprint,
     halved,
     most_rows,
-    plan_calls,
     shared,
-    unet_elements,
     weight_bytes,
 )
 from tests.engine import small_graphs
-from tests.sd15_sizes import SD15, SD15_VAE, TINY
-from tests.tiny_sd import TINY_VAE, UNET, VAE
 
 KIB = 1024
 
@@ -127,87 +119,13 @@ def test_against_the_allocator_of_the_cpu(network: str) -> None:
 
 
 # --- rows of a call -------------------------------------------------------------------------------------------------
-def test_calls_are_as_few_as_the_limits_allow_and_of_about_equal_size() -> None:
+def test_rows_that_fit_and_that_calls_share() -> None:
     needs = Footprint(100, 10, 1)
-    assert plan_calls(64, needs, {"memory": 200, "elements": 64}) == CallPlan(64, 1, 740, "")
-    assert plan_calls(64, needs, {"memory": 30, "--batch": 30}) == CallPlan(22, 3, 320, "memory")
-    assert plan_calls(64, needs, {"memory": 0}) == CallPlan(1, 64, 110, "memory")
-    assert plan_calls(5, needs, {}) == CallPlan(5, 1, 150, "")
+    assert needs.bytes(5) == 150 and needs.most_rows(155) == 5 and needs.most_rows(10) == 0
     assert [shared(10, most) for most in (10, 9, 4, 3, 1, 0)] == [10, 5, 4, 3, 1, 1]
     assert [halved(rows) for rows in (64, 3, 2)] == [32, 1, 1]
-    assert needs.most_rows(155) == 5 and needs.most_rows(10) == 0
-    assert needs.with_(Footprint(1, 20, 5, 7)) == Footprint(100, 20, 5, 7)
 
 
 @pytest.mark.parametrize("elements, rows", [(1, ELEMENT_LIMIT), (ELEMENT_LIMIT, 1), (ELEMENT_LIMIT + 1, 0), (2**30, 1)])
 def test_most_rows_is_the_last_that_fits(elements: int, rows: int) -> None:
     assert most_rows(elements) == rows
-
-
-# --- elements of the largest feature map ----------------------------------------------------------------------------
-LAYERS = ("aten::convolution", "aten::addmm", "aten::mm")  # bmm would be attention's scores, which are never held
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest map that a convolution or a linear layer reads or writes; its weights are none."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        if func._schema.name in LAYERS:
-            read = args[1] if func._schema.name == "aten::addmm" else args[0]
-            self.elements = max(self.elements, read.numel(), out.numel())
-        return out
-
-
-def largest(kind, config, size) -> int:  # type: ignore[no-untyped-def]
-    with torch.device("meta"), torch.no_grad(), Largest() as seen:
-        network = kind(**config)
-        if kind is UNet2DConditionModel:
-            z, text = torch.empty(1, config["in_channels"], *size), torch.empty(1, 77, config["cross_attention_dim"])
-            network(z, torch.zeros(1), encoder_hidden_states=text)
-        else:
-            network.decode(torch.empty(1, config["latent_channels"], *size))
-    return seen.elements
-
-
-def test_stable_diffusion_at_512() -> None:
-    assert unet_elements(SD15, (64, 64)) == 8 * 320 * 64 * 64
-    assert decoder_elements(SD15_VAE, (64, 64)) == 256 * 512 * 512
-    assert most_rows(unet_elements(SD15, (64, 64))) == 204 and most_rows(decoder_elements(SD15_VAE, (64, 64))) == 31
-    assert most_rows(decoder_elements(TINY, (64, 64))) == 127
-
-
-GROUPS = {"norm_num_groups": 8}  # a norm refuses groups of one value, such as 32 of 32 channels in a single cell
-NO_ATTENTION = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4, "mid_block_type": None}
-UNETS = {
-    "no attention": (UNET | NO_ATTENTION, (8, 16)),
-    "wide below": (UNET | {"block_out_channels": (32, 64, 256, 512)}, (7, 9)),
-    "wide above": (UNET | {"block_out_channels": (256, 32, 32, 32)}, (7, 9)),
-    "padded by hand": (UNET | {"downsample_padding": 0}, (8, 16)),
-    "many latent channels": (UNET | {"in_channels": 700, "out_channels": 700}, (8, 16)),
-    "one cell": (UNET | GROUPS, (1, 1)),
-}
-
-
-@pytest.mark.parametrize("name", UNETS)
-def test_of_a_unet(name: str) -> None:
-    config, size = UNETS[name]
-    seen, said = largest(UNet2DConditionModel, config, size), unet_elements(config, size)
-    assert seen <= said and (seen == said or name in ("padded by hand", "one cell"))  # text alone counts there
-
-
-VAES = {
-    "Stable Diffusion, thinned": (AutoencoderKL, VAE),
-    "wide above": (AutoencoderKL, VAE | {"block_out_channels": (64, 8, 8, 8)}),
-    "wide latents": (AutoencoderKL, VAE | {"block_out_channels": (8,) * 4, "latent_channels": 2000}),
-    "tiny": (AutoencoderTiny, TINY_VAE | {"latent_channels": 4}),
-    "tiny, times three": (AutoencoderTiny, TINY_VAE | {"upsampling_scaling_factor": 3, "latent_channels": 4}),
-}
-
-
-@pytest.mark.parametrize("name", VAES)
-def test_of_a_decoder(name: str) -> None:
-    kind, config = VAES[name]
-    assert largest(kind, config, (7, 9)) == decoder_elements(config, (7, 9))

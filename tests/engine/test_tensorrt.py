@@ -59,7 +59,9 @@ def payload(models, monkeypatch, tmp_path):
     places = {}
 
     def build(backend, network, own=None):
-        monkeypatch.setattr("dfkd_engine.export.to_onnx", lambda _, path: path.write_bytes(models(network).read_bytes()))
+        monkeypatch.setattr(
+            "dfkd_engine.export.to_onnx", lambda _, path: path.write_bytes(models(network).read_bytes())
+        )
         folder = tmp_path / f"{network}-{len(places)}"
         folder.mkdir()
         places[folder] = network

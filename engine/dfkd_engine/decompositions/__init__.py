@@ -5,6 +5,7 @@ and the operation stays as it is. Signatures are those of the operations in ATen
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ _KEPT = {
 }
 
 
+@cache
 def table() -> dict[Any, Callable[..., Any]]:
     """PyTorch's core decompositions, without what stays whole and with this package's in front."""
     core = {op: function for op, function in dict(core_aten_decompositions()).items() if not _stays(op)}
