@@ -158,7 +158,7 @@ def _operator(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the order of x, mean and 1 / sqrt(var + eps) [B, G]."""
-    if interpreted(x):
+    if interpreted(x) or not x.numel():
         return _launch_forward(x, weight, bias, groups, eps, silu)
     values = _by_group(x, groups)
     variance, mean = torch.var_mean(values, 2, correction=0)
@@ -172,7 +172,7 @@ def _gradient(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool
 ) -> Tensor:
     """dx in the order of x."""
-    if interpreted(x):
+    if interpreted(x) or not x.numel():
         return _launch_backward(dy, x, mean, rstd, weight, bias, groups, silu)
     xh = (_by_group(x, groups) - mean[..., None]) * rstd[..., None]
     g = dy.to(mean.dtype) * _by_channel(weight, x)

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """Distillation's loss and its gradient in the student's logits, made in one launch.
 
-    p = softmax(t / T), q = softmax(s / T), r = softmax(s)
-    loss     = T^2 KL(p || q) + w CE(s, y)            per row; arXiv:1503.02531, section 2.1
-    gradient = T (q - p) + w (r - onehot y)           in s; the teacher gets none
+    p = softmax(t / T), q = softmax(s / T)
+    loss     = T^2 KL(p || q)                         per row; arXiv:1503.02531, section 2.1
+    gradient = T (q - p)                              in s; the teacher gets none
 
 s, t [B, C] and the gradient like s. Computed in float32, or float64 where one of s and t is. With `agreeing` a row
-counts only where s and t are largest at the same class: then -loss at T = 1 is L_adv (dfkd/synthesis/guidance.py).
+counts only where s and t are largest at the same class: then -loss at T = 1 is the adversarial loss of guidance.
 
 q - p of two sure answers, or of two that nearly agree, is a small difference of large numbers. With d = log p - log q,
 worked out from logits less their row's largest, and e = exp(-d) - 1 from its series where |d| < 1:
@@ -41,8 +41,6 @@ def soft_kl_ref(
     student: Tensor,
     teacher: Tensor,
     temperature: float,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
     agreeing: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and gradient [B, C] of `soft_kl` by their definitions; both float32, or float64."""
@@ -50,9 +48,6 @@ def soft_kl_ref(
     s, t = student.to(wide), teacher.to(wide)
     losses = temperature**2 * divergence(s, t, temperature).sum(1)
     gradient = temperature * ((s / temperature).softmax(1) - (t / temperature).softmax(1))
-    if labels is not None:
-        losses = losses + ce_weight * F.cross_entropy(s, labels, reduction="none")
-        gradient = gradient + ce_weight * (s.softmax(1) - F.one_hot(labels, s.shape[1]))
     if agreeing:
         agree = s.argmax(1) == t.argmax(1)
         losses, gradient = torch.where(agree, losses, 0), torch.where(agree[:, None], gradient, 0)
@@ -105,15 +100,6 @@ if triton is not None:
         return tl.where(near, p * series, tl.where(p > 0.0, p * d, 0.0) + difference), difference
 
     @triton.jit
-    def from_labels(s, own, s_top, s_rest, surely):
-        """Of rows [R, C] or of parts of them: s at the label less the largest, if it is here, and r - onehot."""
-        z = s - s_top[:, None]
-        share = 1.0 / (1.0 + s_rest)
-        r = tl.exp(z) * share[:, None]
-        at_label = tl.where(surely[:, None], (-s_rest * share)[:, None], r - 1.0)
-        return tl.sum(tl.where(own, z, 0.0), 1), tl.where(own, at_label, r)
-
-    @triton.jit
     def logits_of(ptr, row, column, live, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
         """Rows [R, C] of logits; past their end -inf, a class that is ruled out."""
         return tl.load(ptr + row[:, None] * STRIDE + column, mask=live, other=float("-inf")).to(DTYPE)
@@ -124,13 +110,11 @@ if triton is not None:
         gradient_ptr,  # [B, C], contiguous
         student_ptr,  # [B, C], columns side by side
         teacher_ptr,  # [B, C], likewise
-        labels_ptr,  # [B] int64, or None
         rows,
         CLASSES: tl.constexpr,  # with the strides: how far accesses are aligned follows from them
         STUDENT_STRIDE: tl.constexpr,
         TEACHER_STRIDE: tl.constexpr,
         TEMPERATURE: tl.constexpr,
-        CE_WEIGHT: tl.constexpr,
         AGREEING: tl.constexpr,
         UNIT: tl.constexpr,  # what the gradient is multiplied with
         ROWS: tl.constexpr,
@@ -146,20 +130,12 @@ if triton is not None:
         t = logits_of(teacher_ptr, row, column, live, TEACHER_STRIDE, DTYPE)
         s_top, s_place, s_rest = top_and_rest(s, column, SHARPNESS)
         t_top, t_place, t_rest = top_and_rest(t, column, SHARPNESS)
-        if labels_ptr is not None:
-            label = tl.load(labels_ptr + row, mask=there, other=0)
-            valid = (label >= 0) & (label < CLASSES)
-            _, _, r_rest = top_and_rest(s, column, 1.0)
-            at_label = tl.zeros([ROWS], DTYPE)
         # online softmax, arXiv:1805.02867: of a wide row what is known grows by a block at a time
         for start in range(BLOCK, CLASSES, BLOCK):
             live = there[:, None] & (start + column < CLASSES)
             x = logits_of(student_ptr, row, start + column, live, STUDENT_STRIDE, DTYPE)
             top, place, rest = top_and_rest(x, column, SHARPNESS)
             s_rest = joined(s_top, s_rest, top, rest, SHARPNESS)
-            if labels_ptr is not None:
-                _, _, rest = top_and_rest(x, column, 1.0)
-                r_rest = joined(s_top, r_rest, top, rest, 1.0)
             s_place, s_top = tl.where(top > s_top, start + place, s_place), tl.maximum(s_top, top)
             x = logits_of(teacher_ptr, row, start + column, live, TEACHER_STRIDE, DTYPE)
             top, place, rest = top_and_rest(x, column, SHARPNESS)
@@ -177,20 +153,11 @@ if triton is not None:
             term, difference = differences(s, t, s_top, t_top, s_rest, t_rest, SHARPNESS)
             kl += tl.sum(term, 1)
             gradient = TEMPERATURE * difference
-            if labels_ptr is not None:
-                own = start + column == label[:, None]
-                z, difference = from_labels(s, own, s_top, r_rest, label == s_place)
-                at_label += z
-                gradient += CE_WEIGHT * difference
-                gradient = tl.where(valid[:, None], gradient, float("nan"))
             if AGREEING:
                 gradient = tl.where(counted[:, None], gradient, 0.0)
             at = gradient_ptr + row[:, None] * CLASSES + start + column
             tl.store(at, (UNIT * gradient).to(gradient_ptr.dtype.element_ty), mask=live)
         loss = TEMPERATURE * TEMPERATURE * kl
-        if labels_ptr is not None:
-            loss += CE_WEIGHT * (log1p(r_rest) - at_label)
-            loss = tl.where(valid, loss, float("nan"))
         if AGREEING:
             loss = tl.where(counted, loss, 0.0)
         tl.store(losses_ptr + row, loss, mask=there)
@@ -202,44 +169,38 @@ def tile_of(classes: int) -> tuple[int, int, int]:
     return max(1, TILE // block), block, WARPS * max(1, block // TILE)
 
 
-def unit_of(dtype: torch.dtype, temperature: float, ce_weight: float) -> float:
+def unit_of(dtype: torch.dtype, temperature: float) -> float:
     """What a stored gradient is multiplied with, a power of two.
 
-    In float16 it takes the largest gradient, T + w, just below the largest number: what is small then has room below.
+    In float16 it takes the largest gradient, T, just below the largest number: what is small then has room below.
     """
-    return 2.0 ** math.floor(math.log2(2**15 / (temperature + ce_weight))) if dtype == torch.float16 else 1.0
+    return 2.0 ** math.floor(math.log2(2**15 / temperature)) if dtype == torch.float16 else 1.0
 
 
-def _launch(
-    student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None, ce_weight: float, agreeing: bool
-) -> tuple[Tensor, Tensor]:
+def _launch(student: Tensor, teacher: Tensor, temperature: float, agreeing: bool) -> tuple[Tensor, Tensor]:
     batch, classes = student.shape
     losses, gradient = _fake(student, teacher)
-    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
-    rows, block, warps = tile_of(classes)
     if not batch:
         return losses, gradient
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    rows, block, warps = tile_of(classes)
     with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]
         _kernel[(-(-batch // rows),)](
-            losses, gradient, student, teacher, None if labels is None else labels.contiguous(), batch,
+            losses, gradient, student, teacher, batch,
             CLASSES=classes, STUDENT_STRIDE=student.stride(0), TEACHER_STRIDE=teacher.stride(0),
-            TEMPERATURE=temperature, CE_WEIGHT=ce_weight, AGREEING=agreeing,
-            UNIT=unit_of(student.dtype, temperature, ce_weight), ROWS=rows, BLOCK=block, num_warps=warps,
+            TEMPERATURE=temperature, AGREEING=agreeing, UNIT=unit_of(student.dtype, temperature),
+            ROWS=rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return losses, gradient
 
 
 @torch.library.custom_op("dfkd::soft_kl", mutates_args=())
-def _operator(
-    student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None, ce_weight: float, agreeing: bool
-) -> tuple[Tensor, Tensor]:
+def _operator(student: Tensor, teacher: Tensor, temperature: float, agreeing: bool) -> tuple[Tensor, Tensor]:
     """Losses [B], and the gradient like the student's logits times `unit_of`."""
-    if labels is not None and ((labels < 0) | (labels >= student.shape[1])).any():
-        raise ValueError(f"labels: {int(labels.min())} to {int(labels.max())}; want 0 to {student.shape[1] - 1}")
     if interpreted(student):
-        return _launch(student, teacher, temperature, labels, ce_weight, agreeing)
-    losses, gradient = soft_kl_ref(student, teacher, temperature, labels, ce_weight, agreeing)
-    return losses, (gradient * unit_of(student.dtype, temperature, ce_weight)).to(student.dtype)
+        return _launch(student, teacher, temperature, agreeing)
+    losses, gradient = soft_kl_ref(student, teacher, temperature, agreeing)
+    return losses, (gradient * unit_of(student.dtype, temperature)).to(student.dtype)
 
 
 _operator.register_kernel("cuda")(_launch)
@@ -252,29 +213,22 @@ def _fake(student: Tensor, teacher: Tensor, *arguments: object) -> tuple[Tensor,
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, _, temperature, _, ce_weight, _ = inputs
+    student, _, temperature, _ = inputs
     ctx.save_for_backward(output[1])
-    ctx.unit = unit_of(student.dtype, temperature, ce_weight)
+    ctx.unit = unit_of(student.dtype, temperature)
 
 
 def _backward(ctx: Any, of_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     # `out` makes it one pass in float32 whatever is stored, and autograd refuse a second derivative, which is not there
     factor = (of_losses / ctx.unit)[:, None]
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient)), None, None, None, None, None
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient)), None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_setup)
 
 
-def soft_kl(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float = 1.0,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    agreeing: bool = False,
-) -> Tensor:
+def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, agreeing: bool = False) -> Tensor:
     """Losses [B] of logits [B, C], float32 or float64, differentiable once in the student's.
 
     A row of up to WIDEST classes is read once and its gradient written once; wider ones are read twice, the second time
@@ -285,24 +239,17 @@ def soft_kl(
         student: float64, float32, float16 or bfloat16. Rows may have any stride; other strides are copied first.
         teacher: likewise, of any of these dtypes.
         temperature: T > 0.
-        labels: int64 [B], y; needed where ce_weight is not 0. One outside 0..C-1 gives NaN on a GPU, where looking at
-            it would wait for the device.
-        ce_weight: w >= 0.
         agreeing: rows whose largest logits are of different classes (the first, of several) have loss and gradient 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers that do not fit; on a CPU a label that is no class.
+        ValueError: shapes, dtypes, devices or numbers that do not fit.
         RuntimeError: Triton is not installed.
     """
     require_triton()
     if student.dim() != 2 or not student.shape[1] or student.dtype not in FLOATS:
         raise ValueError(f"student: {tuple(student.shape)} {student.dtype}; want [B, C >= 1], floating")
     require("teacher", teacher, student.shape, FLOATS, student)
-    require("labels", labels, student.shape[:1], (torch.int64,), student)
-    if not 0 < temperature < math.inf or not 0 <= ce_weight < math.inf:
-        raise ValueError(f"temperature {temperature}, ce_weight {ce_weight}; want > 0 and >= 0, finite")
-    if ce_weight and labels is None:
-        raise ValueError(f"ce_weight {ce_weight} needs labels")
-    labels = labels if ce_weight else None
-    losses: Tensor = _operator(student, teacher.detach(), temperature, labels, ce_weight, agreeing)[0]
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature}; want > 0, finite")
+    losses: Tensor = _operator(student, teacher.detach(), temperature, agreeing)[0]
     return losses

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dfkd_kernels import group_norm_silu as module
-from dfkd_kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
-from dfkd_kernels.group_norm_tiles import STEPS, tiling
+from dfkd_kernels.group_norm_silu import STEPS, group_norm_silu, group_norm_silu_ref, tiling
 
-triton = pytest.importorskip("triton", reason="the kernels need Triton")
+pytest.importorskip("triton", reason="the kernels need Triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # exp overflows in SiLU of a large negative number, which the interpreter's numpy mentions; its inverse is the 0 wanted
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-HALVES = (F16, BF16)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def with_gradient(function, i, x, w, b, dy):
 def cut_small(patch):
     """Small maps over many programs too, in tiles of a few pixels and channels."""
     for name, value in {"WHOLE": 0, "TILE": 32, "WIDE": 8, "PROGRAMS": 2, "PARTS": 8}.items():
-        patch.setattr(f"dfkd_kernels.group_norm_tiles.{name}", value)
+        patch.setattr(module, name, value)
 
 
 def judge(i):
@@ -85,97 +85,74 @@ def judge(i):
     x, w, b, dy = i.tensors()
     truth = with_gradient(reference, i, *(t.double() for t in (x, w, b, dy)))
     expected, found = (with_gradient(f, i, x, w, b, dy) for f in (eager, kernel))
+    for mine in found:
+        assert (mine.shape, mine.dtype) == (x.shape, x.dtype) and ordered(mine, i.nhwc).stride() == mine.stride()
+    if not x.numel():
+        return
     _, _, rstd = module._operator(x.double(), w.double(), b.double(), i.groups, 1e-5, i.silu)
-    terms = (1.0, rstd.max() * dy.double().abs().max() * w.double().abs().max()) if x.numel() else (0.0, 0.0)
+    terms = (1.0, rstd.max() * dy.double().abs().max() * w.double().abs().max())
     for mine, plain, exact, term in zip(found, expected, truth, terms, strict=True):
-        assert mine.shape == x.shape and mine.dtype == x.dtype
-        assert mine.numel() == 0 or ordered(mine, i.nhwc).stride() == mine.stride()
-        if not mine.numel():
-            continue
-        error, allowed = ((t.double() - exact).abs().max() for t in (mine, plain))
         if i.dtype == F64:  # eager is all there is to judge by
             torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
             continue
+        error, allowed = ((t.double() - exact).abs().max() for t in (mine, plain))
         size = exact.abs().max()
         rounding = torch.finfo(i.dtype).eps * size + 6 * torch.finfo(F32).eps * (size + abs(i.offset) + term)
         assert error <= allowed + rounding, (error, allowed, rounding)
 
 
-# minimal, odd, prime; groups of one channel, one group; both sides of what one program keeps
-SHAPES = [
-    ((1, 1, (1, 1)), 1), ((2, 4, (3, 5)), 4), ((3, 6, (4, 4)), 1), ((1, 14, (7, 11)), 7), ((2, 10, (13,)), 5),
-    ((1, 6, (2, 3, 5)), 3), ((3, 7, (1, 1)), 1), ((1, 3, (97, 89)), 3), ((2, 10, (45, 43)), 2),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
-@pytest.mark.parametrize("shape, groups", SHAPES)
+@pytest.mark.parametrize(
+    "shape, groups",
+    [
+        ((1, 1, (1, 1)), 1),  # minimal
+        ((2, 4, (3, 5)), 4),  # groups of one channel
+        ((1, 14, (7, 11)), 7),  # odd and prime
+        ((2, 6, (13,)), 1),  # tokens, one group
+        ((2, 10, (45, 43)), 2),  # more than one program keeps
+    ],
+)
 def test_no_worse_than_eager(shape, groups, dtype):
     judge(Inputs(*shape, groups, dtype, nhwc=True))
     judge(Inputs(*shape, groups, dtype, nhwc=False, silu=False))
 
 
 # channels and groups of Stable Diffusion's VAE and UNet, and of the demo's; sides reduced
-REAL = [(512, 16, 32), (128, 40, 32), (320, 28, 32), (1280, 8, 32), (2560, 4, 32), (64, 8, 8)]
-
-
-@pytest.mark.parametrize("channels, side, groups", REAL)
+@pytest.mark.parametrize("channels, side, groups", [(128, 40, 32), (1280, 4, 32), (64, 8, 8)])
 def test_real_channels(channels, side, groups):
     judge(Inputs(1, channels, (side, side), groups, F16, nhwc=True))
 
 
-def test_real_channels_as_they_are_written():
-    judge(Inputs(1, 320, (32, 32), 32, F32, nhwc=False))
-
-
 @pytest.mark.parametrize("nhwc", [True, False])
-@pytest.mark.parametrize("channels, side, groups", [(64, 8, 2), (48, 40, 2)])
+@pytest.mark.parametrize("channels, side", [(16, 8), (16, 60)])  # a group a program; in many tiles
 @pytest.mark.parametrize("offset", [1e3, -3e4])
-def test_a_large_mean_cancels_nothing(channels, side, groups, nhwc, offset):
+def test_a_large_mean_cancels_nothing(channels, side, nhwc, offset):
     """The deviation comes out to the rounding of x itself; a difference of squares would have no digit of it left."""
-    i = Inputs(1, channels, (side, side), groups, offset=offset, nhwc=nhwc)
+    i = Inputs(1, channels, (side, side), 2, offset=offset, nhwc=nhwc)
     judge(i)
     x, w, b, _ = i.tensors()
-    _, mean, rstd = module._operator(x, w, b, groups, 1e-5, True)
-    values = x.double().reshape(1, groups, -1)
+    _, mean, rstd = module._operator(x, w, b, 2, 1e-5, True)
+    values = x.double().reshape(1, 2, -1)
     exact = 1 / (values.var(2, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(rstd.double(), exact, rtol=1e-5, atol=0)
-    unit = torch.finfo(F32).eps * abs(offset)
-    torch.testing.assert_close(mean.double(), values.mean(2), rtol=0, atol=unit)
+    torch.testing.assert_close(mean.double(), values.mean(2), rtol=0, atol=torch.finfo(F32).eps * abs(offset))
 
 
 def test_an_outlier_does_not_hide_the_rest():
     """The first value is where a shifted difference of squares would take its shift from."""
     x = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x[0, :, 0, 0] = 1e4
-    w, b = torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE)
-    _, _, rstd = module._operator(x, w, b, 1, 1e-5, False)
+    _, _, rstd = module._operator(x, torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE), 1, 1e-5, False)
     exact = 1 / x.double().var(correction=0).sqrt()
     torch.testing.assert_close(rstd.double().flatten()[0], exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("value", [0.0, 5.0, -1e3])
+@pytest.mark.parametrize("value", [0.0, -1e3])
 def test_a_constant_map_is_the_bias(value):
     x = torch.full((2, 4, 70, 70), value, device=DEVICE)
     w, b = torch.full((4,), 3.0, device=DEVICE), torch.arange(4.0, device=DEVICE)
     y = group_norm_silu(x, w, b, 2, silu=False)
     assert torch.equal(y, b.view(1, 4, 1, 1).expand_as(y))
-
-
-@pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("nhwc", [True, False])
-def test_an_image_has_the_same_bits_whatever_comes_with_it(many, nhwc, monkeypatch):
-    """Also where its place in the batch is one that no vector load could begin at."""
-    if many:
-        cut_small(monkeypatch)
-    i = Inputs(3, 6, (9, 11), 2, nhwc=nhwc)
-    x, w, b, dy = i.tensors()
-    together = with_gradient(kernel, i, x, w, b, dy)
-    again = with_gradient(kernel, i, x, w, b, dy)
-    for row in (0, 2):
-        alone = with_gradient(kernel, i, x[row : row + 1], w, b, dy[row : row + 1])
-        for whole, repeated, one in zip(together, again, alone, strict=True):
-            assert torch.equal(whole[row : row + 1], one) and torch.equal(whole, repeated)
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -187,12 +164,12 @@ def test_orders_and_strides_change_no_more_than_the_last_bits(many, monkeypatch)
     want = with_gradient(kernel, i, x, w, b, dy)
     wider = F.pad(x, (1, 2))[..., 1:-2]
     crossed = x.transpose(2, 3).contiguous().transpose(2, 3)
-    spread = torch.ones((), dtype=F64, device=DEVICE).expand(x.shape)
     for other, gradient in ((ordered(x, True), dy), (x, ordered(dy, True)), (wider, dy), (crossed, dy)):
         for mine, exact in zip(with_gradient(kernel, i, other, w, b, gradient), want, strict=True):
             torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
-    _, of_sum = with_gradient(kernel, i, x, w, b, spread)
-    torch.testing.assert_close(of_sum, with_gradient(kernel, i, x, w, b, spread.contiguous())[1], rtol=0, atol=0)
+    spread = torch.ones((), dtype=F64, device=DEVICE).expand(x.shape)
+    of_sum, of_ones = (with_gradient(kernel, i, x, w, b, g)[1] for g in (spread, spread.contiguous()))
+    assert torch.equal(of_sum, of_ones)
 
 
 def test_tokens_of_attention_are_not_copied():
@@ -216,45 +193,34 @@ def test_operator(interpreted, monkeypatch):
         _, mean, rstd = module._operator(x.detach(), w, b, i.groups, 1e-5, i.silu)
         torch.library.opcheck(module._gradient, (dy, x.detach(), mean, rstd, w, b, i.groups, i.silu))
         assert torch.autograd.gradcheck(lambda x, i=i, w=w, b=b: kernel(x, w, b, i), x)
-        assert torch.autograd.gradcheck(lambda x, i=i, w=w, b=b: reference(x, w, b, i), x)
-    for half in HALVES:
-        judge(Inputs(2, 4, (3, 2), 2, half))
-        judge(Inputs(2, 4, (3, 2), 2, half, nhwc=True))
+    judge(Inputs(0, 4, (3, 2), 2))
+    judge(Inputs(2, 4, (3, 2), 2, F16))
+    judge(Inputs(2, 4, (3, 2), 2, BF16, nhwc=True))
 
 
 def test_only_x_has_a_gradient_and_only_once():
     i = Inputs()
     x, w, b, dy = i.tensors()
     leaf = x.requires_grad_()
-    loss = (kernel(leaf, w, b, i) * dy).sum()
-    once, again = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(once, again)
-    (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (first,) = torch.autograd.grad((kernel(leaf, w, b, i) * dy).sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no autograd formula|does not require grad"):
         torch.autograd.grad(first.sum(), leaf)
-    for wanting in (
-        {"weight": w.clone().requires_grad_(), "bias": b},
-        {"weight": w, "bias": b.clone().requires_grad_()},
-    ):
-        with pytest.raises(ValueError, match="requires a gradient, and there is one in x alone"):
+    for name in ("weight", "bias"):
+        wanting = {"weight": w, "bias": b, name: w.clone().requires_grad_()}
+        with pytest.raises(ValueError, match=f"{name} requires a gradient, and there is one in x alone"):
             group_norm_silu(x, groups=4, **wanting)
         with torch.no_grad():
             group_norm_silu(x, groups=4, **wanting)
 
 
 @pytest.mark.parametrize("nhwc", [True, False])
-@pytest.mark.parametrize(
-    "channels, side", [(128, 512), (256, 256), (512, 128), (512, 64), (320, 64), (1280, 16), (7, 1000), (1, 4096)]
-)
-def test_tiles_cover_an_image_once_and_large_maps_are_many_programs(channels, side, nhwc):
-    groups = math.gcd(channels, 32)
-    tile = tiling(channels, groups, side * side, nhwc)
-    assert tile.channels * tile.blocks >= channels > tile.channels * (tile.blocks - 1)
-    covered = tile.pixels * tile.steps
-    assert covered * tile.chunks >= side * side > covered * (tile.chunks - 1) and tile.steps <= STEPS
+@pytest.mark.parametrize("channels, side", [(128, 512), (512, 64), (320, 64), (1280, 16), (7, 1000), (1, 4096)])
+def test_large_maps_are_many_programs_and_what_they_leave_is_small(channels, side, nhwc):
+    cut = tiling(channels, math.gcd(channels, 32), side * side, nhwc)
+    assert not cut.whole and cut.span % cut.high == 0 and cut.span <= STEPS * cut.high
     if channels * side * side >= 2**20:  # more programs than an H100 has multiprocessors, for two images
-        assert tile.blocks * tile.chunks >= 66
-    parts = 2 * 4 * tile.chunks * channels  # bytes that chunks leave beside the image's in half precision
+        assert -(-channels // cut.wide) * cut.spans >= 66
+    parts = 2 * 4 * cut.spans * channels  # bytes that spans leave beside the image's in half precision
     assert side < 64 or parts <= 0.035 * 2 * channels * side * side
 
 
@@ -268,13 +234,26 @@ def test_tiles_cover_an_image_once_and_large_maps_are_many_programs(channels, si
         ({"eps": 0.0}, "eps 0.0"),
         ({"weight": torch.zeros(3)}, r"weight: \(3,\) .* want \(4,\)"),
         ({"bias": torch.zeros(4, dtype=torch.int64)}, "bias: .*int64"),
-        ({"bias": torch.zeros(4, device="meta")}, "bias is on meta"),
+        ({"bias": torch.zeros(4, device="meta")}, "bias: .* on meta"),
     ],
 )
 def test_refusals(change, message):
     given = {"x": torch.zeros(2, 4, 3), "weight": torch.ones(4), "bias": torch.zeros(4), "groups": 2} | change
     with pytest.raises(ValueError, match=message):
         group_norm_silu(**given)
+
+
+@settings(deadline=None, max_examples=20)  # a busy machine is not a failure
+@given(
+    st.integers(0, 2), st.integers(1, 5), st.integers(1, 3), st.lists(st.integers(1, 7), min_size=0, max_size=2),
+    st.sampled_from([F64, F32, F16, BF16]), st.booleans(), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(batch, width, groups, sides, dtype, nhwc, gradient_nhwc, silu, many, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        if many:
+            cut_small(patch)
+        judge(Inputs(batch, width * groups, tuple(sides), groups, dtype, nhwc, silu, 0.0, gradient_nhwc, seed))
 
 
 @pytest.mark.gpu
