@@ -137,7 +137,8 @@ def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function
     cfg_rows = 2 if name == "unet" and pipe.uses_cfg else 1
     one_shape = name in ("gradient", "pixel_gradient") and networks.guidance is not None
     one_shape = one_shape and "group" in networks.guidance.needs  # type: ignore[union-attr]
-    most = max(pipe.config.batching.batch, pipe.group)  # so that one engine serves smaller batches
+    # a power of two, 64 at the least, so that one engine serves other --batch too
+    most = max(64, 1 << (max(pipe.config.batching.batch, pipe.group) - 1).bit_length())
     quantise = compute.quantise if name == "unet" else "none"
     plain = networks.with_kernels("torch")
     inputs, outputs = _specs(name, pipe, networks)
