@@ -13,32 +13,39 @@ from dfkd.files import make_writable
 
 if TYPE_CHECKING:
     from dfkd.teachers import Classifier
+    from dfkd.training.world import World
 
 COMMAND = "dfkd-distill"
 
 
 def run(asked: DistillCommand) -> dict[str, Any] | None:
     """Train what is not trained yet, test, write OUT/result.json; None in all processes but the first."""
+    from dfkd.training.world import join
+
+    with join(asked.distill.train.compute.device) as world:
+        return run_in(world, asked)
+
+
+def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
+    """`run` as one of the processes of `world`."""
     from dfkd import teachers
     from dfkd.data import open_data
     from dfkd.training.distill import check, distill
     from dfkd.training.folder import holds_run
-    from dfkd.training.world import join
 
     config = asked.distill
-    with join(config.train.compute.device) as world:
-        teachers.check(config.student)
-        check(config, world)
-        _check_test(asked.test)
-        data = open_data(asked.data, config.on_bad_sample)
-        teacher = teachers.load_teacher(asked.teacher, data.class_names)
-        if world.first and not (config.train.resume and holds_run(asked.out)):
-            make_writable(asked.out)
-            save_settings(asked, asked.out, COMMAND)
-        speak = say if world.first else (lambda text: None)
-        with progress("distilling", "img", shown=world.first) as draw:
-            student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak)
-        return tested(asked, student) if world.first else None
+    teachers.check(config.student)
+    check(config, world)
+    _check_test(asked.test)
+    data = open_data(asked.data, config.on_bad_sample)
+    teacher = teachers.load_teacher(asked.teacher, data.class_names)
+    if world.first and not (config.train.resume and holds_run(asked.out)):
+        make_writable(asked.out)
+        save_settings(asked, asked.out, COMMAND)
+    speak = say if world.first else (lambda text: None)
+    with progress("distilling", "img", shown=world.first) as draw:
+        student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak)
+    return tested(asked, student) if world.first else None
 
 
 def tested(asked: DistillCommand, student: "Classifier") -> dict[str, Any]:
@@ -60,8 +67,8 @@ def tested(asked: DistillCommand, student: "Classifier") -> dict[str, Any]:
 
         best = Classifier.from_pretrained(asked.out / "best").to(student.device)
         last, other = (evaluate(one, asked.test, split=asked.test_split) for one in (student, best))
-        found = {"test_images": last.images, "accuracy": last.accuracy, "confusion": last.confusion}
-        found["best_accuracy"] = other.accuracy
+        found = {"test_images": last.images, "accuracy": last.accuracy, "best_accuracy": other.accuracy}
+        found["confusion"] = [list(row) for row in last.confusion]
     return write_result(asked.out, result.pop("run"), {**result, **named, **found})
 
 

@@ -1,8 +1,10 @@
+"""Mixtures of a batch: of neighbours, of the area asked, and the same however the batch is shared out."""
+
 import pytest
 import torch
 
-from dfkd.training.mixing import MIXES, mix
-from dfkd.errors import UsageError
+from dfkd.config.training import MIXES
+from dfkd.training.mixing import mix
 
 
 def images(batch: int = 16) -> torch.Tensor:
@@ -16,7 +18,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("kind", MIXES)
 def test_mixtures_are_of_an_image_and_its_neighbour(kind: str) -> None:
     before = images(64)
-    after = mix(before, kind, 1.0, seeded())
+    after = mix(before, kind, 1.0, seeded(), len(before))
     other = before.roll(1, 0)
     pasted = ((after == before) | (after == other)).flatten(1).all(1)
     blended = ~pasted
@@ -29,13 +31,13 @@ def test_mixtures_are_of_an_image_and_its_neighbour(kind: str) -> None:
         assert pasted.all() and not torch.equal(after, before)
     else:
         assert 10 < int(blended.sum()) < 54
-    assert torch.equal(after, mix(before, kind, 1.0, seeded()))
+    assert torch.equal(after, mix(before, kind, 1.0, seeded(), len(before)))
 
 
 def test_cutmix_boxes_have_the_area_of_lam_on_average() -> None:
     white = torch.zeros(2000, 1, 32, 32)
     white[::2] = 1  # neighbours are black and white, so a pasted pixel shows
-    after = mix(white, "cutmix", 1.0, seeded())
+    after = mix(white, "cutmix", 1.0, seeded(), len(white))
     pasted = (after != white).float().mean((1, 2, 3))
     # Beta(1, 1) is uniform: a mean of 1/2 unclipped; clipping at the border takes (with a side uniform in area) some.
     assert 0.25 < float(pasted.mean()) < 0.5
@@ -45,12 +47,7 @@ def test_cutmix_boxes_have_the_area_of_lam_on_average() -> None:
 @pytest.mark.parametrize("kind", MIXES)
 def test_a_rank_draws_what_the_whole_batch_draws(kind: str) -> None:
     before = images()
-    whole = mix(before, kind, 1.0, seeded())
+    whole = mix(before, kind, 1.0, seeded(), len(before))
     for rows in (slice(0, 8), slice(8, 16)):
-        part = mix(before[rows], kind, 1.0, seeded(), total=16, rows=rows)
+        part = mix(before[rows], kind, 1.0, seeded(), 16, rows)
         assert torch.equal(part[1:], whole[rows][1:])  # the first image's neighbour is another
-
-
-def test_an_unknown_kind_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="cutmax"):
-        mix(images(), "cutmax", 1.0, seeded())

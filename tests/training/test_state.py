@@ -1,38 +1,38 @@
-"""One step of SGD: clipping, the scale of fp16 and what a skipped step leaves alone, the average of the weights."""
+"""One step of SGD: clipping, the scale of fp16 and what a skipped step leaves alone, the average; the learning rate."""
 
 import math
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd.training.guard import HOPELESS, Guard
-from dfkd.training.settings import DistillSettings
-from dfkd.training.state import State
-from dfkd.errors import UsageError
-from dfkd.training.resume import read_checkpoint
+from dfkd import teachers
+from dfkd.config import OptimiserConfig, TrainConfig
+from dfkd.training.state import State, learning_rate, parameter_groups
 
 CPU = torch.device("cpu")
+OVERFLOWS = 1e36  # times the scale of 65536 more than float32 holds, while the loss itself is a number
+PUBLISHED = ("150/240", "180/240", "210/240")
 
 
-def state(**changes: object) -> State:
+def state(**changes: Any) -> State:
     torch.manual_seed(0)
-    return State(nn.Linear(4, 3), DistillSettings(lr=0.1, **changes), CPU)  # type: ignore[arg-type]
-
-
-def loss_of(own: State, factor: float = 1.0) -> Tensor:
-    return factor * own.student(torch.ones(2, 4)).square().sum()
+    return State(nn.Linear(4, 3), TrainConfig.of(steps=12).replace(**changes), CPU)
 
 
 def step(own: State, factor: float = 1.0) -> None:
     own.set_rate(0.1)
-    own.descend(loss_of(own, factor))
+    own.descend(factor * own.network(torch.ones(2, 4)).square().sum())
     own.advance()
 
 
 def weights(own: State) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in own.student.parameters()])
+    return torch.cat([p.detach().flatten() for p in own.network.parameters()])
+
+
+def averaged(own: State) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in own.result.parameters()])
 
 
 def test_a_clipped_gradient_has_the_norm_asked_and_its_direction() -> None:
@@ -45,9 +45,6 @@ def test_a_clipped_gradient_has_the_norm_asked_and_its_direction() -> None:
     torch.testing.assert_close(short, moved * (0.05 / moved.norm()), rtol=1e-4, atol=1e-7)  # lr times the norm
     assert clipped.measured()["gradient_norm"] == pytest.approx(float(moved.norm()) / 0.1, rel=1e-4)
     assert free.measured() == {}
-
-
-OVERFLOWS = 1e36  # times the scale of 65536 more than float32 holds, while the loss itself is a number
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -72,85 +69,65 @@ def test_the_scaled_step_is_the_plain_one() -> None:
     assert torch.equal(weights(scaled), weights(plain))
 
 
-def test_the_average_takes_no_skipped_step() -> None:
-    """Two skipped steps among four leave the average of a run of the other two, ramp included."""
-    short, long = (state(amp="fp16", ema=0.9) for _ in range(2))
-    for factor in (1.0, 1.0):
-        step(short, factor)
-    for factor in (OVERFLOWS, 1.0, OVERFLOWS, 1.0):
-        step(long, factor)
-    plain = state(ema=0.9)
-    step(plain)
-    step(plain)
-    results = [own.average.network.weight for own in (short, long, plain)]  # type: ignore[union-attr]
-    assert torch.equal(results[0], results[1])
-    torch.testing.assert_close(results[0], results[2], rtol=1e-6, atol=1e-7)  # the decay in float32 here
-
-
-def test_the_average_is_its_definition() -> None:
-    own = state(ema=0.5, momentum=0.0)
-    wanted = own.student.weight.detach().clone()  # type: ignore[union-attr]
+def test_the_average_is_its_definition_and_takes_no_skipped_step() -> None:
+    """Four skipped steps on the way leave the average of a run without them, ramp included."""
+    plain, skipping = state(ema=0.5, momentum=0.0), state(ema=0.5, momentum=0.0, amp="fp16")
+    wanted = weights(plain).clone()
     for n in range(1, 9):
-        step(own)
+        step(plain)
+        if n % 2:
+            step(skipping, OVERFLOWS)
+        step(skipping)
         decay = min(0.5, (1 + n) / (10 + n))
-        wanted = decay * wanted + (1 - decay) * own.student.weight.detach()  # type: ignore[operator, union-attr]
-    torch.testing.assert_close(own.result.weight, wanted, rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+        wanted = decay * wanted + (1 - decay) * weights(plain)
+    torch.testing.assert_close(averaged(plain), wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(averaged(skipping), averaged(plain)) and skipping.measured()["skipped"] == 4
 
 
-@pytest.mark.parametrize("changes", [{}, {"amp": "fp16", "ema": 0.9}, {"momentum": 0.0}])
-def test_a_state_that_was_saved_goes_on_alike(tmp_path: Path, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"amp": "fp16", "ema": 0.9}, {"momentum": 0.0}, {"decay": "weights"}])
+def test_a_state_that_was_saved_goes_on_alike(changes: dict[str, Any]) -> None:
     own = state(**changes)
     for factor in (1.0, OVERFLOWS if "amp" in changes else 1.0):
         step(own, factor)
-    own.save(tmp_path, {})
     other = state(**changes)
     with torch.no_grad():
-        other.student.weight.zero_()  # type: ignore[operator, union-attr]
-    content = read_checkpoint(tmp_path, {}, CPU)
-    assert content is not None
-    other.load(content)
+        other.network.weight.zero_()  # type: ignore[operator, union-attr]
+    other.load(own.content())
     for each in (own, other):
         step(each)
     assert torch.equal(weights(own), weights(other)) and own.measured() == other.measured()
-    assert torch.equal(own.result.weight, other.result.weight)  # type: ignore[arg-type]
+    assert torch.equal(averaged(own), averaged(other))
 
 
-def guard(**given: object) -> Guard:
-    return Guard(lambda x: x, lambda step: [10 * step, 10 * step + 1], "a checkpoint", **given)  # type: ignore[arg-type]
+def test_weight_decay_spares_biases_and_norms_where_asked() -> None:
+    network = teachers.build("resnet8", 2)
+    decayed, spared = parameter_groups(network, OptimiserConfig(decay="weights", weight_decay=0.1))
+    assert {weight.ndim for weight in decayed["params"]} == {2, 4} and decayed["weight_decay"] == 0.1
+    assert {weight.ndim for weight in spared["params"]} == {1} and spared["weight_decay"] == 0
+    (everything,) = parameter_groups(network, OptimiserConfig(decay="all"))
+    assert len(everything["params"]) == len(decayed["params"]) + len(spared["params"])
 
 
-def test_the_guard_means_what_came_since_and_names_what_is_no_number() -> None:
-    own = guard()
-    for at, loss in enumerate([1.0, 3.0], 1):
-        own.add(at, torch.tensor(loss))
-    assert own.report(0) == 2
-    own.add(3, torch.tensor(5.0))
-    kept = own.pending()
-    assert own.pending() == kept and own.report(0) == 5 and own.pending() == []
-    assert guard(pending=kept).report(0) == 5
-    own.add(4, torch.tensor(1.0))
-    own.add(5, torch.tensor(math.nan))
-    own.add(6, torch.tensor(math.nan))
-    with pytest.raises(UsageError, match=r"loss of step 5 is nan.*images of step 5: 50, 51\..*a checkpoint"):
-        own.pending()
+def rates(count: int, **changes: Any) -> list[float]:
+    return [learning_rate(step, count, OptimiserConfig(**changes)) for step in range(count)]
 
 
-def test_weights_that_are_no_numbers_never_become_a_checkpoint() -> None:
-    network = nn.Linear(4, 3)
-    guard().check_weights(7, network)
-    with torch.no_grad():
-        network.bias[1] = math.inf
-    with pytest.raises(UsageError, match=r"weights after step 7 are not finite.*images of step 7: 70, 71"):
-        guard().check_weights(7, network)
+def test_multistep_drops_at_the_published_epochs() -> None:
+    found = rates(240, lr=0.2, schedule="multistep", milestones=PUBLISHED)
+    for first, last, rate in ((0, 149, 0.2), (150, 179, 0.02), (180, 209, 2e-3), (210, 239, 2e-4)):
+        assert found[first] == pytest.approx(rate) and found[last] == pytest.approx(rate)
 
 
-def test_a_run_that_skips_every_step_stops() -> None:
-    own = guard(skipped=5)
-    for at in range(HOPELESS):
-        own.add(at, torch.tensor(1.0))
-    with pytest.raises(UsageError, match="not finite at any scale"):
-        own.report(5 + HOPELESS)
-    own = guard(skipped=5)
-    for at in range(HOPELESS):
-        own.add(at, torch.tensor(1.0))
-    assert own.report(5 + HOPELESS - 1) == 1
+def test_cosine_and_onecycle_end_at_nearly_nothing() -> None:
+    found = rates(100, lr=1.0, schedule="cosine")
+    assert found[0] == 1 and found[50] == pytest.approx(0.5) and found == sorted(found, reverse=True)
+    cycle = rates(1000, lr=1.0, schedule="onecycle")
+    assert cycle[0] == pytest.approx(0.04) and max(cycle) == cycle[300] == pytest.approx(1)
+    assert cycle[:301] == sorted(cycle[:301]) and cycle[300:] == sorted(cycle[300:], reverse=True)
+    assert 0 < found[-1] < 1e-3 and 0 < cycle[-1] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["multistep", "cosine"])
+def test_warm_up_rises_linearly_to_the_peak(kind: str) -> None:
+    assert rates(100, lr=1.0, schedule=kind, warmup=4)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(map(math.isfinite, rates(4, lr=1.0, schedule=kind, warmup=10)))  # a run shorter than its warm-up

@@ -1,150 +1,72 @@
-"""Supervised training: it learns, repeats itself, goes on where it was stopped, and its rate follows the schedule."""
+"""Training of a teacher: it learns, follows its settings, and reads real images as late and as seldom as it can."""
 
-import functools
-import io
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from dfkd import teachers
-from dfkd.data.loader.resident import Resident
-from dfkd.data.shards import Pool
-from dfkd.teachers.classifier import Classifier
-from dfkd.training.teacher import SCHEDULES, Recipe, State, _parameter_groups, accuracy, form_of, rate, train
+from dfkd.data import Pool
+from dfkd.errors import UsageError
+from dfkd.teachers import Classifier
+from dfkd.training.teacher import accuracy, statistics, train_teacher
+from tests.training.small_run import dies, equal, equal_states, lines, run_teacher, teacher_settings
 
-RECIPE = Recipe(
-    epochs=3,
-    batch_size=16,
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=1e-4,
-    schedule="cosine",
-    augment="crop-flip",
-    label_smoothing=0.1,
-    amp="off",
-    seed=1,
-)
+NAMES = ("dark", "light")
 
 
-def dark_and_light() -> tuple[torch.Tensor, torch.Tensor]:
-    """70 noisy 8x8 images, the odd ones lighter."""
+def dark_and_light(count: int = 70) -> Pool:
+    """Noisy 8x8 images, the odd ones lighter."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(70) % 2
-    images = torch.randint(0, 100, (70, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    return images + (labels * 120).to(torch.uint8).view(-1, 1, 1, 1), labels
+    labels = torch.arange(count) % 2
+    images = torch.randint(0, 100, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return Pool(images + (labels * 120).to(torch.uint8).view(-1, 1, 1, 1), labels, torch.arange(count), NAMES)
 
 
-def pool(images: torch.Tensor, labels: torch.Tensor) -> Pool:
-    return Pool(images, labels, torch.arange(len(labels)), ("dark", "light"))
+def flipped(data: Pool) -> Pool:
+    return Pool(data.images, 1 - data.labels, data.ids, NAMES)
 
 
-def source(classifier: Classifier, recipe: Recipe = RECIPE) -> tuple[Resident, int]:
-    data = pool(*dark_and_light())
-    return Resident(data, data.ids, form_of(classifier, recipe)), len(data.ids)
+def test_it_learns_and_is_tested_once_at_the_end(tmp_path: Path) -> None:
+    data = dark_and_light()
+    config = teacher_settings(steps=30, batch_size=16, schedule="onecycle")
+    given = {"train": data, "validation": data, "test": flipped(data)}
+    teacher = train_teacher(given, config, tmp_path, architecture="resnet8")
+    assert not teacher.module.training and accuracy(teacher, data) == 1.0
+    assert accuracy(teacher, Pool(data.images, torch.zeros(70, dtype=torch.int64), data.ids, NAMES)) == 0.5
+    saved = Classifier.from_pretrained(tmp_path)
+    assert equal_states(saved, teacher) and saved.class_names == NAMES
+    assert saved.mean == teacher.mean == statistics(data)[0] and saved.input_size == 8
+    found = run_teacher(tmp_path, config, data=given, progress=dies(0))
+    assert (found["accuracy"], found["validation_accuracy"], found["test_images"]) == (0.0, 1.0, 70)
+    assert sum("validation_accuracy" in line for line in lines(tmp_path)) == 15
 
 
-@functools.cache
-def fit(run: int):
-    """The classifier and its epochs; ``run`` only tells repetitions apart."""
-    torch.manual_seed(0)
-    network = teachers.build("resnet8", 2)
-    classifier = Classifier(network, "resnet8", ("dark", "light"), 8, (0.4,) * 3, (0.3,) * 3)
-    epochs = []
-    train(classifier, *source(classifier), RECIPE, epochs.append)
-    return classifier, epochs
+def test_statistics_are_those_of_the_pixels() -> None:
+    data = dark_and_light()
+    pixels = data.images.double() / 255
+    mean, std = statistics(data)
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-4)
+    assert std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-4)
 
 
-def test_learns_and_reports():
-    classifier, epochs = fit(0)
-    assert not classifier.module.training
-    assert [epoch.number for epoch in epochs] == [1, 2, 3]
-    assert epochs[-1].loss < epochs[0].loss
-    assert epochs[-1].lr < epochs[0].lr < RECIPE.lr
-    assert accuracy(classifier, pool(*dark_and_light()), batch_size=32) == 1.0
+@pytest.mark.parametrize(
+    "changes", [{"label_smoothing": 0.3}, {"decay": "all", "weight_decay": 0.1}, {"nesterov": False}, {"seed": 1}]
+)
+def test_another_value_gives_another_teacher(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run_teacher(tmp_path / "one", teacher_settings(weight_decay=0.1))
+    run_teacher(tmp_path / "two", teacher_settings(**{"weight_decay": 0.1, **changes}))
+    assert not equal(tmp_path / "one", tmp_path / "two")
 
 
-def test_same_seed_same_weights():
-    first, second = (fit(run)[0].module.state_dict() for run in range(2))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-class Killed(Exception):
-    pass
-
-
-def with_dropout(seed: int) -> Classifier:
-    """BatchNorm, dropout and momentum: all that has a state or draws random numbers."""
-    torch.manual_seed(seed)
-    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 2))
-    return Classifier(nn.Sequential(*layers), "tiny", ("dark", "light"), 8, (0.4,) * 3, (0.3,) * 3)
-
-
-@pytest.mark.parametrize("changes", [{}, {"schedule": "onecycle", "amp": "bf16"}])
-@pytest.mark.parametrize("killed", [1, 2])
-def test_a_killed_run_goes_on_to_the_same_bits(killed, changes):
-    recipe = replace(RECIPE, **changes)
-    whole, whole_epochs = with_dropout(0), []
-    train(whole, *source(whole, recipe), recipe, whole_epochs.append)
-
-    stopped, epochs, kept = with_dropout(0), [], io.BytesIO()
-    state = State(stopped.module, recipe)
-
-    def after_epoch(epoch):
-        epochs.append(epoch)
-        torch.save(state.content(), kept)
-        if epoch.number == killed:
-            raise Killed
-        kept.seek(0)
-
-    with pytest.raises(Killed):
-        train(stopped, *source(stopped, recipe), recipe, after_epoch, state)
-    resumed = with_dropout(99)
-    state = State(resumed.module, recipe)
-    kept.seek(0)
-    state.load(torch.load(kept, weights_only=True))
-    assert state.epoch == killed and state.seconds == epochs[-1].seconds
-    torch.rand(7)  # whatever else the new process draws
-    train(resumed, *source(resumed, recipe), recipe, epochs.append, state)
-
-    mine, theirs = resumed.module.state_dict(), whole.module.state_dict()
-    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    assert [replace(epoch, seconds=0) for epoch in epochs] == [replace(epoch, seconds=0) for epoch in whole_epochs]
-    assert [epoch.seconds for epoch in epochs] == sorted(epoch.seconds for epoch in epochs)
-
-
-def test_training_leaves_torchs_generator_alone():
-    classifier = with_dropout(0)
-    before = torch.get_rng_state()
-    train(classifier, *source(classifier), RECIPE, lambda epoch: None)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_accuracy_counts():
-    classifier, _ = fit(0)
-    images, labels = dark_and_light()
-    assert accuracy(classifier, pool(images, 1 - labels)) == 0.0
-    assert accuracy(classifier, pool(images, torch.zeros_like(labels))) == 0.5
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_rate_is_a_share(schedule):
-    shares = [rate(step / 1000, schedule) for step in range(1000)]
-    assert max(shares) == pytest.approx(1.0, abs=1e-3)
-    assert 0 < shares[-1] == min(shares) < 2e-3
-
-
-def test_rate_landmarks():
-    assert [rate(done, "multistep") for done in (0, 0.624, 0.626, 0.76, 0.9)] == pytest.approx([1, 1, 0.1, 0.01, 1e-3])
-    assert rate(0.5, "cosine") == pytest.approx(0.5)
-    assert rate(0, "onecycle") == pytest.approx(0.04)
-    assert rate(0.3, "onecycle") == pytest.approx(1)
-
-
-def test_weight_decay_spares_biases_and_batch_norm():
-    network = teachers.build("resnet8", 2)
-    decayed, spared = _parameter_groups(network, 0.1)
-    assert {weight.ndim for weight in decayed["params"]} == {2, 4}
-    assert {weight.ndim for weight in spared["params"]} == {1} and spared["weight_decay"] == 0
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(network.parameters()))
+def test_what_cannot_work_is_refused_before_it_starts(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown architecture 'resnet9'"):
+        run_teacher(tmp_path / "out", architecture="resnet9")
+    with pytest.raises(UsageError, match="--amp fp16 on a CPU"):
+        run_teacher(tmp_path / "out", teacher_settings(amp="fp16"))
+    assert not list(tmp_path.iterdir())
+    run_teacher(tmp_path)
+    with pytest.raises(UsageError, match="architecture is resnet8 there and resnet20 here"):
+        run_teacher(tmp_path, architecture="resnet20")
+    with pytest.raises(UsageError, match=r"data is .* there and digits-on-photos here"):
+        run_teacher(tmp_path, data="digits-on-photos")  # before the images are made

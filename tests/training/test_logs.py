@@ -1,0 +1,151 @@
+"""What a run tells: the same numbers to every log, taken back where it repeats itself; and the guard."""
+
+import math
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd.config import LoggingConfig
+from dfkd.errors import UsageError
+from dfkd.training.logs import HOPELESS, Guard, check_logs
+from tests.training.small_run import Killed, dies, lines, run, settings
+
+
+def guard(**given: Any) -> Guard:
+    return Guard(lambda x: x, lambda step: [10 * step, 10 * step + 1], "a checkpoint", **given)
+
+
+def test_the_guard_means_what_came_since_and_names_what_is_no_number() -> None:
+    own = guard()
+    for at, loss in enumerate([1.0, 3.0], 1):
+        own.add(at, torch.tensor(loss))
+    assert own.report(0) == 2
+    own.add(3, torch.tensor(5.0))
+    kept = own.pending()
+    assert own.pending() == kept and own.report(0) == 5 and own.pending() == []
+    assert guard(pending=kept).report(0) == 5
+    for at, loss in ((4, 1.0), (5, math.nan), (6, math.nan)):
+        own.add(at, torch.tensor(loss))
+    with pytest.raises(UsageError, match=r"loss of step 5 is nan.*images of step 5: 50, 51\..*a checkpoint"):
+        own.pending()
+
+
+def test_weights_that_are_no_numbers_never_become_a_checkpoint() -> None:
+    network = nn.Linear(4, 3)
+    guard().check_weights(7, network)
+    with torch.no_grad():
+        network.bias[1] = math.inf
+    with pytest.raises(UsageError, match=r"weights after step 7 are not finite.*images of step 7: 70, 71"):
+        guard().check_weights(7, network)
+
+
+def test_a_run_that_skips_every_step_stops() -> None:
+    for skipped in (HOPELESS, HOPELESS - 1):
+        own = guard(skipped=5)
+        for at in range(HOPELESS):
+            own.add(at, torch.tensor(1.0))
+        if skipped == HOPELESS:
+            with pytest.raises(UsageError, match="not finite at any scale"):
+                own.report(5 + skipped)
+        else:
+            assert own.report(5 + skipped) == 1
+
+
+class Writer:
+    """Stands in for tensorboard's SummaryWriter and for a run of wandb."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        self.given, self.named, self.closed = given, named, False
+        self.told: list[tuple[int, str, float]] = []
+
+    def add_scalar(self, name: str, value: float, at: int) -> None:
+        self.told.append((at, name, value))
+
+    def log(self, measured: dict[str, float], step: int) -> None:
+        self.told += [(step, name, value) for name, value in measured.items()]
+
+    def close(self) -> None:
+        self.closed = True
+
+    finish = close
+
+
+def installed(patch: pytest.MonkeyPatch, name: str, **content: object) -> None:
+    for part in {name, name.rpartition(".")[2]}:
+        module = ModuleType(part)
+        module.__spec__ = ModuleSpec(part, None)
+        module.__dict__.update(content)
+        patch.setitem(sys.modules, part, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "maker", "option"),
+    [
+        ("torch.utils.tensorboard", "SummaryWriter", {"tensorboard": True}),
+        ("wandb", "init", {"wandb": "digits"}),
+    ],
+)
+def test_another_log_has_the_numbers_of_log_jsonl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, maker: str, option: dict[str, Any]
+) -> None:
+    """A stopped run opens it again, and closes it either way."""
+    made: list[Writer] = []
+
+    def make(*given: Any, **named: Any) -> Writer:
+        made.append(Writer(*given, **named))
+        return made[-1]
+
+    installed(monkeypatch, module, **{maker: make})
+    out, config = tmp_path / "out", settings(checkpoint_every=3, **option)
+    with pytest.raises(Killed):
+        run(out, config, progress=dies(7))
+    run(out, config)
+    run(tmp_path / "without", settings())
+    first, second = made
+    assert first.closed and second.closed
+    numbers = [(line["step"], name, value) for line in lines(out) for name, value in line.items() if name != "step"]
+    assert [line for line in first.told if line[0] <= 6] + second.told == numbers
+    assert {name for _, name, _ in numbers} >= {"loss", "agreement"}
+    if module == "wandb":
+        assert first.named == second.named  # the same run goes on
+        wanted = ("digits", "out", "allow")
+        assert tuple(first.named[name] for name in ("project", "name", "resume")) == wanted
+    else:
+        assert first.given == second.given == (str(out / "tensorboard"),)
+        assert (first.named, second.named) == ({"purge_step": None}, {"purge_step": 7})
+
+
+def test_a_service_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(**named: object) -> Writer:
+        raise ConnectionError("no route\nat all")
+
+    installed(monkeypatch, "wandb", init=offline)
+    with pytest.raises(UsageError, match=r"--wandb digits could not start: ConnectionError: no route\. .*WANDB_MODE"):
+        run(tmp_path, settings(wandb="digits"))
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_log_whose_package_is_absent_is_refused(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wanted = LoggingConfig(tensorboard=package == "tensorboard", wandb="digits" if package == "wandb" else None)
+    with pytest.raises(UsageError, match=f"--{package} needs the package {package}: it is not installed. pip install"):
+        check_logs(wanted)
+
+
+def test_tensorboards_own_files_hold_the_losses(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, settings(tensorboard=True, checkpoint_every=3))
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    told = [(event.step, event.value) for event in found.Scalars("loss")]
+    logged = [(line["step"], line["loss"]) for line in lines(tmp_path) if "loss" in line]
+    assert [at for at, _ in told] == [at for at, _ in logged]
+    assert [value for _, value in told] == pytest.approx([value for _, value in logged], rel=1e-6)  # float32 there
