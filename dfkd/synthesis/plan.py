@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from torch import Tensor
 from dfkd.config import GenerateConfig
 from dfkd.data import encode
 from dfkd.synthesis.batching import ShortMemory, calling, release
-from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd_engine.memory import Footprint, footprint, halved, most_rows, shared, weight_bytes
 from dfkd_engine.store import EngineStore
 from dfkd_kernels.guided_step import clean_estimate
+
+if TYPE_CHECKING:
+    from dfkd.synthesis.pipeline import GuidedPipeline
 
 # Of a device's memory. The rest is for the scratch memory of kernels, fragmentation and the driver; on a CPU for
 # everything else that runs.
@@ -82,16 +84,17 @@ class Plan:
 def make_plan(synthesizer: Synthesizer, config: GenerateConfig, processes: int = 1) -> Plan:
     """The plan of a new folder, on eager networks. processes: that share the memory of a CPU."""
     batch, group = config.batching.batch, synthesizer.group
-    if not isinstance(synthesizer, GuidedPipeline):
+    if not hasattr(synthesizer, "pack"):
         return Plan(batch, group)
-    device = synthesizer.device
+    pipe = cast("GuidedPipeline", synthesizer)
+    device = pipe.device
     memory = device_bytes(device) // (processes if device.type == "cpu" else 1)
-    networks = [synthesizer.prior.unet, synthesizer.prior.vae, synthesizer.prior.text_encoder]
-    networks += [own.module for own in (synthesizer.teacher, synthesizer.student) if own is not None]
-    held = weight_bytes(*networks) + _HELD * 4 * 3 * synthesizer.image_size**2 * max(batch, group)
-    calls = network_calls(synthesizer)
-    needs = {name: footprint(call, without_data=synthesizer.image_size > _SMALL) for name, call in calls.items()}
-    in_groups = _calls_of_groups(synthesizer)
+    networks = [pipe.prior.unet, pipe.prior.vae, pipe.prior.text_encoder]
+    networks += [own.module for own in (pipe.teacher, pipe.student) if own is not None]
+    held = weight_bytes(*networks) + _HELD * 4 * 3 * pipe.image_size**2 * max(batch, group)
+    calls = network_calls(pipe)
+    needs = {name: footprint(call, without_data=pipe.image_size > _SMALL) for name, call in calls.items()}
+    in_groups = _calls_of_groups(pipe)
     most, bound = batch, ""
     for name, found in needs.items():
         limits = {"2^31 elements": most_rows(found.elements)}
@@ -106,7 +109,7 @@ def make_plan(synthesizer: Synthesizer, config: GenerateConfig, processes: int =
     return Plan(most, group, bound, rows, needs, held, memory)
 
 
-def network_calls(pipe: GuidedPipeline, batch: int = 2, images: int = 2) -> dict[str, Call]:
+def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> dict[str, Call]:
     """The network calls of a pipeline as functions of how many images they hold.
 
     unet            the denoiser, with two rows an image where classifier-free guidance acts at any step
@@ -151,7 +154,7 @@ def network_calls(pipe: GuidedPipeline, batch: int = 2, images: int = 2) -> dict
     return found
 
 
-def _calls_of_groups(pipe: GuidedPipeline) -> tuple[str, ...]:
+def _calls_of_groups(pipe: "GuidedPipeline") -> tuple[str, ...]:
     """The networks whose calls hold images of one group, since its images interact there."""
     guided = {"gradient": pipe.guidance, "pixel_gradient": pipe.pixel_guidance, "noise_edit": pipe.statistics}
     return tuple(name for name, guidance in guided.items() if guidance is not None and "group" in guidance.needs)
@@ -169,7 +172,7 @@ class Timing:
     source: str
 
 
-def predict(pipe: GuidedPipeline, plan: Plan, image_format: str) -> dict[str, Timing]:
+def predict(pipe: "GuidedPipeline", plan: Plan, image_format: str) -> dict[str, Timing]:
     """Seconds of a pass by network; `write` is the encoding of its images. What is between the calls is not counted."""
     own = pipe.config.guidance
     cfg_rows = pipe.pack(torch.arange(1), 0).cfg_rows
@@ -197,7 +200,7 @@ def predict(pipe: GuidedPipeline, plan: Plan, image_format: str) -> dict[str, Ti
     return found | {"write": Timing(_write_seconds(pipe.image_size, image_format), float(plan.images), "tried with 1")}
 
 
-def _tried(pipe: GuidedPipeline, name: str, rows: int, parts: int) -> tuple[float, int]:
+def _tried(pipe: "GuidedPipeline", name: str, rows: int, parts: int) -> tuple[float, int]:
     """Seconds of a call of `rows` images, or of as many as memory allows, which is the second; (0, 0): of none.
 
     parts: 2 where a gradient is taken in several calls, whose mean it is.

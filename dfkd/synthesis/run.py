@@ -105,10 +105,8 @@ def open_run(
         rank,
         facts,
     )
-    if say is None or not rank.first:
-        say = str  # says nothing
-    with folder, threads(int(facts["threads"])):
-        yield Run(synthesizer, seed, folder, plan, say)
+    with folder, threads(int(folder.run["threads"])):
+        yield Run(synthesizer, seed, folder, plan, say if say is not None and rank.first else _silent)
 
 
 class Run:
@@ -132,6 +130,8 @@ class Run:
         """Make this process's missing shards, then wait for those of the others. Raises UsageError as `generate`."""
         layout, rank = self.folder.layout, self.folder.rank
         require_space(self.folder.path, self.images(self.missing), layout.image_size, layout.image_format)
+        if self.plan and self.plan.needs:
+            self.say(self.plan.describe())
         self.say(self._begins())
         started, done, total = time.perf_counter(), 0, self.images(self.own)
         for index in self.own:
@@ -196,7 +196,7 @@ class Run:
         half = max(half - half % group if half > group else half, least)
         self.say(f"{network}: out of memory in calls of {self.call_size} images ({why}); again with {half}, recorded")
         self.call_size = half
-        self.folder.record(call_size=half)
+        self.folder.record(call_size=min(half, int(self.folder.run["call_size"])))
 
 
 def identity_of(synthesizer: Synthesizer, seed: int) -> dict[str, Any]:
@@ -234,6 +234,10 @@ def shard_size(synthesizer: Synthesizer, config: GenerateConfig, out: Path, call
         return int(read_manifest(out)[0].shard_size)
     unit = max(call_size // group, 1) * group
     return asked or unit * -(-SHARD_IMAGES // unit)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 @contextmanager

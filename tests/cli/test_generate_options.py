@@ -3,24 +3,32 @@
 import json
 import os
 import shutil
-from dataclasses import fields
 
 import pytest
 import torch
 
-from dfkd.cli import prepare
-from dfkd.cli.generate import _NOT_IDENTITY
-from dfkd.cli.generate_options import GenerateOptions
-from dfkd.data.shards import read_manifest
-from dfkd_kernels import soft_kl
-from tests.cli.small_generate import images_of, save_classifier
+from dfkd.config import leaves
+from dfkd.config.commands import GenerateCommand
+from dfkd.data import read_folder, read_manifest
+from dfkd.synthesis import pipeline
+from tests.cli.small_generate import save_classifier
+
+LOSS = """
+from dataclasses import dataclass
+from dfkd.synthesis.losses import GuidanceLoss
+
+
+@dataclass(frozen=True)
+class Entropy(GuidanceLoss):
+    def __call__(self, seen):
+        return -(seen.logits.softmax(1) * seen.logits.log_softmax(1)).sum(1)
+"""
 
 # option -> (what both runs take, value of the second run alone); the first has the default or what SMALL gives it
 ACTS = {
     "only": ((), "one,zero"),
     "group": ((), 2),
     "seed": ((), 1),
-    "dtype": ((), "bf16"),
     "size": ((), 8),
     "sampler": ((), "dpmpp2m"),
     "steps": ((), 2),
@@ -40,23 +48,29 @@ ACTS = {
     "adv_weight": (("--student-checkpoint", "STUDENT", "--adv-weight", 1), 30),
     "bn_stats": ((), "image"),
     "bn_loss": ((), "relative"),
+    "loss": ((), "LOSS:Entropy(weight=5.0)"),
     "cutmix_every": ((), 1),
     "cutmix_alpha": (("--cutmix-every", 1), 0.1),
     "noise_edit_steps": ((), 2),
     "noise_edit_scale": (("--noise-edit-steps", 2), 2.0),
     "refine_steps": ((), 3),
     "refine_step": (("--refine-steps", 3), 0.1),
-    "normalisation": ((), "imagenet"),
+    "method": ((), "noise"),
 }
-# not fields of a run's identity, but what they name is, by digest
-NAMED = {"teacher_checkpoint": "OTHER_TEACHER", "prior": "OTHER_PRIOR"}
-# how and where a run is computed
-SAME = {"batch": 2, "micro_batch": 3, "device": "auto", "shard_size": 4, "format": "imagefolder"}
-SAME["kernels"] = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
-ELSEWHERE = {  # test_generate.py and below
-    *("out", "count", "image_format", "teacher", "classes", "student_checkpoint"),
-    *("backend", "engines", "attention", "plan_only", "plan_for", "quantise"),
+# No settings of a run's identity, but what they name or come to is, by digest. --dtype is told by the prior's.
+NAMED = {
+    "teacher_checkpoint": "OTHER_TEACHER",
+    "prior": "OTHER_PRIOR",
+    "normalisation": "imagenet",
+    "teacher_mean": "0.1,0.2,0.3",
+    "teacher_std": "0.1,0.2,0.3",
+    "teacher_input_size": 8,
 }
+# how and where a run is computed: one or two steps of a pixel's 256
+SAME = {"batch": 2, "device": "auto", "shard_size": 8, "format": "imagefolder", "threads": 2, "backend": "eager"}
+SAME |= {"attention": "sdpa", "kernels": "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"}
+ELSEWHERE = {"out", "count", "dtype", "image_format", "teacher", "classes", "student_checkpoint", "plan_only"}
+ELSEWHERE |= {"engines", "quantise"}  # test_generate_engines.py
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +79,12 @@ def places(tmp_path_factory, small_prior):
     other = shutil.copytree(small_prior, root / "prior")
     config = json.loads((other / "vae/config.json").read_text())
     (other / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    (root / "own.py").write_text(LOSS)
     return {
         "STUDENT": save_classifier(root / "student", seed=1),
         "OTHER_TEACHER": save_classifier(root / "teacher", seed=2),
         "OTHER_PRIOR": other,
+        "LOSS:Entropy(weight=5.0)": f"{root / 'own.py'}:Entropy(weight=5.0)",
     }
 
 
@@ -83,9 +99,9 @@ def generated(call, places, earlier, tmp_path_factory, monkeypatch):
     """generated(*argv) -> the folder, made once for the same arguments.
 
     Networks keep their group norms: interpreted, this prior's 32 groups would take minutes. Those of a smaller one are
-    in tests/engines/test_group_norm_engines.py.
+    in tests/engine/test_group_norms.py.
     """
-    monkeypatch.setattr(prepare, "set_group_norms", lambda network, name: None)
+    monkeypatch.setattr(pipeline, "set_group_norms", lambda network, name: None)
 
     def make(*argv):
         words = tuple(str(places.get(word, word)) for word in argv)
@@ -103,83 +119,60 @@ def flag(name):
 
 def test_every_option_is_here():
     tables = [ACTS.keys(), NAMED.keys(), SAME.keys(), ELSEWHERE]
-    assert sum(map(len, tables)) == len(set().union(*tables))
-    assert {field.name for field in fields(GenerateOptions)} == set().union(*tables)
-    assert not ACTS.keys() & set(_NOT_IDENTITY) and SAME.keys() <= set(_NOT_IDENTITY) >= NAMED.keys()
+    known = leaves(GenerateCommand)
+    assert sum(map(len, tables)) == len(set().union(*tables)) and known.keys() == set().union(*tables)
+    assert all(known[name].facts["identity"] for name in ACTS)
+    assert not any(known[name].facts["identity"] for name in (*SAME, "prior"))
 
 
 @pytest.mark.parametrize("name", ACTS)
 def test_it_acts_and_a_folder_remembers_it(generated, call, places, name, capsys):
     common, value = ACTS[name]
-    first = generated(*common)
-    second = generated(*common, flag(name), value)
-    one, other = images_of(first), images_of(second)
+    first, second = generated(*common), generated(*common, flag(name), value)
+    one, other = read_folder(first), read_folder(second)
     same = one.images.shape == other.images.shape and torch.equal(one.images, other.images)
     assert not same or one.records != other.records
-    assert read_manifest(first)[0] != read_manifest(second)[0]
+    assert read_manifest(first)[0].settings != read_manifest(second)[0].settings
     capsys.readouterr()
-    assert call("--out", first, *(places.get(word, word) for word in common), flag(name), value) == 2
-    assert f"{name} is " in capsys.readouterr().err or name == "normalisation"
+    argv = [places.get(word, word) for word in (*common, flag(name), value)]
+    assert call("--out", first, *argv) == 2
+    assert f"{'losses' if name == 'loss' else name} is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_what_is_named_acts_by_its_content(generated, name, places, call, capsys):
-    first, second = generated(), generated(flag(name), NAMED[name])
-    assert not torch.equal(images_of(first).images, images_of(second).images)
-    assert call("--out", first, flag(name), places[NAMED[name]]) == 2
+    value = places.get(NAMED[name], NAMED[name])
+    first, second = generated(), generated(flag(name), value)
+    one, other = read_folder(first), read_folder(second)
+    assert not torch.equal(one.images, other.images) or one.records != other.records
+    assert call("--out", first, flag(name), value) == 2
     assert "holds images of other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_how_it_is_computed_does_not_show(generated, name):
-    first, second = images_of(generated()), images_of(generated(flag(name), SAME[name]))
-    assert torch.equal(first.labels, second.labels)
+    common = ("--steps", 1) if name == "kernels" else ()  # interpreted kernels are slow
+    first, second = read_folder(generated(*common)), read_folder(generated(*common, flag(name), SAME[name]))
+    assert torch.equal(first.labels, second.labels) and first.settings == second.settings
     assert (first.images.int() - second.images.int()).abs().max() <= 2
-    assert first.settings == second.settings
 
 
-@pytest.mark.skipif(SAME["kernels"] != "triton", reason="the kernel is not interpreted here")
-def test_kernels_compute_the_adversarial_loss_too(generated, monkeypatch):
-    launches, own = [], soft_kl._launch
-    monkeypatch.setattr(soft_kl, "_launch", lambda *given: launches.append(given) or own(*given))
-    common = ("--student-checkpoint", "STUDENT", "--adv-weight", 2)
-    plain = images_of(generated(*common, "--kernels", "torch"))
-    assert not launches
-    found = images_of(generated(*common, "--kernels", "triton"))
-    assert launches and all(agreeing for *_, agreeing in launches)
-    assert (plain.images.int() - found.images.int()).abs().max() <= 2
-
-
-@pytest.mark.skipif(SAME["kernels"] != "triton", reason="the kernel is not interpreted here")
-def test_it_says_how_many_layers_are_tapped(generated, call, tmp_path, capsys):
-    """resnet8: the stem and the first of each block's two layers have a ReLU of their own."""
-    words = "9 of 9 BatchNorm layers with their moments in a launch, 4 with their ReLU"
-    for kernels, said in (("torch", None), ("triton", words)):
-        result = json.loads((generated("--kernels", kernels) / "result.json").read_text())
-        assert result["kernels"]["name"] == kernels and result["kernels"]["taps"] == said
-    assert call("--out", tmp_path, "--kernels", "triton", "--plan-only") == 0
-    assert f"  where the teacher is eager: {words}" in capsys.readouterr().err.splitlines()
-    assert call("--out", tmp_path, "--kernels", "triton", "--plan-only", "--bn-weight", 0) == 0
-    assert "BatchNorm layers" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("image_format", ["jpg", "npy"])
-def test_image_formats(generated, image_format):
-    plain, other = images_of(generated()), images_of(generated("--image-format", image_format))
-    if image_format == "npy":
-        assert torch.equal(plain.images, other.images)
-    else:  # quality 95 of 16x16 pixels that are mostly noise
-        assert (plain.images.float() - other.images.float()).abs().mean() < 8
-    assert plain.records == other.records
+@pytest.mark.parametrize("option, value", [("--image-format", "jpg"), ("--image-format", "npy"), ("--dtype", "bf16")])
+def test_formats_and_precision(generated, option, value):
+    plain, other = read_folder(generated()), read_folder(generated(option, value))
+    if value == "npy":
+        assert torch.equal(plain.images, other.images) and plain.records == other.records
+    else:  # quality 95 of 16x16 pixels that are mostly noise; eight bits of a factor
+        assert 0 < (plain.images.float() - other.images.float()).abs().mean() < 8
 
 
 def test_a_longer_run_begins_alike(generated):
-    few, many = images_of(generated()), images_of(generated("--count", 6))
+    few, many = (read_folder(generated("--batch", 4, *more)) for more in ((), ("--count", 6)))
     assert torch.equal(few.images, many.images[:4]) and few.records == many.records[:4]
 
 
 def test_a_bare_teacher_file_takes_its_names_from_the_options(generated, small_teacher, tmp_path):
     file = shutil.copy(small_teacher / "model.safetensors", tmp_path / "weights.safetensors")
     argv = ["--teacher", "resnet8", "--teacher-checkpoint", file, "--normalisation", "domainnet"]
-    made = images_of(generated(*argv, "--classes", "ox,yak,emu", "--prompt", "a {label}"))
+    made = read_folder(generated(*argv, "--classes", "ox,yak,emu", "--prompt", "a {label}"))
     assert made.class_names == ("ox", "yak", "emu") and made.records[1].prompt == "a yak"
