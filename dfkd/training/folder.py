@@ -109,11 +109,13 @@ def finished(out: Path, weights: Path, identity: Mapping[str, Any], ignoring: Co
 
     Raises UsageError where the folder holds a run of another identity, finished or not, but for the fields `ignoring`.
     """
-    if (result := read_result(out)) is not None:
-        refuse_other(out, result["run"], identity, ignoring)
-        return weights.exists()
-    read_checkpoint(out, identity, ignoring)
-    return False
+    if (result := read_result(out)) is None:
+        read_checkpoint(out, identity, ignoring)
+        return False
+    refuse_other(out, result["run"], identity, ignoring)
+    if weights.exists():
+        (out / CHECKPOINT).unlink(missing_ok=True)  # of a run that was killed between its last two acts
+    return weights.exists()
 
 
 def refuse_other(
