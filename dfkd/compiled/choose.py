@@ -43,20 +43,18 @@ def choose(
 ) -> tuple[Choice, ...]:
     """A choice for every function.
 
-    before: function's name -> key or "eager", as a folder that is continued was begun: `auto` goes on with these, since
-        engines differ in the last bits. A function that it lacks was eager.
+    before: function's name -> key, as a folder that is continued was begun; what it lacks was eager. The folder goes on
+        with these, since engines differ in the last bits.
 
-    Raises UsageError: a named backend lacks an engine (with the command that builds it) or cannot be used, or an engine
-    that the folder was begun with is gone.
+    Raises UsageError: a named backend lacks an engine (with the command that builds it) or cannot be used, or what the
+    folder was begun with is not there or not what is asked for.
     """
     asked = compute.backend
-    if asked == EAGER:
-        return tuple(Choice(function.name, EAGER, None, "--backend eager") for function in functions)
-    if not functions:
-        if asked == "auto":
-            return ()
+    if not functions and asked not in ("auto", EAGER):
         why = "nothing in this run can be an engine, which has no backward pass: --gradient unet differentiates all"
         raise UsageError(f"--backend {asked} cannot be used", why, "use --gradient latent, or --backend eager")
+    if asked == EAGER or not functions:
+        return tuple(_choice(function, {}, asked, before, build_command) for function in functions)
     device = architecture(functions[0].device)
     if asked != "auto" and (reason := backend_of(asked).unusable(device, functions[0].dtype)) is not None:
         raise UsageError(f"--backend {asked} cannot be used", reason, "choose another --backend")
@@ -104,31 +102,33 @@ def _choice(
     function: Function, engines: Found, asked: str, before: Mapping[str, str] | None, build_command: str
 ) -> Choice:
     name = function.name
+    if before is not None:
+        return _again(function, before.get(name, EAGER), engines, asked, build_command)
+    if asked == EAGER:
+        return Choice(name, EAGER, None, "--backend eager")
     if asked != "auto":
         return Choice(name, asked, engines[asked].key, f"--backend {asked}")
-    if before is not None and (name in before or function.quantise == "none"):
-        return _again(function, before.get(name, EAGER), engines, build_command)
     if not engines:
         return Choice(name, EAGER, None, f"no engine is built: {build_command}")
     quickest = min(engines, key=lambda backend: float(engines[backend].facts["milliseconds"]["engine"]))
-    manifest, times = engines[quickest], engines[quickest].facts["milliseconds"]
+    key, times = engines[quickest].key, engines[quickest].facts["milliseconds"]
     if function.quantise != "none":
-        return Choice(name, quickest, manifest.key, f"--quantise {function.quantise}")
+        return Choice(name, quickest, key, f"--quantise {function.quantise}")
     measured = f"{times['rows']} rows, {times['threads']} threads, when it was built"
     if times["engine"] < MARGIN * times["eager"]:
-        why = f"{times['engine']} ms a call, eager {times['eager']}: {measured}"
-        return Choice(name, quickest, manifest.key, why)
+        return Choice(name, quickest, key, f"{times['engine']} ms a call, eager {times['eager']}: {measured}")
     return Choice(name, EAGER, None, f"{times['eager']} ms a call, {quickest} {times['engine']}: {measured}")
 
 
-def _again(function: Function, key: str, engines: Found, build_command: str) -> Choice:
+def _again(function: Function, begun: str, engines: Found, asked: str, build_command: str) -> Choice:
+    """What a folder was begun with, "eager" or a key. Raises UsageError where these options do not lead to it."""
     name, why = function.name, "the folder was begun with it"
-    if key == EAGER and function.quantise == "none":
+    if begun == EAGER and asked in ("auto", EAGER) and function.quantise == "none":
         return Choice(name, EAGER, None, why)
     for backend, manifest in engines.items():
-        if manifest.key == key:
-            return Choice(name, backend, key, why)
-    begun = "without engines" if key == EAGER else f"with the engine {key}"
-    lost = f"its {name} was begun {begun}, which these options do not lead to now; others differ in the last bits"
+        if manifest.key == begun:
+            return Choice(name, backend, begun, why)
+    what = "without engines" if begun == EAGER else f"with the engine {begun}"
+    lost = f"its {name} was begun {what}, which these options do not lead to now; others differ in the last bits"
     todo = f"repeat its options, build the engine again ({build_command}), or choose another --out"
     raise UsageError("this folder cannot be continued", lost, todo)

@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from torch import nn
 
 from dfkd.cli import engines, generate
-from dfkd.data import open_folder, read_manifest
+from dfkd.data import read_folder, read_manifest
 from dfkd.teachers import Classifier
 from dfkd_engine.store import EngineStore
 from tests.cli.small_generate import CLASS_NAMES, last_line, shards_of, status_of
@@ -101,7 +101,7 @@ def eager(place, tmp_path_factory):
 
 
 def largest_difference(a: Path, b: Path) -> int:
-    return int((open_folder(a).images.int() - open_folder(b).images.int()).abs().max())
+    return int((read_folder(a).images.int() - read_folder(b).images.int()).abs().max())
 
 
 def recorded(out: Path) -> dict[str, str]:
@@ -116,7 +116,7 @@ def test_images_by_engines_are_those_of_eager_networks(place, eager, tmp_path, c
     assert result["backends"] == {name: {"backend": BACKEND, "why": f"--backend {BACKEND}"} for name in NETWORKS}
     assert f"unet, decode, gradient: {BACKEND} (--backend {BACKEND})" in said.err
     assert largest_difference(eager, tmp_path / "out") <= 2
-    ours, theirs = open_folder(tmp_path / "out"), open_folder(eager)
+    ours, theirs = read_folder(tmp_path / "out"), read_folder(eager)
     assert torch.equal(ours.labels, theirs.labels) and ours.images.float().std(0).mean() > 2
     assert recorded(tmp_path / "out") == place.keys() and recorded(eager) == {}
 
@@ -162,7 +162,8 @@ def test_a_folder_of_eager_networks_stays_so(own, eager, tmp_path, capsys):
     next(out.glob("shard-*.tar")).unlink()
     capsys.readouterr()
     assert own.generate(out, "--backend", BACKEND) == 2
-    assert "engines" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "this folder cannot be continued: its unet was begun without engines" in error
 
 
 def test_without_engines_a_named_backend_is_refused_with_the_command(place, tmp_path, capsys):

@@ -138,11 +138,19 @@ class TestContinued:
         keys, functions = built
         for key in keys.values():
             set_facts(store, key, milliseconds=milliseconds(1.0, 9.0))
-        before = {name: keys[name] if name in begun else "eager" for name in keys}
         expected = {name: ("onnxruntime", keys[name]) if name in begun else ("eager", None) for name in keys}
+        before = {name: keys[name] for name in begun}
         assert by_name(chosen(store, functions, before=before)) == expected
-        only_engines = {name: keys[name] for name in begun}
-        assert by_name(chosen(store, functions, before=only_engines)) == expected
+
+    @pytest.mark.parametrize("backend, begun", [("onnxruntime", ()), ("eager", ("decode", "gradient"))])
+    def test_not_with_another_backend_by_name(self, store, built, backend, begun):
+        keys, functions = built
+        with pytest.raises(UsageError, match="this folder cannot be continued: its decode was begun with"):
+            chosen(store, functions, backend, before={name: keys[name] for name in begun})
+        for same, before in (("onnxruntime", keys), ("eager", {})):
+            assert {key for _, key in by_name(chosen(store, functions, same, before=before)).values()} == (
+                set(keys.values()) if before else {None}
+            )
 
     def test_not_when_they_are_gone(self, store, built):
         keys, functions = built
@@ -179,7 +187,7 @@ class TestEightBits:
     def test_a_folder_that_was_begun_without_it_is_not_continued_with_it(self, store, built, narrow):
         keys, functions = built
         eight = (decode(quantise="int8"), functions[1])
-        for before in (keys, {"decode": "eager"}):
+        for before in (keys, {}):
             with pytest.raises(UsageError, match="this folder cannot be continued"):
                 chosen(store, eight, before=before)
         assert by_name(chosen(store, eight, before={"decode": narrow}))["decode"] == ("onnxruntime", narrow)
