@@ -10,6 +10,7 @@ file; nothing that is read from disk does.
 import ast
 import hashlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -87,8 +88,16 @@ def described(thing: Any) -> dict[str, Any]:
     """
     cls = thing if isinstance(thing, type) or callable(thing) and not is_dataclass(thing) else type(thing)
     fields = plain(asdict(thing)) if is_dataclass(thing) and not isinstance(thing, type) else {}
-    source = Path(sys.modules[cls.__module__].__file__ or "")
-    return {"name": cls.__qualname__, "fields": fields, "source": source_digest(source)}
+    file = getattr(sys.modules[cls.__module__], "__file__", None)
+    return {"name": cls.__qualname__, "fields": fields, "source": source_digest(Path(file)) if file else _typed(cls)}
+
+
+def _typed(cls: Any) -> str:
+    """The digest of what was typed into a notebook, as far as Python still knows it."""
+    try:
+        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return ""
 
 
 def source_digest(*files: Path) -> str:

@@ -345,14 +345,12 @@ def _prepared(prior: Prior, config: GenerateConfig, device: torch.device, kernel
     torch.backends.cudnn.allow_tf32 = False
     try:
         attention = choose_attention(compute.attention, device, prior.dtype)
-        for network in (prior.unet, prior.vae, prior.text_encoder):
-            network.to(device)
         for network in (prior.unet, prior.vae):
             set_attention(network, attention.name)
             set_group_norms(network, kernels)
     except EngineError as error:
         raise UsageError(error.what, error.why, error.todo) from None
-    return prior
+    return prior.to(device)
 
 
 def _latent_size(size: int, prior: Prior) -> tuple[int, int]:

@@ -113,6 +113,13 @@ class Prior:
             digests=digests,
         )
 
+    def to(self, device: torch.device | str) -> Self:
+        """The networks moved in place; returns self."""
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device)
+        self._encoded.clear()
+        return self
+
     @property
     def device(self) -> torch.device:
         device: torch.device = self.unet.device
