@@ -1,4 +1,4 @@
-"""Counter-based noise and fused device code: an equation, its reference in PyTorch, its Triton kernel, one file each.
+"""Triton kernels for diffusion sampling and distillation, each beside its equation and its reference in PyTorch.
 
-Needs torch, and Triton where a GPU (or Triton's interpreter) runs the kernels.
+Needs torch, and Triton where a GPU (or Triton's interpreter) runs the kernels; on a CPU the references run.
 """

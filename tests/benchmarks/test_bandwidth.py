@@ -22,8 +22,8 @@ def test_a_compiled_way_is_compiled_for_more_shapes_than_torch_keeps():
 
     def launches():
         for size in sizes:
-            call = torch.compile(function, dynamic=False, backend=backend)
-            yield Launch({"size": size}, size, {"compile": partial(call, torch.ones(size))})
+            call = partial(torch.compile(function, dynamic=False, backend=backend), torch.ones(size))
+            yield Launch({"size": size}, size, lambda device, call=call: {"compile": call})
 
     sizes = range(2, torch._dynamo.config.recompile_limit + 4)
     result = bench(launches(), 1, torch.device("cpu"), rehearse=True)
@@ -33,8 +33,8 @@ def test_a_compiled_way_is_compiled_for_more_shapes_than_torch_keeps():
 def test_a_line_of_json_follows_every_launch(capsys):
     """Who stops it reads the last one, a whole result of what was measured until then."""
     options = Namespace(rehearse=True, record=False, resources=False, repeats=1)
-    launches = [Launch({"size": size}, size, {"eager": torch.ones(size).relu}) for size in (2, 3)]
-    report("fake", [], lambda device: launches, options)
+    launches = [Launch({"size": size}, size, lambda device: {"eager": torch.ones(2).relu}) for size in (2, 3)]
+    report("fake", launches, options)
     one, two, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert [row["size"] for row in one["rows"]] == [2] and [row["size"] for row in two["rows"]] == [2, 3]
     assert two == last and one.keys() == last.keys() and one["copy_bytes_per_second"] > 0

@@ -10,6 +10,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
