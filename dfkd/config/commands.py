@@ -192,11 +192,11 @@ class RunCommand(Config):
       [generate]        of dfkd-generate
       [distill]         of dfkd-distill
       [evaluate]        of dfkd-evaluate: `data` of the test
-      [baselines.NAME]  what differs from [generate], and under `distill` from [distill]; images and a student for each
-      [report]          of dfkd-report
+      [baselines.NAME]  what differs from [generate]: other images, and a student that learns from them
 
-    Started again it goes on where it was stopped, and runs no stage twice. Writes OUT/teacher, OUT/synthetic,
-    OUT/student, OUT/baselines/NAME, OUT/evaluation.json and OUT/report.
+    `preset = "NAME"` at its top takes a preset's sections first. Started again it goes on where it was stopped, and
+    runs no stage twice. Writes OUT/teacher, OUT/synthetic, OUT/student, OUT/baselines/NAME, OUT/evaluation.json and
+    OUT/report.
     """
 
     SECTION = "run"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dfkd.data.shards import ShardPool
+from dfkd.data import ShardPool
 
 SMALL = 64  # pixels: images up to here are shown enlarged by a whole factor, larger ones reduced to LARGE
 LARGE = 128
@@ -19,7 +19,7 @@ INK, PAPER = (28, 36, 48), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Strip:
-    """One class's row: RGBA picture of ``shown`` tiles with clear gaps, to be shown ``scale`` times as large."""
+    """One class's row: RGBA picture of `shown` tiles with clear gaps, to be shown `scale` times as large."""
 
     label: int
     class_name: str

@@ -14,16 +14,16 @@ from PIL import Image
 from dfkd.evaluation import figures
 from dfkd.evaluation.contact_sheet import sheet, stack, strips
 from dfkd.evaluation.figures import DARK, LIGHT, Theme
-from dfkd.evaluation.report import OURS, Report
-from dfkd.evaluation.run_folder import RunFolder
-from dfkd.files import replace_file, replace_text
+from dfkd.evaluation.report import OURS, Report, measure
+from dfkd.evaluation.run_folder import RunFolder, read_run
+from dfkd.files import make_writable, replace_file, replace_text
+from dfkd.runtime import resolve_device
+from dfkd.teachers import load_teacher
 
 HTML, JSON = "report.html", "report.json"
 BASELINE_COLUMNS = 8
 DESCRIPTIONS = {
-    "prior_data": "the images that the prior was trained on",
     "unguided": "the prior alone, without the teacher's gradient",
-    "unguided_sharpened": "the unguided images, sharpened and stretched without a teacher",
     "deepinversion": "pixels optimised against the teacher, without a prior",
     "noise": "random pixels",
 }
@@ -54,8 +54,33 @@ class BaselineSheet:
     picture: str
 
 
+def write_report(
+    out: Path | None = None,
+    run: Path | None = None,
+    synthetic: Path | None = None,
+    teacher: Path | None = None,
+    student: Path | None = None,
+    judged: int = 500,
+    device: str = "auto",
+) -> tuple[Report, tuple[Path, ...]]:
+    """Read a run as `read_run` does, measure it, write the page into `out`; the report and its files, HTML first.
+
+    out: RUN/report where it is not given, or report beside the images where there is no RUN.
+    judged: images of each set that the teacher judges, spread over the ids; 0: none. device: where it does so.
+    Raises UsageError as `read_run`, and where teacher and images disagree about the classes.
+    """
+    found = read_run(run, synthetic, student, teacher)
+    out = out or (run or found.synthetic.path.parent) / "report"
+    make_writable(out)
+    judge = None
+    if judged and found.guide is not None:
+        judge = load_teacher(found.guide, found.synthetic.pool.class_names).freeze(resolve_device(device))
+    report = measure(found, judge, judged)
+    return report, write(report, found, out)
+
+
 def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
-    """Write report.html, report.json and PNG files into the folder ``out``; returns their paths, these two first."""
+    """Write report.html, report.json and PNG files into the folder `out`; returns their paths, these two first."""
     charts, written = {}, []
     for name, draw in _charts(report).items():
         light, dark = (figures.png(draw(theme)) for theme in (LIGHT, DARK))

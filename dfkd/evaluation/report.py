@@ -9,21 +9,20 @@ import torch
 
 import dfkd
 from dfkd.errors import UsageError
+from dfkd.evaluation.accuracy import class_accuracy, evenly
 from dfkd.evaluation.metrics import (
     Band,
     Confidence,
     Confusion,
     TeacherView,
-    class_accuracy,
     confidence,
-    evenly,
     interval,
     loss_bands,
     teacher_view,
     top_confusions,
 )
 from dfkd.evaluation.run_folder import Missing, RunFolder
-from dfkd.teachers.classifier import Classifier
+from dfkd.teachers import Classifier
 
 OURS = "guided images"  # their name beside the baselines'
 
@@ -32,8 +31,9 @@ OURS = "guided images"  # their name beside the baselines'
 class Accuracy:
     """Top-1 on real test images, in 0..1; None where it was not measured.
 
-    interval: Wilson's 95 % of the student's, for the choice of test images alone, not of seeds; margin: student minus
-    best baseline in percentage points; chance: 1 / classes; split: of the real images, "test" or "validation".
+    interval: Wilson's 95 % of the student's, for the choice of test images alone, not of seeds. baselines: best first.
+    margin: student minus best baseline in percentage points, None without baselines. chance: 1 / classes.
+    test, split: of the real images.
     """
 
     student: float | None
@@ -65,12 +65,16 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class StudentFacts:
-    """agreement: with the teacher on held-out synthetic images; confusion: rows are the truth, None without a test."""
+    """agreement: with the teacher on held-out synthetic images; real_agreement: on the test images. calibration: its
+    expected error there, in 0..1. confusion: rows are the truth. None for what was not measured.
+    """
 
     architecture: str | None
     steps: int | None
     seconds: float | None
     agreement: float | None
+    real_agreement: float | None
+    calibration: float | None
     confusion: tuple[tuple[int, ...], ...] | None
     class_accuracy: tuple[float | None, ...]
     top_confusions: tuple[Confusion, ...]
@@ -144,35 +148,29 @@ def _notes(run: RunFolder, teacher: Classifier | None) -> list[str]:
     learned = result.get("run", {}).get("data")
     if learned is not None and learned != run.synthetic.pool.digest[:16]:
         notes.append("The student was distilled from other images than these (their digests differ).")
-    summary, own = run.summary.get("student_accuracy"), result.get("accuracy")
-    if summary is not None and own is not None and abs(summary - own) > 1e-6:
-        notes.append(
-            f"summary.json gives the student {summary:.2%}, the student's own result.json {own:.2%}: "
-            "the headline is the former, the confusion matrix belongs to the latter."
-        )
     return notes
 
 
 def _accuracy(run: RunFolder) -> Accuracy:
-    """summary.json first; what it does not say is taken from the folders' own results."""
-    own = run.student.result if run.student else {}
-    student = run.summary.get("student_accuracy", own.get("accuracy"))
-    teacher = run.summary.get("teacher_accuracy", run.teacher.result.get("accuracy") if run.teacher else None)
-    found = {name: base.student.result.get("accuracy") for name, base in run.baselines.items() if base.student}
-    found |= run.summary.get("baselines", {})
-    ranked = sorted(((name, float(value)) for name, value in found.items() if value is not None), key=lambda x: -x[1])
-    best, tested = (ranked[0] if ranked else None), int(own.get("test_images", 0))
+    """evaluation.json first; what it does not say is taken from the folders' own results."""
+    own, tests = (run.student.result if run.student else {}), run.evaluation
+    tested = tests.get("student", own)
+    student, images = tested.get("accuracy"), int(tests.get("images", own.get("test_images", 0)))
+    known = {name: base.student.result.get("accuracy") for name, base in run.baselines.items() if base.student}
+    known |= {name: test["accuracy"] for name, test in tests.get("baselines", {}).items()}
+    ranked = sorted(((name, float(value)) for name, value in known.items() if value is not None), key=lambda x: -x[1])
+    best = ranked[0] if ranked else None
     return Accuracy(
         student=student,
-        teacher=teacher,
-        interval=interval(student, tested) if student is not None and tested else None,
+        teacher=tested.get("teacher_accuracy", run.teacher.result.get("accuracy") if run.teacher else None),
+        interval=interval(student, images) if student is not None and images else None,
         baselines=dict(ranked),
         best_baseline=best[0] if best else None,
         margin=100 * (student - best[1]) if best and student is not None else None,
         chance=1 / len(run.synthetic.pool.class_names),
-        test=own.get("test"),
-        split=own.get("test_split", "test"),
-        test_images=tested,
+        test=tests.get("data", own.get("test")),
+        split=tests.get("split", own.get("test_split", "test")),
+        test_images=images,
     )
 
 
@@ -210,12 +208,15 @@ def _student(run: RunFolder) -> StudentFacts | None:
     if run.student is None:
         return None
     result, names = run.student.result, run.synthetic.pool.class_names
-    matrix = result.get("confusion")
+    tested = run.evaluation.get("student", result)
+    matrix = tested.get("confusion")
     return StudentFacts(
         architecture=result.get("run", {}).get("student"),
         steps=result.get("steps"),
         seconds=result.get("seconds"),
         agreement=result.get("agreement"),
+        real_agreement=run.evaluation.get("student", {}).get("agreement"),
+        calibration=tested.get("calibration"),
         confusion=tuple(tuple(row) for row in matrix) if matrix else None,
         class_accuracy=class_accuracy(matrix) if matrix else (),
         top_confusions=top_confusions(matrix, names) if matrix else (),
@@ -224,12 +225,12 @@ def _student(run: RunFolder) -> StudentFacts | None:
 
 
 def _seconds(run: RunFolder) -> dict[str, float]:
-    """Seconds by stage, in the order in which summary.json has them; without it, what each command took."""
-    if run.summary.get("seconds"):
-        return {stage: float(value) for stage, value in run.summary["seconds"].items() if value is not None}
+    """Seconds by stage, of those that took some."""
     parts = {
         "teacher": run.teacher.result.get("seconds") if run.teacher else None,
         "synthesis": run.synthetic.seconds,
         "distillation": run.student.result.get("seconds") if run.student else None,
     }
+    trained = [base.student.result.get("seconds") or 0 for base in run.baselines.values() if base.student]
+    parts["baselines' students"] = sum(trained)
     return {stage: float(value) for stage, value in parts.items() if value}

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dfkd.config import TeacherConfig, leaves
+from dfkd.data import MANIFEST, Record, ShardPool, open_folder, read_manifest
 from dfkd.errors import UsageError
-from dfkd.data.shards import Record, ShardPool, open_folder, read_manifest
-from dfkd.data.shards.layout import MANIFEST
-from dfkd.data.shards.reader import scan
 
-RESULT, SETTINGS, LOG, SUMMARY = "result.json", "settings.json", "log.jsonl", "summary.json"
+RESULT, SETTINGS, LOG, EVALUATION = "result.json", "settings.json", "log.jsonl", "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,26 @@ class Missing:
 
 @dataclass(frozen=True)
 class RunFolder:
+    """A run as it lies on disk.
+
+    evaluation: the tests of evaluation.json, {} without one. guide: how the teacher that guided the images is loaded,
+    None where nothing says so.
+    """
+
     title: str
     synthetic: Synthetic
     teacher: Trained | None
     student: Trained | None
     baselines: Mapping[str, Baseline]
-    summary: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    guide: TeacherConfig | None
     missing: tuple[Missing, ...]
 
 
 def read_run(
     run: Path | None, synthetic: Path | None = None, student: Path | None = None, teacher: Path | None = None
 ) -> RunFolder:
-    """Read run/{synthetic,student,teacher,baselines,summary.json}; folders named one by one take their place.
+    """Read run/{synthetic,student,teacher,baselines,evaluation.json}; folders named one by one take their place.
 
     Only the images are needed. Raises UsageError for a named folder that is not there, images that are absent or
     damaged, a file that is not JSON, and parts whose classes disagree.
@@ -83,14 +89,14 @@ def read_run(
         "teacher": _read_trained(teacher or (run / "teacher" if run else None)),
         "student": _read_trained(student or (run / "student" if run else None)),
     }
+    guide = _guide(found.settings.get("options", {}), parts["teacher"])
     baselines = _read_baselines(run / "baselines") if run else {}
-    summary = _json(run / SUMMARY) if run else {}
     missing = [
         Missing(part, todo)
         for part, todo, present in (
-            ("teacher", "run dfkd-train-teacher, or give --teacher", parts["teacher"]),
+            ("teacher", "run dfkd-train-teacher, or give --teacher", guide),
             ("student", "run dfkd-distill, or give --student", parts["student"]),
-            ("baselines", "they come from python -m benchmarks.quality demo", baselines or summary.get("baselines")),
+            ("baselines", "name some in the file of dfkd-run, as [baselines.NAME]", baselines),
         )
         if not present
     ]
@@ -103,14 +109,26 @@ def read_run(
                 f"give the {part} of these images",
             )
     title = (run or images.parent).resolve().name
-    return RunFolder(title, found, parts["teacher"], parts["student"], baselines, summary, tuple(missing))
+    evaluation = _json(run / EVALUATION) if run else {}
+    return RunFolder(title, found, parts["teacher"], parts["student"], baselines, evaluation, guide, tuple(missing))
+
+
+def _guide(options: Mapping[str, Any], teacher: Trained | None) -> TeacherConfig | None:
+    """The teacher of the folder, else the one that the images' settings name; those also describe a bare file."""
+    given = {name: options.get(name) for name in leaves(TeacherConfig) if options.get(name)}
+    if teacher is not None:
+        described = given if teacher.path.is_file() else {}
+        return TeacherConfig.of(**described | {"teacher_checkpoint": teacher.path})
+    config = TeacherConfig.of(**given)
+    there = config.checkpoint.exists() if config.checkpoint else config.teacher is not None
+    return config if there else None
 
 
 def _read_synthetic(path: Path) -> Synthetic:
-    _, samples = scan(path)
-    records = tuple(record for _, record in samples)
+    pool = open_folder(path)
     seconds = [float(shard["seconds"]) for shard in read_manifest(path)[1]]
-    return Synthetic(path, open_folder(path), records, sum(seconds) if all(seconds) else 0.0, _json(path / SETTINGS))
+    took = sum(seconds) if all(seconds) else 0.0
+    return Synthetic(path, pool, tuple(pool.records()), took, _json(path / SETTINGS))
 
 
 def _read_trained(path: Path | None) -> Trained | None:

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ import pytest
 from PIL import Image
 
 from dfkd.cli import report
-from dfkd.cli.options import command
+from tests.cli.small_generate import status_of
 from tests.evaluation.fake_run import write_images, write_run
 
-ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "img", "source", "br"}
 
 
 def call(*argv: object) -> int:
-    return command(report.Options, report.run, report.COMMAND, [str(argument) for argument in argv])
+    return status_of(report.main, *argv)
 
 
 class Balanced(HTMLParser):
@@ -117,9 +114,3 @@ def test_what_cannot_be_reported_is_refused(
     assert call(*options) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_no_real_image_can_be_read() -> None:
-    script = "import sys, dfkd.cli.report; print('dfkd.evaluation.real_data' in sys.modules, 'mlxtend' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dfkd.data.shards import Record, ShardFolder, open_folder
-from dfkd.teachers import build, checkpoint
-from dfkd.teachers.classifier import Classifier
+from dfkd.data import Record, ShardFolder, open_folder
+from dfkd.teachers import Classifier, build
 
 CLASS_NAMES = ("zero", "one & <only>", "two")
-STEPS = 4
+CONFUSION = [[8, 2, 0], [1, 9, 0], [3, 1, 6]]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,15 +38,14 @@ def write_images(path: Path, count: int = 12, size: int = 8, guided: bool = True
 def write_teacher(path: Path) -> Classifier:
     torch.manual_seed(0)
     module: nn.Module = build("resnet8", 3)
-    teacher = Classifier(module.eval(), "resnet8", CLASS_NAMES, 8, (0.5,) * 3, (0.2,) * 3)
-    checkpoint.save(path, teacher)
+    teacher = Classifier(module.eval(), CLASS_NAMES, (0.5,) * 3, (0.2,) * 3, 8, "resnet8")
+    teacher.save_pretrained(path)
     write_json(path / "result.json", {"accuracy": 0.96, "seconds": 61.0})
     return teacher
 
 
 def write_student(path: Path, accuracy: float | None, data: str = "") -> None:
-    confusion = [[8, 2, 0], [1, 9, 0], [3, 1, 6]]
-    tested = {"accuracy": accuracy, "confusion": confusion, "test": "digits-on-photos", "test_images": 30}
+    tested = {"accuracy": accuracy, "confusion": CONFUSION, "test": "digits-on-photos", "test_images": 30}
     untested = {"accuracy": None, "confusion": None, "test": None, "test_images": 0}
     result = {"agreement": 0.9, "steps": 100, "seconds": 48.0, "class_names": CLASS_NAMES, "test_split": "test"}
     result |= {"run": {"student": "resnet20", "data": data}}
@@ -65,7 +63,15 @@ def write_run(root: Path) -> Path:
     for name, accuracy in (("noise", 0.2), ("unguided", 0.5)):
         write_images(root / "baselines" / name / "synthetic", count=6, guided=False)
         write_student(root / "baselines" / name / "student", accuracy)
-    seconds = {"teacher": 61.0, "synthesis": 2.0, "distillation": 48.0}
-    summary = {"student_accuracy": 23 / 30, "teacher_accuracy": 0.96, "baselines": {"noise": 0.2, "unguided": 0.5}}
-    write_json(root / "summary.json", summary | {"seconds": seconds})
+    test = {
+        "accuracy": 23 / 30,
+        "teacher_accuracy": 0.95,
+        "agreement": 0.8,
+        "calibration": 0.05,
+        "confusion": CONFUSION,
+    }
+    tests = {"data": "digits-on-photos", "split": "test", "images": 30, "student": test}
+    write_json(
+        root / "evaluation.json", tests | {"baselines": {"noise": {"accuracy": 0.2}, "unguided": {"accuracy": 0.5}}}
+    )
     return root

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dfkd.data.shards import Record, ShardFolder, open_folder
+from dfkd.data import Record, ShardFolder, open_folder
 from dfkd.errors import UsageError
 from dfkd.evaluation import figures
 from dfkd.evaluation.contact_sheet import MOST_ROWS, sheet, stack, strips
@@ -16,7 +16,7 @@ from dfkd.evaluation.metrics import Band, confidence
 from dfkd.evaluation.page import duration, number, percent, signed
 from dfkd.evaluation.report import OURS, measure
 from dfkd.evaluation.run_folder import read_run
-from dfkd.teachers import checkpoint
+from dfkd.teachers import Classifier
 from tests.evaluation.fake_run import CLASS_NAMES, write_images, write_json, write_run, write_student, write_teacher
 
 
@@ -26,7 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_whole_run_is_measured(whole: Path) -> None:
-    report = measure(read_run(whole), checkpoint.load(None, whole / "teacher"), 5)
+    report = measure(read_run(whole), Classifier.from_pretrained(whole / "teacher"), 5)
     assert (report.missing, report.notes) == ((), ())
     assert report.accuracy.best_baseline == "unguided"
     assert report.accuracy.margin == pytest.approx(100 * (23 / 30 - 0.5))
@@ -38,7 +38,8 @@ def test_a_whole_run_is_measured(whole: Path) -> None:
     assert report.images.images_per_second == 6
     assert report.student is not None
     assert report.student.class_accuracy == (0.8, 0.9, 0.6)
-    assert list(report.seconds) == ["teacher", "synthesis", "distillation"]
+    assert (report.student.real_agreement, report.student.calibration, report.accuracy.teacher) == (0.8, 0.05, 0.95)
+    assert report.seconds == {"teacher": 61.0, "synthesis": 2.0, "distillation": 48.0, "baselines' students": 96.0}
 
 
 def test_images_alone_are_enough(tmp_path: Path) -> None:
@@ -50,22 +51,21 @@ def test_images_alone_are_enough(tmp_path: Path) -> None:
     assert (report.accuracy.student, report.accuracy.margin, report.accuracy.interval) == (None, None, None)
 
 
-def test_without_a_summary_the_folders_own_results_are_taken(tmp_path: Path) -> None:
-    (write_run(tmp_path) / "summary.json").unlink()
+def test_without_an_evaluation_the_folders_own_results_are_taken(tmp_path: Path) -> None:
+    (write_run(tmp_path) / "evaluation.json").unlink()
     report = measure(read_run(tmp_path), None, 0)
     assert report.accuracy.student == pytest.approx(23 / 30)
     assert report.accuracy.teacher == 0.96
     assert report.accuracy.baselines == {"unguided": 0.5, "noise": 0.2}
-    assert report.seconds == {"teacher": 61.0, "synthesis": 2.0, "distillation": 48.0}
+    assert report.student is not None and report.student.calibration is None
 
 
 def test_parts_that_do_not_belong_together_are_noted(tmp_path: Path) -> None:
     write_images(tmp_path / "synthetic", teacher_digest="another")
     write_student(tmp_path / "student", 0.5, data="another")
-    write_json(tmp_path / "summary.json", {"student_accuracy": 0.6})
     teacher = write_teacher(tmp_path / "teacher")
     notes = measure(read_run(tmp_path), teacher, 0).notes
-    assert ["teacher given" in notes[0], "other images" in notes[1], "60.00%" in notes[2]] == [True] * 3
+    assert ["teacher given" in notes[0], "other images" in notes[1]] == [True] * 2
 
 
 def test_folders_named_one_by_one_take_their_place(whole: Path, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_folders_named_one_by_one_take_their_place(whole: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: (root / "summary.json").write_text("{"), "summary.json is not JSON"),
-        (lambda root: (root / "summary.json").write_text("[]"), "no JSON object"),
+        (lambda root: (root / "evaluation.json").write_text("{"), "evaluation.json is not JSON"),
+        (lambda root: (root / "evaluation.json").write_text("[]"), "no JSON object"),
         (lambda root: (root / "synthetic" / "manifest.json").unlink(), "dfkd-generate"),
         (lambda root: (root / "synthetic" / "shard-00000.tar").write_bytes(b""), "shard-00000.tar was altered"),
         (lambda root: write_json(root / "student" / "result.json", {"class_names": ["a"]}), "do not belong together"),
@@ -105,6 +105,19 @@ def test_a_log_may_end_in_half_a_line_but_not_hold_one(tmp_path: Path) -> None:
     log.write_text('{"st\n{"step": 1, "loss": 2.0}\n')
     with pytest.raises(UsageError, match="line 1"):
         read_run(tmp_path)
+
+
+def test_the_teacher_is_the_runs_or_the_one_that_the_images_name(whole: Path, tmp_path: Path) -> None:
+    guide = read_run(whole).guide
+    assert guide is not None and guide.checkpoint == whole / "teacher"
+    images = write_images(tmp_path / "synthetic")
+    assert read_run(tmp_path).guide is None
+    options = {"teacher_checkpoint": str(whole / "teacher"), "normalisation": "cifar10", "teacher": None, "cfg": 3.0}
+    write_json(images / "settings.json", {"options": options})
+    guide = read_run(tmp_path).guide
+    assert guide is not None and (guide.checkpoint, guide.normalisation) == (whole / "teacher", "cifar10")
+    write_json(images / "settings.json", {"options": {"teacher_checkpoint": "absent"}})
+    assert [missing.part for missing in read_run(tmp_path).missing] == ["teacher", "student", "baselines"]
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -180,4 +193,4 @@ def test_numbers_read_well() -> None:
 def test_a_report_is_plain_json(whole: Path) -> None:
     from dataclasses import asdict
 
-    json.dumps(asdict(measure(read_run(whole), checkpoint.load(None, whole / "teacher"), 3)), allow_nan=False)
+    json.dumps(asdict(measure(read_run(whole), Classifier.from_pretrained(whole / "teacher"), 3)), allow_nan=False)

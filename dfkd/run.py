@@ -1,0 +1,287 @@
+"""The whole job in one folder: teacher, images, student, baselines, test and report, from the sections of one file.
+
+    job = read_job(tomllib.loads(text), Path("runs/mine"))     # every section checked, before any work
+    run_job(job)                                               # goes on where it was stopped
+
+OUT/teacher                          trained, unless the file names one that exists
+OUT/synthetic, OUT/student           the guided images and the student that learned from them
+OUT/baselines/NAME/...               the same for every baseline
+OUT/evaluation.json                  the students' tests on real images
+OUT/report                           the page
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dfkd import teachers
+from dfkd.config import (
+    Config,
+    DistillCommand,
+    EvaluateCommand,
+    GenerateCommand,
+    TeacherConfig,
+    TrainTeacherCommand,
+    leaves,
+    merged,
+    plain,
+    read_preset,
+    section,
+)
+from dfkd.config.words import nearest
+from dfkd.data import MANIFEST, open_folder
+from dfkd.errors import UsageError
+from dfkd.evaluation import check_data, evaluate
+from dfkd.evaluation.run_folder import EVALUATION
+from dfkd.files import make_writable, replace_text, save_settings, sha256
+from dfkd.runtime import own_rank, resolve_device
+from dfkd.synthesis import command as synthesis
+from dfkd.synthesis.methods import needs_prior
+from dfkd.teachers import Classifier, load_teacher
+from dfkd.teachers.classifier import WEIGHTS
+from dfkd.training.distill import distill
+from dfkd.training.folder import RESULT, holds_run
+from dfkd.training.teacher import train_teacher
+
+C = TypeVar("C", bound=Config)
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+Say = Callable[[str], None]
+Section = Mapping[str, Any]
+
+SECTIONS = ("description", "preset", "teacher", "generate", "distill", "evaluate", "baselines")
+TEACHER = set(leaves(TeacherConfig))
+# Options of a stage that follow from its place in the run.
+OWN = {
+    "teacher": {"out"},
+    "generate": {"out", "plan_only", *TEACHER} - {"teacher", "classes"},
+    "distill": {"data", "out", "test", "test_split", *TEACHER} - {"teacher", "classes"},
+    "evaluate": {"checkpoint", "reference", "out", *TEACHER},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A set of images and the student that learns from it; name "" is the guided images, any other a baseline."""
+
+    name: str
+    generate: GenerateCommand
+    distill: DistillCommand
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose sections are checked.
+
+    teacher: its training, None where it exists. classifier: how it is loaded. evaluate: the test, None for none.
+    """
+
+    out: Path
+    teacher: TrainTeacherCommand | None
+    classifier: TeacherConfig
+    variants: tuple[Variant, ...]
+    evaluate: EvaluateCommand | None
+
+
+def read_job(file: Section, out: Path, seed: int = 0) -> Job:
+    """The run that a file describes. seed: of every stage whose section names none.
+
+    Raises UsageError, naming the section: an unknown section or option, a value that does not fit, a teacher, data set,
+    architecture or method that does not exist.
+    """
+    try:
+        files = [read_preset(file["preset"]), file] if "preset" in file else [file]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for name in (name for layer in files for name in layer if name not in SECTIONS):
+        raise UsageError(f"unknown section [{name}] in the run's file", nearest(name, SECTIONS))
+    layers = {
+        name: [section(layer, name) for layer in files] for name in ("teacher", "generate", "distill", "evaluate")
+    }
+    teacher, classifier = _teacher(layers["teacher"], layers["generate"], out, seed)
+    given = classifier.flat()
+    architecture = teacher.architecture if teacher else classifier.teacher
+    baselines: dict[str, list[dict[str, Any]]] = {"": []}
+    for layer in files:
+        for name, differing in layer.get("baselines", {}).items():
+            baselines.setdefault(name, []).append(section({name: differing}, name))
+    variants = []
+    for name, differing in baselines.items():
+        folder, where = (out / "baselines" / name, f"baselines.{name}") if name else (out, "generate")
+        images = [*layers["generate"], *differing]
+        fixed = {**given, "out": folder / "synthetic"}
+        generating = _settings(GenerateCommand, where, "generate", images, fixed, seed, architecture)
+        fixed = {**given, "out": folder / "student", "data": [str(folder / "synthetic")]}
+        learning = _settings(DistillCommand, "distill", "distill", layers["distill"], fixed, seed, architecture)
+        variants.append(Variant(name, generating, learning))
+    test = None
+    if any(layers["evaluate"]):
+        test = _settings(EvaluateCommand, "evaluate", "evaluate", layers["evaluate"], {})
+    job = Job(out, teacher, classifier, tuple(variants), test)
+    _check(job)
+    return job
+
+
+def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) -> dict[str, Any]:
+    """Do what of a run is not done yet, and say what came of it, in JSON's types.
+
+    progress: called with (stage, done, total). say: gets lines for people.
+    Raises UsageError or EngineError as the stages do; Stopped for a signal, with the stage's state saved.
+    """
+    if own_rank().count > 1:
+        why = "several processes share one stage out, and not a run"
+        raise UsageError("dfkd-run under torchrun", why, "start it alone, or the commands of its stages by torchrun")
+    progress, say = progress or (lambda stage, done, total: None), say or (lambda text: None)
+    make_writable(job.out)
+    if (training := job.teacher) is not None:
+        _save_once(training, "dfkd-train-teacher")
+        train_teacher(
+            training.data,
+            training.training,
+            training.out,
+            architecture=training.architecture,
+            input_size=training.input_size,
+            progress=partial(progress, "teacher"),
+            say=say,
+        )
+    teacher = load_teacher(job.classifier)
+    say(f"teacher: {teacher.described()}")
+    students = {}
+    for variant in job.variants:
+        words = f"{variant.name}: " if variant.name else ""
+        if words:
+            say(f"baseline {variant.name}")
+        synthesis.run(variant.generate, say, partial(progress, f"{words}images"))
+        pool, asked = open_folder(variant.generate.out), variant.distill
+        _save_once(asked, "dfkd-distill")
+        watch = partial(progress, f"{words}student")
+        students[variant.name] = distill(pool, teacher, asked.distill, asked.out, progress=watch, say=say)
+    tests = _evaluate(job, students, teacher, partial(progress, "test"))
+    page = _report(job, say)
+    return {
+        "out": job.out,
+        "report": page,
+        "images": job.variants[0].generate.count,
+        "teacher_accuracy": tests.get("student", {}).get("teacher_accuracy"),
+        "agreement": tests.get("student", {}).get("agreement"),
+        "calibration": tests.get("student", {}).get("calibration"),
+        "baselines": {name: test["accuracy"] for name, test in tests.get("baselines", {}).items()},
+        "accuracy": tests.get("student", {}).get("accuracy"),
+    }
+
+
+def _settings(
+    cls: type[C],
+    where: str,
+    stage: str,
+    layers: Sequence[Section],
+    fixed: Section,
+    seed: int | None = None,
+    architecture: str | None = None,
+) -> C:
+    """A stage's settings: the run's seed, then the sections of preset and file, then what the run itself sets."""
+    known = leaves(cls)
+    for name, value in ((name, value) for layer in layers for name, value in layer.items()):
+        shown = f"[{where}] {name.replace('_', '-')}"
+        if name in OWN[stage]:
+            raise UsageError(shown, "the run sets it itself", "leave it out; a teacher is described in [teacher]")
+        if name == "teacher" and architecture not in (None, value):
+            raise UsageError(f"{shown} is {value}", f"[teacher] is {architecture}", "leave it out here")
+        if name not in known:
+            raise UsageError(f"{shown}: unknown option", nearest(name, known), f"See {_COMMANDS[stage]} --help")
+    try:
+        defaults = {} if seed is None else {"seed": seed}
+        return cls.of(**merged(cls, defaults, *layers, fixed))
+    except ValueError as error:
+        raise UsageError(f"[{where}] {error}", todo=f"See {_COMMANDS[stage]} --help") from None
+
+
+_COMMANDS = {name: f"dfkd-{name}" for name in OWN} | {"teacher": "dfkd-train-teacher"}
+
+
+def _teacher(
+    layers: Sequence[Section], images: Sequence[Section], out: Path, seed: int
+) -> tuple[TrainTeacherCommand | None, TeacherConfig]:
+    """The teacher's training, or None, and how the teacher is loaded; its class names may stand in [generate]."""
+    classes = merged(GenerateCommand, *images).get("classes", ())
+    own, whole = layers[-1], merged(TrainTeacherCommand, *layers)
+    if "data" in whole and "checkpoint" not in own:
+        training = _settings(TrainTeacherCommand, "teacher", "teacher", layers, {"out": out / "teacher"}, seed)
+        return training, TeacherConfig.of(teacher_checkpoint=out / "teacher", classes=classes)
+    names = {leaf.path[-1]: name for name, leaf in leaves(TeacherConfig).items()} | {"architecture": "teacher"}
+    if unknown := [name for name in own if name not in names]:
+        known = "known of a teacher that exists are " + ", ".join(names)
+        raise UsageError(f"[teacher] {unknown[0].replace('_', '-')}", known, "give `data` to train one")
+    values = {names[name]: value for name, value in own.items()}
+    if not Path(str(own.get("checkpoint"))).is_dir():  # such a folder knows its architecture
+        values.setdefault("teacher", whole.get("architecture"))
+    if "checkpoint" not in own and ":" not in str(values["teacher"]):
+        why, todo = "it is trained on `data`, or it exists as `checkpoint`", "give one of the two"
+        raise UsageError("[teacher] says neither how it is trained nor where it is", why, todo)
+    try:
+        return None, TeacherConfig.of(**{"classes": classes, **values})
+    except ValueError as error:
+        raise UsageError(f"[teacher] {error}") from None
+
+
+def _check(job: Job) -> None:
+    """Raise UsageError for what can be known to be absent before the first stage."""
+    if job.teacher is not None:
+        teachers.check(job.teacher.architecture)
+        check_data("[teacher] data", job.teacher.data)
+    elif job.classifier.checkpoint is not None and not job.classifier.checkpoint.exists():
+        raise UsageError(f"[teacher] checkpoint {job.classifier.checkpoint}", "there is no such file or folder")
+    if job.evaluate is not None:
+        check_data("[evaluate] data", job.evaluate.data)
+    for variant in job.variants:
+        teachers.check(variant.distill.distill.student)
+        needs_prior(variant.generate.generate)
+        resolve_device(variant.generate.generate.compute.device)
+
+
+def _save_once(asked: DistillCommand | TrainTeacherCommand, command: str) -> None:
+    """settings.json of a training; one that was begun keeps its own, and refuses other settings itself."""
+    if not holds_run(asked.out):
+        save_settings(asked, asked.out, command)
+
+
+def _evaluate(
+    job: Job, students: Mapping[str, Classifier], teacher: Classifier, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """OUT/evaluation.json, measured anew where students or test are others; {} without a test."""
+    asked = job.evaluate
+    if asked is None:
+        return {}
+    of: dict[str, Any] = {variant.name: sha256(variant.distill.out / "last" / WEIGHTS) for variant in job.variants}
+    of |= {"teacher": teacher.digest(), "data": asked.data, "split": asked.split, "limit": asked.limit}
+    path = job.out / EVALUATION
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("of") == plain(of):
+        return known
+    device = resolve_device(asked.device)
+    teacher.freeze(device)
+    tests = {
+        name: asdict(evaluate(student.freeze(device), asked.data, teacher, asked.split, asked.limit, progress))
+        for name, student in students.items()
+    }
+    ours = tests.pop("")
+    found = {"data": asked.data, "split": asked.split, "images": ours["images"], "student": ours, "baselines": tests}
+    found["of"] = of
+    replace_text(path, json.dumps(plain(found), indent=1) + "\n")
+    return found
+
+
+def _report(job: Job, say: Say) -> Path:
+    """OUT/report, written anew where something that it shows is newer."""
+    from dfkd.evaluation.page import HTML, write_report
+
+    page = job.out / "report" / HTML
+    inputs = [job.out / EVALUATION]
+    inputs += [path for one in job.variants for path in (one.generate.out / MANIFEST, one.distill.out / RESULT)]
+    newest = max(path.stat().st_mtime for path in inputs if path.exists())
+    if not page.exists() or page.stat().st_mtime < newest:
+        say("writing the report")
+        write_report(run=job.out)
+    return page

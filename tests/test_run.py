@@ -1,0 +1,198 @@
+"""dfkd-run: one file, one folder; every section checked before work; started again, nothing is done twice."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dfkd import run
+from dfkd.cli import run as cli
+from dfkd.config import DistillConfig, GenerateConfig, presets
+from dfkd.errors import UsageError
+from dfkd.run import read_job
+from dfkd.teachers import Classifier
+from tests.cli.small_generate import CLASS_NAMES, last_line, save_classifier, status_of
+from tests.synthesis.small_sd import make_small_sd
+
+FILE = """
+[teacher]
+data = "imagefolder:{images}"
+architecture = "resnet8"
+input-size = 16
+epochs = "none"
+steps = 2
+batch-size = 6
+device = "cpu"
+
+[generate]
+prior = "{prior}"
+count = 6
+group = 3
+steps = 1
+device = "cpu"
+
+[distill]
+student = "resnet8"
+steps = 2
+batch-size = 4
+augment = "none"
+device = "cpu"
+
+[evaluate]
+data = "imagefolder:{images}"
+device = "cpu"
+
+[baselines.noise]
+method = "noise"
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's file, its images and a small prior; the run is made once."""
+    root = tmp_path_factory.mktemp("run")
+    random = np.random.default_rng(0)
+    for name in CLASS_NAMES:
+        (root / "images" / name).mkdir(parents=True)
+        for index in range(10):
+            pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / name / f"{index}.png")
+    prior = make_small_sd(root / "prior")
+    (root / "job.toml").write_text(FILE.format(images=root / "images", prior=prior))
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> Path:
+    assert status_of(cli.main, place / "job.toml", "--out", place / "out", "--seed", 3) == 0
+    return place / "out"
+
+
+def test_everything_lies_in_one_folder(done: Path) -> None:
+    for part in ("teacher", "student", "baselines/noise/student"):
+        assert (done / part / "result.json").exists() and (done / part / "settings.json").exists()
+    for part in ("synthetic", "baselines/noise/synthetic"):
+        assert (done / part / "manifest.json").exists()
+        assert json.loads((done / part / "settings.json").read_text())["options"]["seed"] == 3
+    tests = json.loads((done / "evaluation.json").read_text())
+    assert tests["images"] == 6 and tests["baselines"].keys() == {"noise"}
+    report = json.loads((done / "report" / "report.json").read_text())
+    assert report["accuracy"]["student"] == tests["student"]["accuracy"]
+    assert report["accuracy"]["baselines"] == {"noise": tests["baselines"]["noise"]["accuracy"]}
+    assert report["missing"] == [] and list(report["teacher_views"]) == ["guided images", "noise"]
+    assert Classifier.from_pretrained(done / "student" / "last").class_names == tuple(sorted(CLASS_NAMES))
+
+
+def test_started_again_it_does_nothing_twice(
+    place: Path, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def state() -> dict[str, int]:
+        kept = (path for path in done.rglob("*") if path.is_file() and path.parent.name != "synthetic")
+        return {str(path): path.stat().st_mtime_ns for path in kept}
+
+    def again(*given: object, **more: object) -> None:
+        raise AssertionError("tested again")
+
+    before = state()
+    monkeypatch.setattr(run, "evaluate", again)
+    assert status_of(cli.main, place / "job.toml", "--out", done, "--seed", 3) == 0
+    result = last_line(capsys.readouterr().out)
+    assert state() == before
+    assert list(result)[-1] == "accuracy" and result["baselines"].keys() == {"noise"}
+
+
+def test_other_settings_are_refused_by_the_stage(
+    place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.toml").write_text((place / "job.toml").read_text().replace("count = 6\n", "count = 6\ncfg = 9\n"))
+    assert status_of(cli.main, tmp_path / "job.toml", "--out", done, "--seed", 3) == 2
+    assert "cfg" in capsys.readouterr().err
+
+
+def parsed(out: Path, **sections: Any) -> Any:
+    file = {"generate": {}, "distill": {"student": "resnet8"}, "teacher": {"data": "digits-on-photos"}} | sections
+    file["teacher"] = {"architecture": "resnet8"} | file["teacher"]
+    return read_job(file, out)
+
+
+def test_a_teacher_that_exists(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "teacher")
+    job = parsed(tmp_path / "out", teacher={"checkpoint": str(folder)})
+    assert job.teacher is None and job.classifier.checkpoint == folder
+    torch.save(Classifier.from_pretrained(folder).state_dict(), tmp_path / "t.pth")
+    described = {"checkpoint": str(tmp_path / "t.pth"), "normalisation": "cifar10", "input-size": 16}
+    job = parsed(tmp_path / "out", teacher=described, generate={"classes": list(CLASS_NAMES)})
+    wanted = (tmp_path / "t.pth", "resnet8", "cifar10", 16, CLASS_NAMES)
+    for config in (job.classifier, job.variants[0].generate.teacher, job.variants[0].distill.teacher):
+        assert wanted == (config.checkpoint, config.teacher, config.normalisation, config.input_size, config.classes)
+    job = parsed(tmp_path / "out", teacher={"architecture": "timm:resnet50"})
+    assert (job.teacher, job.classifier.teacher) == (None, "timm:resnet50")
+
+
+def test_a_preset_may_be_the_start(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "teacher")
+    file = {"preset": "demo", "teacher": {"checkpoint": str(folder)}, "distill": {"epochs": 3}}
+    job = read_job(file, tmp_path / "out", seed=5)
+    ours, unguided = job.variants
+    assert (job.teacher, job.classifier.checkpoint, job.classifier.teacher) == (None, folder, None)
+    assert ours.generate.generate == GenerateConfig.preset("demo")
+    assert unguided.generate.generate == GenerateConfig.preset("demo", guidance_step=0)
+    assert ours.distill.distill == DistillConfig.preset("demo", epochs=3, seed=5)
+    assert (unguided.name, unguided.generate.out) == ("unguided", tmp_path / "out/baselines/unguided/synthetic")
+    assert ours.generate.seed == 5 and job.evaluate is not None
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name != "fedcado"])  # which trains no student
+def test_every_preset_is_a_run_once_it_has_data(name: str, tmp_path: Path) -> None:
+    job = read_job({"preset": name, "teacher": {"data": "digits-on-photos"}, **_adversary(name)}, tmp_path)
+    assert job.teacher is not None and job.variants[0].generate.teacher.checkpoint == tmp_path / "teacher"
+
+
+def _adversary(name: str) -> dict[str, Any]:
+    return {"generate": {"student-checkpoint": "runs/before/student/last"}} if name == "domainnet-sketch" else {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"generat": {}}, r"unknown section \[generat\].*did you mean generate"),
+        ({"generate": {"stepz": 3}}, r"\[generate\] stepz: unknown option: did you mean steps"),
+        ({"generate": {"steps": 0}}, r"\[generate\] steps is 0: it must be at least 1"),
+        ({"generate": {"out": "x"}}, r"\[generate\] out: the run sets it"),
+        ({"generate": {"teacher": "resnet20"}}, r"\[generate\] teacher is resnet20: \[teacher\] is resnet8"),
+        ({"generate": {"method": "magic"}}, r"magic"),
+        ({"baselines": {"b": {"guidance-stepp": 1}}}, r"\[baselines.b\] guidance-stepp.*did you mean guidance-step"),
+        ({"distill": {}}, r"\[distill\] student is missing"),
+        ({"distill": {"student": "resnet9"}}, r"unknown architecture 'resnet9'"),
+        ({"evaluate": {"data": "imagefolder:absent"}}, r"\[evaluate\] data imagefolder:absent: there is no absent"),
+        ({"teacher": {"data": "mnist"}}, r"\[teacher\] data mnist: there is no such data"),
+        ({"teacher": {}}, r"\[teacher\] says neither how it is trained nor where it is"),
+        ({"teacher": {"checkpoint": "absent.pth"}}, r"\[teacher\] checkpoint absent.pth: there is no such file"),
+        ({"teacher": {"checkpoint": ".", "lr": 0.1}}, r"\[teacher\] lr: known of a teacher that exists"),
+        ({"preset": "dmo"}, r"no preset 'dmo'"),
+    ],
+)
+def test_every_section_is_checked_before_work(sections: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        parsed(tmp_path / "out", **sections)
+    assert re.search(words, str(caught.value)), str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_asks_for_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.toml").write_text("[generate\n")
+    cases = [
+        ((), "give FILE.toml, or --preset demo"),
+        (("x.toml", "--preset", "demo"), "give FILE.toml"),
+        (("absent.toml",), "cannot read absent.toml"),
+        ((tmp_path / "bad.toml",), "is not TOML"),
+        (("--preset", "dmo"), "no preset 'dmo'"),
+    ]
+    for argv, words in cases:
+        assert status_of(cli.main, *argv) == 2
+        assert words in capsys.readouterr().err
