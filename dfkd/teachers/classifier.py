@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -305,10 +305,8 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _pixels(image: Image.Image, side: int) -> Tensor:
-    """uint8 [3, side, side]: the shorter side resized (bicubic, antialiased), the centre cut out."""
+    """uint8 [3, side, side]: resized (bicubic, antialiased) so that the shorter side fits, the centre cut out."""
     image = image.convert("RGB")
-    scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    if image.size != (side, side):
+        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
