@@ -182,9 +182,7 @@ class ComputeConfig(Config):
         low=0,
         identity=False,
     )
-    dtype: str = option(
-        "fp32", "precision of the networks; latents and losses stay fp32", choices=DTYPES, identity=False
-    )
+    dtype: str = option("fp32", "precision of the networks; latents and losses stay fp32", choices=DTYPES)
     backend: str = option(
         "auto",
         "what runs the networks: eager; an engine built by dfkd-engines; auto: of these the one measured quickest",
