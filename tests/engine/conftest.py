@@ -1,5 +1,6 @@
-"""The thinned Stable Diffusion pipeline, written and loaded once."""
+"""What several files share: the thinned Stable Diffusion pipeline, and the small networks as ONNX files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,20 @@ def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prior(prior_folder: Path) -> Prior:
     return Prior.from_pretrained(prior_folder)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a network in small_graphs -> its ONNX file, exported once."""
+    from dfkd_engine.export import to_onnx
+    from tests.engine import small_graphs
+
+    made: dict[str, Path] = {}
+
+    def of(network: str) -> Path:
+        if network not in made:
+            made[network] = tmp_path_factory.mktemp(network) / "model.onnx"
+            to_onnx(small_graphs.graph(network), made[network])
+        return made[network]
+
+    return of

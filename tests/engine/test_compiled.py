@@ -5,30 +5,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dfkd_engine import compiled
-from dfkd_engine.architecture import architecture
-from dfkd_engine.backends import BACKENDS
+from dfkd_engine.backends import BACKENDS, compile_graph
 from dfkd_engine.compiled import Engine, load
+from dfkd_engine.devices import architecture
 from dfkd_engine.errors import EngineError
-from dfkd_engine.spec import EngineSpec, TensorSpec, pairs
+from dfkd_engine.spec import EngineSpec, TensorSpec
 from dfkd_engine.store import EngineStore
 
 SPEC = EngineSpec(
     network="gradient",
-    graph="a",
-    weights="b",
+    config={},
+    components={},
     inputs=(
         TensorSpec("z0", (None, 4, 2, 2), "float32"),
         TensorSpec("labels", (None,), "int64"),
         TensorSpec("scale", (1,), "float32"),
     ),
     outputs=(TensorSpec("gradient", (None, 4, 2, 2), "float32"), TensorSpec("cls", (None,), "float32")),
-    batch=(1, 4, 6),
+    rows=(1, 4, 6),
     dtype="float32",
-    backend="eager",
-    versions=(),
+    backend="doubling",
+    versions={},
     device="cpu",
-    flags=(),
+    flags={},
+    sources="test",
 )
 
 
@@ -112,7 +112,7 @@ def test_a_batch_out_of_range_is_refused(engine, rows):
 
 def test_a_smallest_batch_is_kept():
     with pytest.raises(ValueError, match="z0 has 1 rows; this engine takes 2 to 6"):
-        Engine(replace(SPEC, batch=(2, 4, 6)), compute)(*arguments(1))
+        Engine(replace(SPEC, rows=(2, 4, 6)), compute)(*arguments(1))
 
 
 def test_results_share_no_memory():
@@ -134,42 +134,11 @@ def test_results_share_no_memory():
         assert len(set(places)) == len(places)
 
 
-def test_an_identity_gives_a_copy():
-    z0, labels, scale = arguments(3)
-    engine = Engine(SPEC, lambda z, y, s: (z, z.flatten(1)[:, 0]))
-    assert engine(z0, labels, scale)[0].data_ptr() != z0.data_ptr()
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-def test_out_is_filled(engine, rows):
-    out = torch.full((rows, 4, 2, 2), 7.0).to(memory_format=torch.channels_last), torch.full((rows,), 7.0)
-    got = engine(*arguments(rows), out=out)
-    assert all(a is b for a, b in zip(got, out, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(out, compute(*arguments(rows)), strict=True))
-
-
-def test_out_may_be_an_argument(engine):
-    z0, labels, scale = arguments(3)
-    want = compute(z0, labels, scale)
-    engine(z0, labels, scale, out=(z0, torch.empty(3)))
-    assert torch.equal(z0, want[0])
-
-
-def test_a_wrong_out_is_refused_by_name(engine):
-    image = torch.empty(4, 4, 2, 2)
-    with pytest.raises(TypeError, match="got 1 tensors in out; it wants 2: gradient"):
-        engine(*arguments(4), out=(image,))
-    with pytest.raises(ValueError, match="out's cls has 3 rows; wanted are 4"):
-        engine(*arguments(4), out=(image, torch.empty(3)))
-    with pytest.raises(TypeError, match="gradient is float16; wanted is float32"):
-        engine(*arguments(4), out=(image.half(), torch.empty(4)))
-
-
 def test_a_result_without_a_batch_cannot_be_cut():
     outputs = (TensorSpec("sum", (4,), "float32"),)
     with pytest.raises(EngineError, match=r"cannot allow a batch of 1: .* sum has no batch to cut"):
         Engine(replace(SPEC, outputs=outputs), compute)
-    engine = Engine(replace(SPEC, outputs=outputs, batch=(2, 4, 6)), lambda z, y, s: (z.sum((0, 2, 3)),))
+    engine = Engine(replace(SPEC, outputs=outputs, rows=(2, 4, 6)), lambda z, y, s: (z.sum((0, 2, 3)),))
     assert engine(*arguments(4))[0].shape == (4,)
 
 
@@ -181,10 +150,10 @@ def test_a_backend_that_returns_too_little_is_noticed():
 class Doubling:
     """A backend of one file."""
 
-    name, stored = "doubling", True
+    name, fixed_rows, targets = "doubling", False, ()
 
-    def __init__(self, why=None):
-        self.why = why
+    def __init__(self, why=None, fails=None):
+        self.why, self.fails = why, fails
 
     def unusable(self, device, dtype="float32"):
         return self.why
@@ -195,72 +164,66 @@ class Doubling:
     def flags(self, device):
         return {}
 
+    def compile(self, graph, spec, folder):
+        if self.fails:
+            raise self.fails
+        (folder / "engine").write_text("two")
+
     def load(self, folder, spec, device):
         assert (folder / "engine").read_text() == "two"
         return lambda z, y, s: (2 * z, y.float())
 
 
 @pytest.fixture
-def stored(tmp_path, monkeypatch):
-    """(store, build): build(**changes) stores an engine of the spec with these changes and returns its key."""
+def store(tmp_path):
+    return EngineStore(tmp_path / "engines")
+
+
+def stored(store, **changes):
+    """The key of an engine of the spec with these changes, built now."""
+    own = replace(SPEC, **({"device": architecture("cpu"), "versions": {"doubling": "2", "torch": "1"}} | changes))
+    return store.build(own, lambda folder: compile_graph(Doubling(), None, own, folder) or {}).key
+
+
+def test_an_engine_from_the_store_runs(store, monkeypatch):
+    key, (z0, labels, scale) = stored(store), arguments(3)
+    assert torch.equal(load(store, key, "cpu", Doubling())(z0, labels, scale)[0], 2 * z0)
+    with pytest.raises(EngineError, match="'doubling' is unknown: known are inductor, onnxruntime, tensorrt"):
+        load(store, key, "cpu")
     monkeypatch.setitem(BACKENDS, "doubling", Doubling())
-    store = EngineStore(tmp_path / "engines")
-
-    def make(folder):
-        (folder / "engine").write_text("two")
-        return {}
-
-    def build(**changes):
-        changes = {"device": architecture("cpu"), "versions": pairs({"doubling": "2", "torch": "1"})} | changes
-        spec = replace(SPEC, backend="doubling", **changes)
-        return store.build(spec, {"network": spec.network, "test": spec.key()}, make).key
-
-    return store, build
-
-
-def test_an_engine_from_the_store_runs(stored):
-    store, build = stored
-    z0, labels, scale = arguments(3)
-    engine = load(store, build(), "cpu")
-    assert torch.equal(engine(z0, labels, scale)[0], 2 * z0) and engine.spec.backend == "doubling"
+    assert load(store, key, "cpu").spec.backend == "doubling"
 
 
 @pytest.mark.parametrize(
     "changes, why",
     [
         ({"device": "cpu x86_64 of tomorrow"}, "it was built for cpu x86_64 of tomorrow, this is cpu"),
-        ({"versions": (("doubling", "1"),)}, "it was built with doubling 1, here is 2"),
+        ({"versions": {"doubling": "1"}}, "it was built with doubling 1, here is 2"),
     ],
 )
-def test_an_engine_of_another_machine_or_version_is_not_loaded(stored, changes, why):
-    store, build = stored
+def test_an_engine_of_another_machine_or_version_is_not_loaded(store, changes, why):
     with pytest.raises(EngineError, match=f"cannot run here: {why}.*dfkd-engines build"):
-        load(store, build(**changes), "cpu")
+        load(store, stored(store, **changes), "cpu", Doubling())
 
 
-def test_an_altered_engine_is_not_loaded(stored):
-    store, build = stored
-    key = build()
-    file = next(store.root.glob(f"{key}/payload/engine"))
-    file.chmod(0o644)
-    file.write_text("six")
-    with pytest.raises(EngineError, match=r"damaged.*dfkd-engines build"):
-        load(store, key, "cpu")
-
-
-def test_a_backend_that_cannot_run_says_why(stored, monkeypatch):
-    store, build = stored
-    key = build()
-    monkeypatch.setitem(BACKENDS, "doubling", Doubling("it wants two hands"))
+def test_what_is_missing_altered_or_cannot_run_is_not_loaded(store):
+    key = stored(store)
     with pytest.raises(EngineError, match="cannot run here: it wants two hands"):
-        load(store, key, "cpu")
-
-
-def test_a_missing_engine_names_what_builds_it(stored):
+        load(store, key, "cpu", Doubling("it wants two hands"))
+    (store.root / key / "payload" / "engine").write_text("six")
+    with pytest.raises(EngineError, match=r"damaged.*dfkd-engines build"):
+        load(store, key, "cpu", Doubling())
     with pytest.raises(EngineError, match=r"missing.*dfkd-engines build"):
-        load(stored[0], "0" * 24, "cpu")
+        load(store, "0" * 24, "cpu", Doubling())
 
 
-def test_nothing_but_the_store_is_loaded_from():
-    """No function here takes a path."""
-    assert "Path" not in compiled.__dict__
+def test_what_a_compiler_raises_is_told_in_a_line(tmp_path):
+    broken = Doubling(fails=RuntimeError("no converter for aten.x\nand a page of graph"))
+    with pytest.raises(EngineError) as caught:
+        compile_graph(broken, None, SPEC, tmp_path)
+    assert caught.value.what == "gradient cannot be compiled by doubling"
+    assert caught.value.why == "its compiler stopped (RuntimeError: no converter for aten.x)"
+    with pytest.raises(OSError, match="the disk"):  # the store knows what to say of it
+        compile_graph(Doubling(fails=OSError("the disk")), None, SPEC, tmp_path)
+    with pytest.raises(EngineError, match="cannot be compiled by doubling: it wants two hands"):
+        compile_graph(Doubling("it wants two hands"), None, SPEC, tmp_path)

@@ -8,11 +8,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from dfkd.cli.generate_options import EMBEDDED_PRIOR
-from dfkd_engine.errors import EngineError, GraphError
+from dfkd_engine.errors import EngineError
 from dfkd_engine.graph import trace
 from dfkd_engine.group_norms import KERNELS, KernelGroupNorm, Swapped, group_norms, running, set_group_norms
-from dfkd_engine.networks import load_prior
 from dfkd_engine.spec import TensorSpec
 from tests.tiny_sd import TINY_VAE, UNET, VAE
 
@@ -36,11 +34,6 @@ def tiny():
     less = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 64), "norm_num_groups": 4}
     unet = UNet2DConditionModel(**UNET | ends | less)
     return frozen(unet), frozen(AutoencoderKL(**VAE | {"norm_num_groups": 4}))
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_prior(EMBEDDED_PRIOR, device=DEVICE)
 
 
 def denoised(unet, z, context):
@@ -71,9 +64,8 @@ def test_a_tiny_pipeline_and_the_way_back(tiny):
     z, context = torch.randn(1, 4, 8, 8, device=DEVICE), torch.randn(1, 7, 32, device=DEVICE)
     before, plain = [layers(n) for n in tiny], (denoised(unet, z, context), decoded(vae, z[..., :2, :2]))
     weights = [{k: v.clone() for k, v in n.state_dict().items()} for n in tiny]
-    found = [set_group_norms(n, "triton") for n in tiny]
-    try:
-        assert found == [group_norms(n) for n in tiny]
+    with running(tiny, "triton"):
+        found = [group_norms(n) for n in tiny]
         for count, network, own in zip(found, tiny, weights, strict=True):
             assert count.fused == count.layers > 10
             assert count.with_silu > count.layers / 2
@@ -81,29 +73,11 @@ def test_a_tiny_pipeline_and_the_way_back(tiny):
             assert all(torch.equal(v, own[k]) for k, v in network.state_dict().items())
         close(denoised(unet, z, context), plain[0])
         close(decoded(vae, z[..., :2, :2]), plain[1])
-    finally:
-        gone = [set_group_norms(n, "torch") for n in tiny]
-    assert [(g.fused, g.with_silu) for g in gone] == [(0, 0)] * 2 and [g.layers for g in gone] == [
-        c.layers for c in found
-    ]
+    assert [group_norms(n) for n in tiny] == [Swapped(c.layers, 0, 0) for c in found]
     assert [layers(n) for n in tiny] == before
     again = denoised(unet, z, context), decoded(vae, z[..., :2, :2])
     for one, other in zip(plain, again, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.slow
-def test_the_demos_networks(demo):
-    torch.manual_seed(1)
-    z = torch.randn(1, demo.latent_channels, *demo.latent_size, device=DEVICE)
-    context = demo.encode_prompts(["a photo"])
-    plain = denoised(demo.unet, z, context), decoded(demo.vae, z)
-    with running((demo.unet, demo.vae), "triton"):
-        counts = group_norms(demo.unet), group_norms(demo.vae)
-        assert all(c.fused == c.layers and c.with_silu for c in counts)
-        close(denoised(demo.unet, z, context), plain[0])
-        close(decoded(demo.vae, z), plain[1])
-    assert not group_norms(demo.unet).fused and not group_norms(demo.vae).fused
 
 
 def silus_of(network, call):
@@ -197,13 +171,13 @@ def test_a_graph_has_the_kernel_only_where_it_is_asked_for():
             return y.detach(), torch.autograd.grad(y.square().sum(), leaf)[0]
 
     spec = [TensorSpec("x", (None, 3, 5, 5), "float32")]
-    plain = trace(gradient, spec, device=DEVICE)
     with running((network,), "triton"):
-        with pytest.raises(GraphError, match="group_norm_silu"):
+        with pytest.raises(EngineError, match="group_norm_silu"):
             trace(gradient, spec, device=DEVICE)
         fused = trace(gradient, spec, device=DEVICE, also=KERNELS)
         assert {node.target for node in fused.module.graph.nodes} >= KERNELS
         for rows in (1, 2, 7):
             x = torch.randn(rows, 3, 5, 5, device=DEVICE)
             close(fused(x), gradient(x))
-    assert trace(gradient, spec, device=DEVICE, also=KERNELS).structure() == plain.structure() != fused.structure()
+    plain = trace(gradient, spec, device=DEVICE, also=KERNELS)
+    assert not {node.target for node in plain.module.graph.nodes} & KERNELS

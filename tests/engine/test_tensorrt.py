@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dfkd_engine.backends.tensorrt_library import profiles
+from dfkd_engine.targets import covers, family, targets_of
 
 from dfkd_engine.backends import get, machine_cache
 from dfkd_engine.backends import tensorrt as tensorrt_module
 from dfkd_engine.backends.tensorrt import PLAN, TENSORRT, TENSORRT_RTX, WAY, TensorRT
-from dfkd_engine.backends.tensorrt_library import profiles
 from dfkd_engine.compiled import Engine
 from dfkd_engine.errors import EngineError
 from dfkd_engine.export import to_onnx
 from dfkd_engine.graph import trace
 from dfkd_engine.parity import TOLERANCE, measure
 from dfkd_engine.spec import TensorSpec
-from dfkd_engine.targets import covers, family, targets_of
 from tests.engine import stand_in_tensorrt as stand_in
 from tests.engine.small_functions import PixelGradient, images, teacher
 from tests.engine.small_graphs import BATCH, INPUTS, KINDS, OUTPUTS, arguments, graph, networks, spec
