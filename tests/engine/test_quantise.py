@@ -188,21 +188,26 @@ class TestGraph:
             quantised(traced, {"up": amax}, "int8")
 
 
-@cache
-def model(folder, narrow):
-    """The folder of the small quantised UNet's ONNX file."""
-    place = folder.mktemp(narrow)
-    to_onnx(small(narrow), place / MODEL)
-    return place
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """narrow -> the folder of the small quantised UNet's ONNX file."""
+
+    @cache
+    def of(narrow):
+        place = tmp_path_factory.mktemp(narrow)
+        to_onnx(small(narrow), place / MODEL)
+        return place
+
+    return of
 
 
 @RUNS_ONNX
 class TestOnnx:
-    def test_pairs_stand_at_the_products(self, tmp_path_factory):
+    def test_pairs_stand_at_the_products(self, model):
         """Nothing was folded: 8-bit initialisers, each dequantised right at its product, and no wide copy of one."""
         import onnx
 
-        written, kind = onnx.load(model(tmp_path_factory, "int8") / MODEL), onnx.TensorProto.INT8
+        written, kind = onnx.load(model("int8") / MODEL), onnx.TensorProto.INT8
         assert [(o.domain, o.version) for o in written.opset_import] == [("", 19)]
         made = {output: node for node in written.graph.node for output in node.output}
         stored = {i.name: i for i in written.graph.initializer}
@@ -217,8 +222,8 @@ class TestOnnx:
         wide = {tuple(i.dims) for i in stored.values() if i.data_type == onnx.TensorProto.FLOAT}
         assert len(shapes) > 5 and not shapes & wide
 
-    def test_onnx_runtime_computes_what_the_graph_says(self, tmp_path_factory):
-        run = get("onnxruntime").load(model(tmp_path_factory, "int8"), spec("unet", "onnxruntime"), "cpu")
+    def test_onnx_runtime_computes_what_the_graph_says(self, model):
+        run = get("onnxruntime").load(model("int8"), spec("unet", "onnxruntime"), "cpu")
         given = arguments("unet", 4)
         (want,), (got,), (exact,) = small("int8")(*given), run(*given), networks().function("unet")(*given)
         assert relative(got, want) < relative(want, exact) / 3  # sums in another order, as above
@@ -254,9 +259,9 @@ class TestOnnx:
         ("fp8", ("sm_80",), False),  # Ampere has no fp8
     ],
 )
-def test_tensorrt_builds_it_without_a_gpu(narrow, targets, builds, tmp_path_factory):
+def test_tensorrt_builds_it_without_a_gpu(narrow, targets, builds, model):
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx (the extra rtx)")
-    own, file = spec("unet", "tensorrt-rtx", family(targets)), model(tmp_path_factory, narrow) / MODEL
+    own, file = spec("unet", "tensorrt-rtx", family(targets)), model(narrow) / MODEL
     if builds:
         assert get("tensorrt-rtx").build(file, own).nbytes
     else:
