@@ -2,9 +2,9 @@
 
 Bytes that must move are those of tensors read once or written once; a launch that moves more has a smaller share.
 Shares and ratios are taken within a turn. Small launches are over before Python has begun the next one, and show its
-time instead. Without a GPU nothing of it can be measured, since Triton's interpreter
-executes Python: then there are the floors on GPUs of known bandwidth, and the resources of the compiled kernels. With
-TRITON_INTERPRET=1, --rehearse runs every way there nevertheless, to see that it does.
+time instead. Without a GPU nothing of it can be measured, since Triton's interpreter executes Python: then there are
+the floors on GPUs of known bandwidth, and the resources of the compiled kernels. With TRITON_INTERPRET=1, --rehearse
+runs every way there nevertheless, to see that it does.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.data_sheets import SHEETS
 from benchmarks.flops import in_turns
 from benchmarks.kernel_resources import markdown as table
 from benchmarks.machine import describe, name_of
 from dfkd.files import replace_text
-from dfkd.synthesis.planning.data_sheets import SHEETS
 
 RESULTS = Path(__file__).parent / "results"
 COPY_BYTES = 2**30  # far more than a cache holds
@@ -33,11 +33,20 @@ CALLS = 20  # a measurement: one launch is over before a clock of the host has t
 
 @dataclass(frozen=True)
 class Launch:
-    """labels: what it is, columns of the table. moved: bytes. ways: the same by other means, compared with "eager"."""
+    """A launch at one size.
+
+    labels: what it is, columns of the table. moved: bytes. ways: makes its tensors on a device and gives calls that do
+    the same by several means, compared with the one named "eager".
+    """
 
     labels: Mapping[str, Any]
     moved: int
-    ways: Mapping[str, Callable[[], object]]
+    ways: Callable[[torch.device], Mapping[str, Callable[[], object]]]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile for the shapes it is called with."""
+    return torch.compile(function, dynamic=False)
 
 
 def bench(
@@ -54,32 +63,32 @@ def bench(
     copy_bytes, calls_each = (2**12, 1) if rehearse else (COPY_BYTES, CALLS)
     source = torch.empty(copy_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    rows, failures, copies = [], [], []
+    rows: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    copies: list[float] = []
 
     def result() -> dict[str, Any]:
         return {"turns": turns, "copy_bytes_per_second": median(copies), "rows": rows, "failures": failures}
 
     for launch in launches:
-        calls = {way: repeated(call, calls_each) for way, call in launch.ways.items()}
+        calls = {way: repeated(call, calls_each) for way, call in launch.ways(device).items()}
         calls["copy"] = repeated(lambda: target.copy_(source), calls_each)
         with torch.no_grad():
             seconds, failed = in_turns(calls, turns, device)
         # torch.compile keeps eight shapes of a function, and of a ninth it runs the function itself.
         torch.compiler.reset()
         failures += [{**launch.labels, "way": way, "why": why} for way, why in failed.items()]
-        copy = [copy_bytes * calls_each / s for s in seconds["copy"]]
+        copy = [copy_bytes * calls_each / s for s in seconds.pop("copy")]
         copies += copy
         eager = seconds.get("eager")
-        for way in launch.ways:
-            if way in failed:
-                continue
-            speed = [launch.moved * calls_each / s for s in seconds[way]]
+        for way, spent in seconds.items():
+            speed = [launch.moved * calls_each / s for s in spent]
             found = {
                 **launch.labels, "way": way,
-                "microseconds": 1e6 * median(seconds[way]) / calls_each,
+                "microseconds": 1e6 * median(spent) / calls_each,
                 "bytes": launch.moved, "bytes_per_second": median(speed),
                 "share_of_copy": median(s / c for s, c in zip(speed, copy, strict=True)),
-                "ratio": median(e / s for e, s in zip(eager, seconds[way], strict=True)) if eager else None,
+                "ratio": median(e / s for e, s in zip(eager, spent, strict=True)) if eager else None,
             }  # fmt: skip
             rows.append(found)
         so_far(result())
@@ -94,14 +103,14 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
     return run
 
 
-def floor(labels: Mapping[str, Any], moved: int) -> dict[str, Any]:
+def floor(launch: Launch) -> dict[str, Any]:
     """Microseconds that it cannot be quicker than, at the bandwidths of data sheets; a copy reaches nine tenths."""
-    speeds = {f"us on {sheet.name}": round(1e6 * moved / sheet.bandwidth, 2) for sheet in SHEETS.values()}
-    return {**labels, "MB": round(moved / 1e6, 2), **speeds}
+    speeds = {f"us on {sheet.name}": round(1e6 * launch.moved / sheet.bandwidth, 2) for sheet in SHEETS.values()}
+    return {**launch.labels, "MB": round(launch.moved / 1e6, 2), **speeds}
 
 
 def resources() -> list[dict[str, Any]]:
-    """In a process of its own: here the kernels may be interpreted, which leaves nothing to compile."""
+    """What kernel_resources finds, in a process of its own: here the kernels may be interpreted."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernel_resources"]
     done = subprocess.run(command, cwd=RESULTS.parents[1], env=env, capture_output=True, text=True, check=True)
@@ -123,12 +132,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(
-    name: str,
-    floors: list[dict[str, Any]],
-    launches: Callable[[torch.device], Iterable[Launch]],
-    a: argparse.Namespace,
-) -> None:
+def report(name: str, launches: Iterable[Launch], a: argparse.Namespace) -> None:
     """Floors and resources, on a GPU the measurement too; tables on stderr, JSON on stdout's last line.
 
     A line of JSON follows every launch with what was measured until then, for who stops it.
@@ -136,14 +140,15 @@ def report(
     """
     if a.record and a.rehearse:
         sys.exit("error: a rehearsal is not recorded")
+    launches = list(launches)
     device = torch.device("cuda" if torch.cuda.is_available() and not a.rehearse else "cpu")
-    result: dict[str, Any] = {"machine": describe(device), "floors": floors}
+    result: dict[str, Any] = {"machine": describe(device), "floors": [floor(launch) for launch in launches]}
     if a.resources and not a.rehearse:
         result["resources"] = resources()
         print(table(result["floors"]), "", table(result["resources"]), sep="\n", file=sys.stderr)
     if device.type == "cuda" or a.rehearse:
         result |= bench(
-            launches(device), a.repeats, device, a.rehearse,
+            launches, a.repeats, device, a.rehearse,
             so_far=lambda found: print(json.dumps(result | found), flush=True),
         )  # fmt: skip
         print("", markdown(result), sep="\n", file=sys.stderr)
@@ -168,3 +173,8 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
 
 def integers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
+
+
+def maps_of(text: str) -> list[tuple[int, int]]:
+    """64x32,128x16 -> channels, and height and width, of feature maps."""
+    return [(int(channels), int(side)) for channels, _, side in (word.partition("x") for word in text.split(","))]

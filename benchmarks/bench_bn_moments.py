@@ -1,10 +1,10 @@
 """BatchNorm with its moments beside eager PyTorch with hooks and torch.compile: bytes, bandwidth, share of a copy's.
 
-    python -m benchmarks.bench_batch_norm_tap                   on a GPU where there is one
-    python -m benchmarks.bench_batch_norm_tap --batches 16 --maps 64x112,2048x7
+    python -m benchmarks.bench_bn_moments                   on a GPU where there is one
+    python -m benchmarks.bench_bn_moments --batches 16 --maps 64x112,2048x7
 
     forward   y = relu(batch norm(x)) and the moments of x [B, C]: what a group in several calls takes first
-    gradient  the same, and dx for gradients of y and of the moments, as L_bn gives them: two launches, or three
+    gradient  the same, and dx for gradients of y and of the moments, as L_bn gives them
 
 Maps of channels x side of a CIFAR network and of a ResNet-50 at 224 pixels, in channels_last, as teachers run, and in
 float32, as dfkd-generate keeps BatchNorm teachers, and bfloat16. What must move: x and y, and for the gradient x, dy
@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bandwidth import Launch, floor, integers, parser, report
-from dfkd_kernels.batch_norm_tap import batch_norm_tap
+from benchmarks import bandwidth
+from benchmarks.bandwidth import Launch
+from dfkd_kernels.bn_moments import bn_moments
 
 EPS = 1e-5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,7 +36,7 @@ Map = tuple[int, int]  # channels, height and width
 def hooked(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a pass with hooks does: dfkd/synthesis/statistics.py, the layer, and the ReLU behind it."""
+    """What a pass with hooks does: the moments, the layer, and the ReLU behind it."""
     d = x.float() - mean[None, :, None, None]
     m1, m2 = d.mean((2, 3)), d.square().mean((2, 3))
     y = F.batch_norm(x, mean, variance, weight, bias, eps=eps)
@@ -58,58 +59,37 @@ def differentiated(function: Callable[..., Any], x: Tensor, *given: Any, of: tup
     return *found, gradient
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
-
-
 def ways_of(
     launch: str, batch: int, of: Map, dtype: str, device: torch.device
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """By way, a call on tensors of its own."""
+    """By way, a call on tensors that all share."""
     channels, side = of
     shape = (batch, channels, side, side)
     x, dy = (torch.randn(shape, device=device).to(DTYPES[dtype], memory_format=torch.channels_last) for _ in range(2))
     moments = tuple(torch.randn(batch, channels, device=device) for _ in range(2))
     mean, variance, weight, bias = (torch.rand(channels, device=device) + 0.2 for _ in range(4))
     given = (mean, variance, weight, bias, EPS, True)
-    functions = {"triton": batch_norm_tap, "eager": hooked, "compile": compiled(hooked)}
+    functions: dict[str, Callable[..., Any]] = {"triton": bn_moments, "eager": hooked}
+    functions["compile"] = bandwidth.compiled(hooked)
     if launch == "forward":
         return {way: partial(function, x, *given) for way, function in functions.items()}
     x.requires_grad_()
     return {way: partial(differentiated, f, x, *given, of=(dy, *moments)) for way, f in functions.items()}
 
 
-def labels_of(batches: list[int], maps: list[Map]) -> Iterator[tuple[int, Map, str, str]]:
-    return product(batches, maps, DTYPES, LAUNCHES)
-
-
-def named(batch: int, of: Map, dtype: str, launch: str) -> dict[str, Any]:
-    return {"batch": batch, "channels": of[0], "side": of[1], "dtype": dtype, "launch": launch}
-
-
-def launches(batches: list[int], maps: list[Map], device: torch.device) -> Iterator[Launch]:
-    for batch, of, dtype, launch in labels_of(batches, maps):
-        ways = ways_of(launch, batch, of, dtype, device)
-        yield Launch(named(batch, of, dtype, launch), moved(launch, batch, of, dtype), ways)
-
-
-def floors(batches: list[int], maps: list[Map]) -> list[dict[str, Any]]:
-    return [
-        floor(named(batch, of, dtype, launch), moved(launch, batch, of, dtype))
-        for batch, of, dtype, launch in labels_of(batches, maps)
-    ]
-
-
-def maps_of(text: str) -> list[Map]:
-    return [(int(channels), int(side)) for channels, _, side in (word.partition("x") for word in text.split(","))]
+def launches(batches: list[int], maps: list[Map]) -> Iterator[Launch]:
+    for batch, of, dtype, launch in product(batches, maps, DTYPES, LAUNCHES):
+        labels = {"batch": batch, "channels": of[0], "side": of[1], "dtype": dtype, "launch": launch}
+        yield Launch(labels, moved(launch, batch, of, dtype), partial(ways_of, launch, batch, of, dtype))
 
 
 def main() -> None:
-    given = parser(__doc__, "batch_norm_tap")
-    given.add_argument("--batches", type=integers, default=[16, 64], help="images (default 16,64)")
-    given.add_argument("--maps", type=maps_of, default=maps_of(MAPS), help=f"channels x side (default {MAPS})")
+    given = bandwidth.parser(__doc__, "bn_moments")
+    maps = bandwidth.maps_of
+    given.add_argument("--batches", type=bandwidth.integers, default=[16, 64], help="images (default 16,64)")
+    given.add_argument("--maps", type=maps, default=maps(MAPS), help=f"channels x side (default {MAPS})")
     a = given.parse_args()
-    report("batch_norm_tap", floors(a.batches, a.maps), partial(launches, a.batches, a.maps), a)
+    bandwidth.report("bn_moments", launches(a.batches, a.maps), a)
 
 
 if __name__ == "__main__":

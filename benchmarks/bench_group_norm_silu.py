@@ -10,9 +10,7 @@ Feature maps in NHWC, in 32 groups, of Stable Diffusion's VAE at 512x512 pixels 
 bfloat16. What must move is x and y, and for the gradient x, dy and dx: each once. A map whose group one program does
 not keep is read twice, so that where no cache holds it two thirds of a copy's bandwidth are all that there is forward,
 and five eighths of it with the gradient; "readings" says which it is. What is measured, and what is said without a GPU:
-benchmarks/bandwidth.py.
-
-An engine of inductor's does not go by this table: its build times both, and keeps the quicker (dfkd/engines/build.py).
+benchmarks/bandwidth.py. An engine does not go by this table: its build times both, and keeps the quicker.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bandwidth import Launch, floor, integers, parser, report
-from dfkd_kernels.group_norm_silu import group_norm_silu
-from dfkd_kernels.group_norm_tiles import tiling
+from benchmarks import bandwidth
+from benchmarks.bandwidth import Launch
+from dfkd_kernels.group_norm_silu import group_norm_silu, tiling
 
 GROUPS = 32
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -60,56 +58,37 @@ def trained(call: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor
     return y, gradient
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
-
-
 def ways_of(
     launch: str, batch: int, channels: int, side: int, dtype: str, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """By way, a call on tensors of its own."""
+    """By way, a call on tensors that all share."""
     kind = DTYPES[dtype]
     x, dy = (torch.randn(batch, channels, side, side, device=device, dtype=kind) for _ in range(2))
     x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
     weight, bias = (torch.randn(channels, device=device, dtype=kind) for _ in range(2))
-    ways = {"triton": fused, "eager": eager, "compile": compiled(eager)}
+    ways = {"triton": fused, "eager": eager, "compile": bandwidth.compiled(eager)}
     if launch == "forward":
         return {way: partial(call, x, weight, bias) for way, call in ways.items()}
     return {way: partial(trained, call, x.requires_grad_(), weight, bias, dy) for way, call in ways.items()}
 
 
-def labels_of(maps: list[tuple[int, int]], batches: list[int]) -> Iterator[dict[str, Any]]:
+def launches(maps: list[tuple[int, int]], batches: list[int]) -> Iterator[Launch]:
     for (channels, side), batch, dtype, launch in product(maps, batches, DTYPES, LAUNCHES):
         if batch * channels * side**2 > MOST:
             continue
-        once = tiling(channels, GROUPS, side**2, True).whole
-        map_of = {"channels": channels, "side": side, "batch": batch}
-        yield {**map_of, "dtype": dtype, "launch": launch, "readings": 1 if once else 2}
-
-
-def _numbers(labels: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in labels.items() if name != "readings"}
-
-
-def launches(maps: list[tuple[int, int]], batches: list[int], device: torch.device) -> Iterator[Launch]:
-    for labels in labels_of(maps, batches):
-        yield Launch(labels, moved(**_numbers(labels)), ways_of(**_numbers(labels), device=device))
-
-
-def floors(maps: list[tuple[int, int]], batches: list[int]) -> list[dict[str, Any]]:
-    return [floor(labels, moved(**_numbers(labels))) for labels in labels_of(maps, batches)]
-
-
-def maps_of(text: str) -> list[tuple[int, int]]:
-    return [(int(channels), int(side)) for channels, _, side in (word.partition("x") for word in text.split(","))]
+        given = (launch, batch, channels, side, dtype)
+        readings = 1 if tiling(channels, GROUPS, side**2, True).whole else 2
+        labels = {"channels": channels, "side": side, "batch": batch, "dtype": dtype, "launch": launch}
+        yield Launch({**labels, "readings": readings}, moved(*given), partial(ways_of, *given))
 
 
 def main() -> None:
-    given = parser(__doc__, "group_norm_silu")
-    given.add_argument("--maps", type=maps_of, default=maps_of(MAPS), help=f"channels x side (default {MAPS})")
-    given.add_argument("--batches", type=integers, default=[4, 31], help="images (default 4,31)")
+    given = bandwidth.parser(__doc__, "group_norm_silu")
+    maps = bandwidth.maps_of
+    given.add_argument("--maps", type=maps, default=maps(MAPS), help=f"channels x side (default {MAPS})")
+    given.add_argument("--batches", type=bandwidth.integers, default=[4, 31], help="images (default 4,31)")
     a = given.parse_args()
-    report("group_norm_silu", floors(a.maps, a.batches), partial(launches, a.maps, a.batches), a)
+    bandwidth.report("group_norm_silu", launches(a.maps, a.batches), a)
 
 
 if __name__ == "__main__":

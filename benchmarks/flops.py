@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfkd.synthesis.planning.data_sheets import sheet_of
+from benchmarks.data_sheets import sheet_of
 
 T = TypeVar("T")
 

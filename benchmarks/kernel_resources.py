@@ -60,13 +60,10 @@ def guided_step() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def soft_kl() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Class counts of CIFAR, ImageNet, the widest row in registers, and ImageNet-21k, whose odd rows have no alignment.
-
-    21840 is a wide row that has some.
-    """
+    """Class counts of CIFAR, ImageNet, the widest row in registers, and ImageNet-21k, whose rows have no alignment."""
     from dfkd_kernels.soft_kl import WIDEST, _launch
 
-    for classes, dtype in ((10, F32), (1000, F32), (1000, F16), (WIDEST, F32), (21840, F16), (21841, F32)):
+    for classes, dtype in ((10, F32), (1000, F32), (1000, F16), (WIDEST, F32), (21841, F32)):
         logits = meta(256, classes, dtype=dtype)
         yield f"{classes} {name_of(dtype)}", lambda given=(logits, logits, 4.0, False): _launch(*given)
     logits = meta(256, 1000, dtype=F64)
@@ -74,14 +71,15 @@ def soft_kl() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def group_norm_silu() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Feature maps of Stable Diffusion's VAE (512 channels at 64x64 to 128 at 512x512) and UNet, in 32 groups."""
+    """Feature maps of Stable Diffusion's VAE (128 channels at 512x512) and UNet, in 32 groups."""
     from dfkd_kernels.group_norm_silu import _launch_backward, _launch_forward
 
     for channels, side, dtype, nhwc, silu in (
-        (128, 512, F16, True, True), (128, 512, F32, True, True), (512, 64, BF16, True, True),
-        (512, 64, F16, False, True), (128, 512, F32, False, True), (320, 64, F16, True, False),
-        (1280, 8, F16, True, True), (1280, 8, F32, True, True),
-    ):  # fmt: skip
+        (128, 512, F16, True, True),
+        (128, 512, F32, False, True),
+        (320, 64, BF16, True, False),
+        (1280, 8, F16, True, True),
+    ):
         x, w = meta(2, channels, side, side, dtype=dtype, nhwc=nhwc), meta(channels, dtype=dtype)
         name, of_groups = f"{channels}x{side}x{side} {name_of(dtype)} {order_of(nhwc)}", meta(2, 32)
         yield name, lambda given=(x, w, w, 32, 1e-6, silu): _launch_forward(*given)
@@ -89,13 +87,10 @@ def group_norm_silu() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def bn_moments() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Stem of a 224 pixels wide ResNet, a narrow and a wide layer of a CIFAR network, and maps of 7x7.
-
-    The last have no alignment in the order of channels.
-    """
+    """Stem of a 224 pixels wide ResNet, and maps of 7x7, which have no alignment in the order of channels."""
     from dfkd_kernels.bn_moments import _launch, _launch_gradient
 
-    for channels, side, dtype in ((64, 112, F16), (16, 32, F32), (512, 8, F16), (2048, 7, F16)):
+    for channels, side, dtype in ((64, 112, F16), (2048, 7, F16)):
         for nhwc in (True, False):
             x, layer = meta(16, channels, side, side, dtype=dtype, nhwc=nhwc), [meta(channels)] * 4
             name, moments = f"{channels}x{side}x{side} {name_of(dtype)} {order_of(nhwc)}", meta(16, channels)
@@ -132,8 +127,10 @@ def cases() -> list[Case]:
 
 def case_of(stem: str, label: str, kernel: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Case:
     """A launch as Triton's launcher describes it to the compiler."""
-    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, fixed, aligned = {}, {}, []
+    values: dict[str, Any] = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    signature: dict[str, str] = {}
+    fixed: dict[str, Any] = {}
+    aligned: list[str] = []
     for parameter in kernel.params:
         name, value = parameter.name, values[parameter.name]
         if parameter.is_constexpr or value is None:

@@ -109,7 +109,7 @@ def judge(i):
         ((2, 4, (3, 5)), 4),  # groups of one channel
         ((1, 14, (7, 11)), 7),  # odd and prime
         ((2, 6, (13,)), 1),  # tokens, one group
-        ((2, 10, (45, 43)), 2),  # more than one program keeps
+        ((1, 10, (45, 43)), 2),  # more than one program keeps
     ],
 )
 def test_no_worse_than_eager(shape, groups, dtype):
@@ -159,7 +159,7 @@ def test_a_constant_map_is_the_bias(value):
 def test_orders_and_strides_change_no_more_than_the_last_bits(many, monkeypatch):
     if many:
         cut_small(monkeypatch)
-    i = Inputs(2, 8, (7, 7), 2, F64)
+    i = Inputs(1, 4, (5, 6), 2, F64)
     x, w, b, dy = i.tensors()
     want = with_gradient(kernel, i, x, w, b, dy)
     wider = F.pad(x, (1, 2))[..., 1:-2]

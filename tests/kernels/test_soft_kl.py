@@ -14,7 +14,7 @@ from dfkd_kernels.soft_kl import soft_kl, soft_kl_ref
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# past a row's end there is log 0 - log 0, and series of large differences overflow, which the interpreter's numpy mentions
+# past a row's end there is log 0 - log 0, and the series of a large difference overflows: the interpreter's numpy says so
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
