@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def described(thing: Any) -> dict[str, Any]:
 
     It enters identities and engine keys, so that a changed field or a changed line of code is another run.
     """
-    cls = thing if isinstance(thing, type) or callable(thing) and not is_dataclass(thing) else type(thing)
+    cls = thing if isinstance(thing, type) or (callable(thing) and not is_dataclass(thing)) else type(thing)
     fields = plain(asdict(thing)) if is_dataclass(thing) and not isinstance(thing, type) else {}
     file = getattr(sys.modules[cls.__module__], "__file__", None)
     return {"name": cls.__qualname__, "fields": fields, "source": source_digest(Path(file)) if file else _typed(cls)}
@@ -104,14 +105,19 @@ def source_digest(*files: Path) -> str:
     """One digest of Python files as they are parsed: comments, docstrings and layout do not count."""
     total = hashlib.sha256()
     for file in files:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                first = node.body[0] if node.body else None
-                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                    node.body = node.body[1:]
-        total.update(ast.dump(tree).encode())
+        total.update(_parsed(file))
     return total.hexdigest()[:16]
+
+
+@cache  # parsing takes longer than sampling some images; a module is executed once a process too
+def _parsed(file: Path) -> bytes:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
 def _value(node: ast.expr) -> Any:

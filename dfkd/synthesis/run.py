@@ -6,7 +6,6 @@ processes that share the shards out write the bytes of one. The folder records c
 that continues it goes by these.
 """
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from dfkd.config import GenerateConfig, plain
 from dfkd.config.synthesis import SHARD_IMAGES
 from dfkd.data import MANIFEST, ShardFolder, ShardPool, open_folder, read_manifest, require_space
 from dfkd.errors import UsageError
-from dfkd.extension import source_digest
+from dfkd.extension import described
 from dfkd.runtime import Rank, cpu_threads, own_rank
 from dfkd.synthesis.batching import ShortMemory, calling, release
 from dfkd.synthesis.plan import Plan, make_plan
@@ -210,8 +209,7 @@ def identity_of(synthesizer: Synthesizer, seed: int) -> dict[str, Any]:
         if is_dataclass(synthesizer):
             values = {field.name: getattr(synthesizer, field.name) for field in fields(synthesizer)}
             found |= {name: v for name, v in values.items() if v is None or isinstance(v, int | float | str | tuple)}
-        if (source := inspect.getsourcefile(cls)) is not None:
-            found["source"] = source_digest(Path(source))
+        found["source"] = described(cls)["source"]
     identity: dict[str, Any] = plain({**found, **synthesizer.identity(), "seed": seed})
     return identity
 
