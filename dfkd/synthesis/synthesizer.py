@@ -80,7 +80,9 @@ def label_probability(teacher: Classifier, images: Tensor, labels: Tensor, batch
     images: uint8 [N, 3, H, W]. labels: int64 [N]. batch: images per call.
     """
     device = teacher.device
-    parts = [teacher.logits(part.to(device).float() / 255).float().softmax(1).cpu() for part in images.split(batch)]
+    parts = [
+        teacher.logits(part.to(device).float() / 255).float().softmax(1).cpu() for part in torch.split(images, batch)
+    ]
     return torch.cat(parts).gather(1, labels.cpu()[:, None])[:, 0]
 
 
