@@ -186,7 +186,7 @@ class DistillConfig(Config):
     held_out: float = option(0.05, "part of the images kept for choosing the best checkpoint", low=0, high=0.5)
     on_bad_sample: str = option(
         "fail",
-        "an image that is damaged: fail ends the run before it begins; skip leaves those out that damaged shards hold",
+        "an image that is damaged: fail ends the run before it begins; skip leaves such images out",
         choices=("fail", "skip"),
         identity=False,
     )
