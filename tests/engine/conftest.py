@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from dfkd_engine.prior import Prior
-from tests.tiny_sd import make_tiny_sd
 
 
 @pytest.fixture(scope="session")
 def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_sd import make_tiny_sd  # here: the kernels' GPU tests are collected without diffusers too
+
     return make_tiny_sd(tmp_path_factory.mktemp("prior") / "sd")
 
 

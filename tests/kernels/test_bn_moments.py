@@ -6,11 +6,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dfkd_kernels import bn_moments as module
 from dfkd_kernels.bn_moments import bn_moments, bn_moments_gradient_ref, bn_moments_ref, tile_of
+from tests.properties import given, settings, st
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dfkd_kernels import group_norm_silu as module
 from dfkd_kernels.group_norm_silu import STEPS, group_norm_silu, group_norm_silu_ref, tiling
+from tests.properties import given, settings, st
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 

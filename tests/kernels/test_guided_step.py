@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dfkd_kernels.guided_step import _operator, clean_estimate, combined, guided_step, guided_step_ref, paste
+from tests.properties import given, settings, st
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 

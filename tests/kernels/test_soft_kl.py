@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dfkd_kernels import soft_kl as module
 from dfkd_kernels.soft_kl import soft_kl, soft_kl_ref
+from tests.properties import given, settings, st
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
