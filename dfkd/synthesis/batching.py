@@ -15,13 +15,13 @@ from torch import Tensor
 from dfkd.data import Record
 from dfkd.errors import UsageError
 from dfkd.synthesis import cutmix
-from dfkd.synthesis.sampler import unit_rms
+from dfkd.synthesis.sampler import ToLatent, unit_rms
 from dfkd.synthesis.synthesizer import rounded
 from dfkd_kernels.guided_step import Mix, Noise, clean_estimate
 from dfkd_kernels.philox import philox_normal
 
 if TYPE_CHECKING:
-    from dfkd.synthesis.guidance import Guidance, ToLatent
+    from dfkd.synthesis.guidance import Guidance
     from dfkd.synthesis.pipeline import Callback, GuidedPipeline
 
 INITIAL_NOISE = 0  # Philox stream of z_T; step i draws from stream 1 + i
@@ -114,11 +114,11 @@ class Pack:
                 if self.cfg_rows[i] == 2:
                     rows, context = torch.cat([rows] * 2), torch.cat([self.unconditional.expand_as(context), context])
                 output = self.pipe.denoise(rows, self.times[i], context)
-                outputs.append(output.unflatten(0, (self.cfg_rows[i], -1)))
+                outputs.append(torch.unflatten(output, 0, (self.cfg_rows[i], -1)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     def gradient(
-        self, guidance: "Guidance", point: Tensor, to_latent: "ToLatent | None" = None
+        self, guidance: "Guidance", point: Tensor, to_latent: ToLatent | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Guidance gradient in `point` [B, ...] and losses {name: [B]}: a group at a time where its images interact."""
         size = self.pipe.group if "group" in guidance.needs else len(point)
@@ -132,7 +132,7 @@ class Pack:
         gradients, records = zip(*found, strict=True)
         return torch.cat(gradients), {name: torch.cat([record[name] for record in records]) for name in records[0]}
 
-    def guide(self, point: Tensor, i: int, to_latent: "ToLatent | None" = None) -> Tensor:
+    def guide(self, point: Tensor, i: int, to_latent: ToLatent | None = None) -> Tensor:
         """The guidance step rho g at step i, as `sampler.Guide`."""
         assert self.pipe.guidance is not None
         config = self.pipe.config.guidance
@@ -206,6 +206,6 @@ class Pack:
         return {step: cutmix.packed([planned(step, cut) for cut in cuts(len(ids), group)]) for step in due}
 
 
-def _shifted(to_latent: "ToLatent", start: int, z: Tensor, images: Tensor) -> Tensor:
+def _shifted(to_latent: ToLatent, start: int, z: Tensor, images: Tensor) -> Tensor:
     """`to_latent` for images that are counted from `start` on."""
     return to_latent(z, images + start)

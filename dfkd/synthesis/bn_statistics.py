@@ -115,7 +115,7 @@ def side_by_side(moments: Sequence[Moments]) -> tuple[Tensor, Tensor]:
 def by_layer(layers: Sequence[nn.BatchNorm2d], m1: Tensor, m2: Tensor) -> list[Moments]:
     """The inverse of `side_by_side`: two tensors [B, K] -> moments of every layer [B, C_l]."""
     sizes = [layer.running_mean.numel() for layer in layers if layer.running_mean is not None]
-    return [Moments(a, b) for a, b in zip(m1.split(sizes, 1), m2.split(sizes, 1), strict=True)]
+    return [Moments(a, b) for a, b in zip(torch.split(m1, sizes, 1), torch.split(m2, sizes, 1), strict=True)]
 
 
 class RecordingLayer(nn.Module):

@@ -135,8 +135,8 @@ def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
 def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function:
     compute = pipe.config.compute
     cfg_rows = 2 if name == "unet" and pipe.uses_cfg else 1
-    one_shape = name in ("gradient", "pixel_gradient") and networks.guidance is not None
-    one_shape = one_shape and "group" in networks.guidance.needs  # type: ignore[union-attr]
+    needs = networks.guidance.needs if networks.guidance else frozenset[str]()
+    one_shape = name in ("gradient", "pixel_gradient") and "group" in needs
     # a power of two, 64 at the least, so that one engine serves other --batch too
     most = max(64, 1 << (max(pipe.config.batching.batch, pipe.group) - 1).bit_length())
     quantise = compute.quantise if name == "unet" else "none"
@@ -173,7 +173,8 @@ def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[Tensor
     labels = TensorSpec("labels", (None,), "int64")
     in_latents, in_pixels = replace(z0, name="gradient"), replace(image, name="gradient")
     recorded = [TensorSpec(loss.name, (None,), "float32") for loss in (n.guidance.losses if n.guidance else ())]
-    width = sum(layer.running_mean.numel() for layer in n.guidance.layers) if n.guidance else 0  # type: ignore[union-attr]
+    means = [layer.running_mean for layer in (n.guidance.layers if n.guidance else ())]
+    width = sum(mean.numel() for mean in means if mean is not None)
     if name == "unet":
         dtype = str(pipe.prior.dtype).removeprefix("torch.")
         length, depth = pipe.prior.encode_prompts([""]).shape[1:]
@@ -190,8 +191,8 @@ def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[Tensor
         return (image, labels), (in_pixels, *recorded)
     if name == "image_moments":
         return (image,), (TensorSpec("m1", (None, width), "float32"), TensorSpec("m2", (None, width), "float32"))
-    means = TensorSpec("mean1", (width,), "float32"), TensorSpec("mean2", (width,), "float32")
-    return (image, labels, *means), (in_pixels, *recorded)
+    averages = TensorSpec("mean1", (width,), "float32"), TensorSpec("mean2", (width,), "float32")
+    return (image, labels, *averages), (in_pixels, *recorded)
 
 
 @torch.no_grad()
@@ -252,7 +253,8 @@ def _sources(name: str, pipe: "GuidedPipeline") -> list[Path]:
 def _calibrate(pipe: "GuidedPipeline", unet: nn.Module) -> None:
     """Let a UNet in the place of the prior's make unguided trajectories, with the run's sampler and prompts."""
     own = copy.copy(pipe)
-    own.prior, own.guidance, own.call_size = replace(pipe.prior, unet=unet), None, CALIBRATION_IMAGES
+    own.prior, own.call_size = replace(pipe.prior, unet=unet), CALIBRATION_IMAGES
+    own.guidance = own.statistics = None
     own.without_engines()
     for group in range(CALIBRATION_GROUPS):
         ids = torch.arange(group * CALIBRATION_IMAGES, (group + 1) * CALIBRATION_IMAGES)

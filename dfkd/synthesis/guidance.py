@@ -9,7 +9,6 @@ call takes them from that call's own moments, one in several calls from a pass b
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,15 +16,10 @@ from torch import Tensor
 from dfkd.synthesis.batching import cuts
 from dfkd.synthesis.bn_statistics import FusedTeacher, Moments, averaged, joined, record_bn_inputs
 from dfkd.synthesis.losses import GuidanceLoss, Seen
+from dfkd.synthesis.sampler import ToLatent
 from dfkd.teachers import Classifier
 
 Decode = Callable[[Tensor], Tensor]
-
-
-class ToLatent(Protocol):
-    """Points [B, C, h, w] where a gradient is taken, and which images they are (int64 [B]) -> clean latents z0hat."""
-
-    def __call__(self, z: Tensor, images: Tensor) -> Tensor: ...
 
 
 def identity(z: Tensor) -> Tensor:

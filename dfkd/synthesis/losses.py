@@ -62,7 +62,7 @@ class Seen:
         leaves = [Moments(m1.detach().requires_grad_(), m2.detach().requires_grad_()) for m1, m2 in averages]
         with torch.enable_grad():
             value = loss(leaves).sum()
-            slopes = torch.autograd.grad(value, [moment for leaf in leaves for moment in leaf])
+            slopes = torch.autograd.grad(value, [m for leaf in leaves for m in leaf], materialize_grads=True)
         own = [moment for moments in self.moments for moment in moments]
         linear = own[0].new_zeros(own[0].shape[0])  # len() would fix the batch of a traced graph
         for moment, slope in zip(own, slopes, strict=True):

@@ -68,6 +68,9 @@ class GuidedPipeline:
     """
 
     name = "guided"
+    guidance: Guidance | None
+    pixel_guidance: Guidance | None
+    statistics: Guidance | None
 
     def __init__(
         self,
@@ -202,8 +205,8 @@ class GuidedPipeline:
         store = EngineStore(self.config.compute.engines)
         self._engines = load_engines(self.choices, store, self.device) if self.choices else {}
         if self.guidance is not None and self._engines:
-            self.guidance = EngineGuidance(self.guidance, self._engines)
-            self.pixel_guidance = self.pixel_guidance and self.guidance.in_pixels
+            by_engines = EngineGuidance(self.guidance, self._engines)
+            self.guidance, self.pixel_guidance = by_engines, self.pixel_guidance and by_engines.in_pixels
         return {choice.network: choice.key for choice in self.choices if choice.key is not None}
 
     def without_engines(self) -> None:
@@ -275,7 +278,7 @@ class GuidedPipeline:
                 )
             student = student.replace(module=copy.deepcopy(student.module)).freeze(self.device)
         self.student, config = student, self.config.guidance
-        self.guidance, self.pixel_guidance, self.statistics = None, None, None
+        self.guidance = self.pixel_guidance = self.statistics = None
         if not self.losses:
             return
         scale = FP16_GRAD_SCALE if self.prior.dtype == torch.float16 else 1.0

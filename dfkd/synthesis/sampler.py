@@ -29,15 +29,16 @@ class Denoise(Protocol):
     def __call__(self, z: Tensor, i: int, images: Tensor | None = None) -> Tensor: ...
 
 
+class ToLatent(Protocol):
+    """Points [B, C, h, w] where a gradient is taken, and which images they are (int64 [B]) -> clean latents z0hat."""
+
+    def __call__(self, z: Tensor, images: Tensor) -> Tensor: ...
+
+
 class Guide(Protocol):
-    """The guidance step rho g at step i in `point`, like it.
+    """The guidance step rho g at step i in `point`, like it; through `to_latent` where the point is no clean latent."""
 
-    to_latent: (points [B, C, h, w], which images they are) -> clean latents, where the point is not clean itself.
-    """
-
-    def __call__(
-        self, point: Tensor, i: int, to_latent: Callable[[Tensor, Tensor], Tensor] | None = None
-    ) -> Tensor: ...
+    def __call__(self, point: Tensor, i: int, to_latent: ToLatent | None = None) -> Tensor: ...
 
 
 @torch.no_grad()

@@ -1,12 +1,18 @@
 """A prior and classifiers small enough to be differentiated in float64 by a loop written in a test."""
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.teachers.classifier import Classifier
+from dfkd.config import GenerateConfig
+from dfkd.synthesis import batching
+from dfkd.synthesis.losses import GuidanceLoss
+from dfkd.synthesis.pipeline import GuidedPipeline
+from dfkd.teachers import Classifier
 
 CLASS_NAMES = ("zero", "one", "two")
 CHANNELS, SIDE, WIDTH = 2, 4, 5  # of the latents; of the text embeddings
@@ -38,33 +44,49 @@ def classifier(seed: int = 0, size: int = 8, dtype: torch.dtype = torch.float32,
                 layer.running_mean = torch.randn(layer.num_features) / 3
                 layer.running_var = torch.rand(layer.num_features) + 0.2
     module.eval().requires_grad_(False).to(dtype)
-    return Classifier(module, "small", CLASS_NAMES, size, (0.5, 0.4, 0.6), (0.2, 0.3, 0.25))
+    return Classifier(module, CLASS_NAMES, (0.5, 0.4, 0.6), (0.2, 0.3, 0.25), size, "small")
 
 
 class SmallPrior:
-    """What the sampler asks of a prior: denoise, decode, latent_channels, encode_prompts. Counts the rows it denoises.
+    """What a pipeline asks of a prior, with smooth networks. Counts the rows it denoises.
 
     coupling: how much of the output depends on z.
     """
 
-    latent_channels, latent_size, vae_scale_factor = CHANNELS, (SIDE, SIDE), 2
+    latent_channels, latent_size, vae_scale_factor, scaling_factor = CHANNELS, (SIDE, SIDE), 2, 1.0
+    scheduler_config, source, device = SCHEDULER, "small", torch.device("cpu")
 
     def __init__(self, seed: int = 1, dtype: torch.dtype = torch.float32, coupling: float = 1.0) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.unet = nn.Sequential(nn.Conv2d(CHANNELS, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, CHANNELS, 1))
-            self.text = nn.Linear(WIDTH, CHANNELS)
+            self.text_encoder = nn.Linear(WIDTH, CHANNELS)
             self.vae = nn.Sequential(nn.Conv2d(CHANNELS, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 3, 3, padding=1))
-        for network in (self.unet, self.text, self.vae):
-            network.requires_grad_(False).to(dtype)
-        self.dtype, self.coupling = dtype, coupling
-        self.calls: list[tuple[int, float]] = []  # rows and timestep of every call
+        self.coupling = coupling
+        self.digests = dict.fromkeys(("unet", "vae", "text_encoder", "tokenizer", "scheduler"), f"small {seed}")
+        self.calls: list[tuple[int, Tensor]] = []  # rows and timestep of every call
         self.seen: list[Tensor] = []  # latents of every call
+        self.cast(dtype)
+
+    def cast(self, dtype: torch.dtype) -> "SmallPrior":
+        self.dtype = dtype
+        for network in (self.unet, self.text_encoder, self.vae):
+            network.requires_grad_(False).to(dtype)
+        return self
+
+    def to(self, device: torch.device) -> "SmallPrior":
+        self.device = device
+        for network in (self.unet, self.text_encoder, self.vae):
+            network.to(device)
+        return self
+
+    def doubled(self) -> "SmallPrior":
+        return copy.deepcopy(self).cast(torch.float64)
 
     def denoise(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        self.calls.append((len(z), float(t)))
+        self.calls.append((len(z), t))
         self.seen.append(z.detach())
-        shift = torch.tanh(self.text(context.mean(1)) + t.to(self.dtype) / 1000)
+        shift = torch.tanh(self.text_encoder(context.mean(1)) + t.to(self.dtype) / 1000)
         return self.coupling * self.unet(z) + shift[:, :, None, None]
 
     def decode(self, z0: Tensor) -> Tensor:
@@ -75,7 +97,7 @@ class SmallPrior:
 
     def _encode(self, prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(sum(i * ord(c) for i, c in enumerate(prompt, 1)))
-        return torch.randn(3, WIDTH, generator=generator).to(self.dtype)
+        return torch.randn(3, WIDTH, generator=generator).to(self.device, self.dtype)
 
 
 def bn_inputs(teacher: Classifier, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, nn.BatchNorm2d]]]:
@@ -115,3 +137,25 @@ def plain_loss(
         return total + bn * len(z0) * plain_bn_loss(inputs, kind)
     images = [plain_bn_loss([(x[i : i + 1], layer) for x, layer in inputs], kind) for i in range(len(z0))]
     return total + bn * torch.stack(images).sum()
+
+
+SETTINGS: dict[str, Any] = {"steps": 4, "cfg": 3.0, "prompt": "a {label}", "group": 7, "batch": 7}
+SETTINGS |= {"bn_weight": 0.3, "cls_weight": 0.7, "device": "cpu", "backend": "eager", "kernels": "torch"}
+
+
+def pipeline(
+    prior: Any = None, teacher: Classifier | None = None, losses: Sequence[GuidanceLoss] = (), student: Any = None,
+    **settings: Any,
+) -> GuidedPipeline:  # fmt: skip
+    """A pipeline of small networks; settings by flat name, beside SETTINGS."""
+    config = GenerateConfig.of(**{**SETTINGS, **settings})
+    return GuidedPipeline(prior or SmallPrior(), teacher or classifier(), config, student, losses)
+
+
+def doubled(pipe: GuidedPipeline, monkeypatch: Any) -> GuidedPipeline:
+    """The same in float64, with the noise of float32."""
+    draw = batching.philox_normal
+    monkeypatch.setattr(batching, "philox_normal", lambda *key: draw(*key).double())
+    pipe.prior.cast(torch.float64)
+    pipe.teacher.module.double()
+    return pipe

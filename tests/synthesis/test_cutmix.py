@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dfkd.errors import UsageError
-from dfkd.synthesis.cutmix import CutMixPlan, apply, plan
+from dfkd.synthesis.cutmix import CutMixPlan, packed, plan
+from dfkd_kernels.guided_step import paste
 
 IDS = torch.tensor([5, 3, 17, 8, 100, 2**40, 9, 1])
 LABELS = torch.tensor([0, 1, 0, 1, 0, 2, 1, 0])
@@ -75,10 +76,10 @@ def test_events_and_seeds_differ():
     assert all(not torch.equal(a, b) for i, a in enumerate(plans) for b in plans[:i])
 
 
-def test_apply_pastes_exactly_the_box():
+def test_the_paste_is_exactly_the_box():
     z = torch.randn(8, 4, 6, 7)
     before, made = z.clone(), plan(7, IDS, LABELS, 0, 1.0, 6, 7)
-    mixed = apply(z, made)
+    mixed = paste(z, made.partner, made.box)
     for i, (y0, x0, y1, x1) in enumerate(made.box.tolist()):
         expected = z[i].clone()
         expected[:, y0:y1, x0:x1] = z[made.partner[i], :, y0:y1, x0:x1]
@@ -86,13 +87,17 @@ def test_apply_pastes_exactly_the_box():
     assert torch.equal(z, before) and (mixed != z).any()
 
 
-def test_empty_box_and_lone_image_change_nothing():
-    z = torch.randn(2, 1, 4, 4)
-    empty = CutMixPlan(torch.tensor([1, 0]), torch.tensor([[2, 2, 2, 4], [0, 0, 4, 0]]), torch.ones(2))
-    assert torch.equal(apply(z, empty), z)
-    lone = plan(0, torch.tensor([4]), torch.tensor([0]), 0, 1.0, 4, 4)
-    assert torch.equal(apply(z[:1], lone), z[:1])
-    assert apply(z[:0], plan(0, IDS[:0], LABELS[:0], 0, 1.0, 4, 4)).shape == (0, 1, 4, 4)
+def test_a_lone_image_and_an_empty_group_are_planned_too():
+    assert plan(0, torch.tensor([4]), torch.tensor([0]), 0, 1.0, 4, 4).partner.tolist() == [0]
+    assert plan(0, IDS[:0], LABELS[:0], 0, 1.0, 4, 4).box.shape == (0, 4)
+
+
+def test_packed_groups_keep_their_own_partners():
+    parts = [plan(7, IDS[cut], LABELS[cut], 0, 1.0, 8, 8) for cut in (slice(0, 5), slice(5, 8))]
+    both = packed(parts)
+    assert isinstance(both, CutMixPlan) and torch.equal(both.box, torch.cat([part.box for part in parts]))
+    assert torch.equal(IDS[both.partner[:5]], IDS[:5][parts[0].partner])
+    assert torch.equal(IDS[both.partner[5:]], IDS[5:][parts[1].partner])
 
 
 def test_refusals():
@@ -100,7 +105,3 @@ def test_refusals():
         plan(0, IDS, LABELS, 0, 0, 8, 8)
     with pytest.raises(ValueError, match="ids unique"):
         plan(0, torch.tensor([1, 1]), torch.tensor([0, 0]), 0, 1.0, 8, 8)
-    with pytest.raises(ValueError, match="do not fit"):
-        apply(torch.zeros(3, 1, 8, 8), plan(0, IDS, LABELS, 0, 1.0, 8, 8))
-    with pytest.raises(ValueError, match="do not fit"):
-        apply(torch.zeros(8, 1, 2, 2), plan(0, IDS, LABELS, 0, 1.0, 64, 64))

@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from dfkd.config import SAMPLERS
+from dfkd import config as settings
 from dfkd.errors import UsageError
-from dfkd.synthesis.schedule import PREDICTION_TYPES, build_table
+from dfkd.synthesis.schedule import PREDICTION_TYPES, SAMPLERS, build_table
 
 SD15 = {  # scheduler/scheduler_config.json of Stable Diffusion 1.5
     "_class_name": "PNDMScheduler",
@@ -24,11 +24,17 @@ SD15 = {  # scheduler/scheduler_config.json of Stable Diffusion 1.5
     "trained_betas": None,
 }
 FORCED = {"dpmpp2m": {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}}
+CLASSES = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmpp2m": "DPMSolverMultistepScheduler",
+}
 
 
 def reference(config, sampler, steps):
     """The diffusers scheduler that the table replaces, its tables in float64 so that only step()'s own casts remain."""
-    scheduler = getattr(diffusers, SAMPLERS[sampler]).from_config({**config, **FORCED.get(sampler, {})})
+    scheduler = getattr(diffusers, CLASSES[sampler]).from_config({**config, **FORCED.get(sampler, {})})
     if hasattr(scheduler.config, "clip_sample"):
         scheduler.register_to_config(clip_sample=False)
     scheduler.set_timesteps(steps)
@@ -187,7 +193,7 @@ def test_ddpm_keeps_the_variance():
 @pytest.mark.parametrize(
     "change, sampler, steps, message",
     [
-        ({}, "plms", 10, "sampler 'plms': unknown. Choose one of ddpm, ddim, euler, dpmpp2m"),
+        ({}, "plms", 10, "unknown sampler 'plms': known are ddpm, ddim, euler, dpmpp2m, or FILE.py:NAME"),
         ({}, "ddim", 0, "steps 0: want 1 to 1000"),
         ({}, "ddim", 1001, "steps 1001: want 1 to 1000"),
         ({}, "ddim", 1000, "steps_offset 1 and leading spacing"),
@@ -210,6 +216,17 @@ def test_refusals(change, sampler, steps, message):
     with pytest.raises(UsageError) as caught:
         build_table({**SD15, **change}, sampler, steps)
     assert message in str(caught.value)
+
+
+def test_every_sampler_that_the_settings_name_is_there():
+    assert tuple(SAMPLERS) == settings.SAMPLERS
+
+
+def test_coefficients_are_rows_for_the_kernel():
+    table, like = build_table(SD15, "dpmpp2m", 3), torch.zeros(1)
+    rows = table.coefficients(like, cfg=2.5)
+    assert rows.shape == (3, 8) and rows.dtype == torch.float32 and rows[:, 7].tolist() == [2.5] * 3
+    torch.testing.assert_close(rows[1].double()[:2], torch.stack([table.z0_z[1], table.z0_model[1]]))
 
 
 def test_clipping_by_the_default_of_the_named_class_is_refused():
