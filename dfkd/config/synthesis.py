@@ -232,7 +232,7 @@ class ShardConfig(Config):
     EXAMPLE = "--image-format jpg --shard-size 512"
 
     shard_size: int = option(
-        0, f"images a shard, a multiple of --group; 0: about {SHARD_IMAGES}", low=0, identity=False
+        0, f"images a shard, whole groups; 0: about {SHARD_IMAGES}, whole calls", low=0, identity=False
     )
     image_format: str = option("png", "file format of the images", choices=IMAGE_FORMATS, identity=False)
 
@@ -265,12 +265,6 @@ class GenerateConfig(Config):
             raise ValueError(
                 f"--quantise {self.compute.quantise} needs --gradient latent: rounding to 8 bits has no gradient"
             )
-
-    @property
-    def images_per_shard(self) -> int:
-        """A multiple of the group."""
-        group = self.batching.group
-        return self.shards.shard_size or group * -(-SHARD_IMAGES // group)
 
     @property
     def images_interact(self) -> bool:
