@@ -13,7 +13,7 @@ from tests.properties import given, settings, st
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# past a row's end there is log 0 - log 0, and the series of a large difference overflows: the interpreter's numpy says so
+# past a row's end there is log 0 - log 0, and series of large differences overflow: the interpreter's numpy says so
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
