@@ -1,4 +1,7 @@
-"""dfkd-generate by compiled engines, from dfkd-engines build to images: equal to eager but for rounding."""
+"""dfkd-generate by engines, from dfkd-engines build to images: equal to eager but for rounding.
+
+What is traced stands in the place of what a compiler would make of it, since the compilers have tests of their own.
+"""
 
 import json
 import shutil
@@ -13,12 +16,13 @@ from torch import nn
 from dfkd.cli import engines, generate
 from dfkd.data import read_folder, read_manifest
 from dfkd.teachers import Classifier
+from dfkd_engine.backends import BACKENDS
 from dfkd_engine.store import EngineStore
 from tests.cli.small_generate import CLASS_NAMES, last_line, shards_of, status_of
-from tests.compiled.small_functions import BACKEND, NEEDS_IT, flip_a_byte, milliseconds, set_facts
+from tests.compiled.small_functions import Unchanged, flip_a_byte, milliseconds, set_facts
 from tests.tiny_sd import make_tiny_sd
 
-pytestmark = NEEDS_IT
+BACKEND = "onnxruntime"
 NETWORKS = ("unet", "decode", "gradient")
 UNET = {
     "block_out_channels": (4,), "down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None,
@@ -73,6 +77,13 @@ class Place(SimpleNamespace):
     def measured(self, **times):
         for network, (engine, eager) in times.items():
             set_facts(self.store, self.keys()[network], milliseconds=milliseconds(engine, eager))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchanged():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKENDS, BACKEND, Unchanged(BACKEND))
+        yield
 
 
 @pytest.fixture(scope="module")
