@@ -19,8 +19,8 @@ from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import KernelChoice, choose_kernels, derived_seed, resolve_device, seed_global
 from dfkd.teachers import Classifier
-from dfkd.training.folder import CHECKPOINT, WEIGHTS, finished, run_folder, write_result
-from dfkd.training.loop import Progress, Say, Training, fit
+from dfkd.training.folder import WEIGHTS, finished, run_folder, write_result
+from dfkd.training.loop import Progress, Say, Training, fit, order_of
 from dfkd.training.losses import CrossEntropy, DistillLoss, KullbackLeibler, Objective, kl_at_temperature, own_losses
 from dfkd.training.mixing import mix
 from dfkd.training.msarc import Msarc
@@ -70,34 +70,35 @@ def distill(
     _check_pair(images, teacher, network)
     own = own_losses(config)
     identity = identity_of(images, teacher, config, own)
+    teacher, pupil = teacher.freeze(world.device), _pupil(teacher, network, config, world)
+    losses = _losses(config, own, kernels, teacher, pupil)
     with run_folder(out, ("last", "best"), config.train.resume, world):
         if world.from_first(lambda: finished(out, out / "last" / WEIGHTS, identity)):
-            network.load_state_dict(safetensors.torch.load_file(out / "last" / WEIGHTS))
-            return teacher.replace(module=network.to(world.device).eval(), architecture=config.student)
-        teacher, pupil = teacher.freeze(world.device), _pupil(teacher, network, config, world)
-        losses = _losses(config, own, kernels, teacher, pupil)
+            pupil.module.load_state_dict(safetensors.torch.load_file(out / "last" / WEIGHTS))
+            return pupil.eval()
         say(f"kernels: {kernels.name} ({kernels.why})")
         say(f"losses: {', '.join(loss.describe() for loss in losses)}")
         rows, held = split(images.ids, config.held_out)
         judge = HeldOut(images, held if world.first else held[:0], teacher, pupil, config.temperature, out)
-        training = Training(
-            pupil.module,
-            images,
-            rows,
-            _form(teacher, config, world.device),
-            _objective(teacher, pupil, losses, config, world.device),
-            judge,
-            _mixer(config),
-        )
+        training = _training(images, rows, teacher, pupil, losses, config, judge)
         state = fit(training, config.train, out, identity, world, progress, say)
+        pupil = pupil.replace(module=state.result.eval())
         if world.first:
-            result = judge.finish(state, config.train.batch_size)
-            left_out = [bad.id for bad in getattr(images, "left_out", ())]
-            result |= {"left_out": left_out, "class_names": list(images.class_names), "out": str(out)}
-            result |= {"device": str(world.device), "processes": world.size, "kernels": vars(kernels)}
+            result = {
+                **judge.finish(state),
+                "steps": state.step,
+                "skipped": int(state.skipped),
+                "images": order_of(config.train, len(rows), world).length,
+                "left_out": [bad.id for bad in getattr(images, "left_out", ())],
+                "seconds": round(state.seconds, 3),
+                "device": str(world.device),
+                "processes": world.size,
+                "kernels": vars(kernels),
+                "class_names": list(images.class_names),
+                "out": str(out),
+            }
             write_result(out, identity, result)
-            (out / CHECKPOINT).unlink()
-    return pupil.replace(module=state.result.eval())
+    return pupil
 
 
 def check(config: DistillConfig, world: World) -> KernelChoice:
@@ -161,22 +162,15 @@ class HeldOut:
             judged.save_pretrained(self._out / "best", step=state.step, agreement=last[0])
         return {"agreement": last[0], "held_out_loss": -last[1]}
 
-    def finish(self, state: State, batch_size: int) -> dict[str, Any]:
-        """Save the last student; its numbers and those of the best one."""
+    def finish(self, state: State) -> dict[str, Any]:
+        """Save the last student; its agreement and that of the best one, None without held-out images."""
         last = self._pupil.replace(module=state.result.eval())
         last.save_pretrained(self._out / "last", step=state.step)
         if self._images is None:
             last.save_pretrained(self._out / "best", step=state.step)
+            return {"agreement": None, "best_agreement": None, "best_step": state.step}
         kept = state.kept
-        return {
-            "agreement": kept["last"][0] if kept else None,
-            "best_agreement": kept["best"][0] if kept else None,
-            "best_step": kept.get("best_step", state.step),
-            "steps": state.step,
-            "skipped": int(state.skipped),
-            "images": state.step * batch_size,
-            "seconds": round(state.seconds, 3),
-        }
+        return {"agreement": kept["last"][0], "best_agreement": kept["best"][0], "best_step": kept["best_step"]}
 
 
 @torch.no_grad()
@@ -255,32 +249,30 @@ def _losses(
     for loss in bound:
         if (loss.teacher_layers or loss.student_layers) and (compute.compile != "off" or compute.cuda_graph):
             flag = "--cuda-graph" if compute.cuda_graph else f"--compile {compute.compile}"
-            raise UsageError(f"{loss.name} with {flag}", "it looks at layers inside of the networks", "leave one out")
+            raise UsageError(
+                f"{loss.describe()} with {flag}", "it looks at layers inside of the networks", "leave one out"
+            )
     return bound
 
 
-def _form(teacher: Classifier, config: DistillConfig, device: torch.device) -> Form:
+def _training(
+    images: Images,
+    rows: Tensor,
+    teacher: Classifier,
+    pupil: Classifier,
+    losses: Sequence[DistillLoss],
+    config: DistillConfig,
+    judge: HeldOut,
+) -> Training:
+    compute, device = config.train.compute, pupil.device
     # What autocast would round in front of the first layer may come rounded; what is blended is blended before.
-    dtype = torch.float32 if config.mix in ("mixup", "both") else AMP_DTYPES[config.train.compute.amp]
-    return Form(teacher.input_size, teacher.mean, teacher.std, device, dtype)
+    dtype = torch.float32 if config.mix in ("mixup", "both") else AMP_DTYPES[compute.amp]
+    form = Form(teacher.input_size, teacher.mean, teacher.std, device, dtype)
+    call_teacher = compiled(teacher.module, compute.compile)
+    objective = Objective(teacher.module, pupil.module, losses, autocast(compute.amp, device), call_teacher)
 
-
-def _objective(
-    teacher: Classifier, pupil: Classifier, losses: Sequence[DistillLoss], config: DistillConfig, device: torch.device
-) -> Objective:
-    compute = config.train.compute
-    return Objective(
-        teacher.module,
-        pupil.module,
-        losses,
-        autocast(compute.amp, device),
-        compiled(teacher.module, compute.compile),
-    )
-
-
-def _mixer(config: DistillConfig) -> Any:
     def mixed(batch: Batch, total: int, rows: slice) -> Tensor:
         assert batch.random is not None  # the steps of a run have their own
         return mix(batch.images, config.mix, config.mix_alpha, batch.random, total, rows)
 
-    return mixed
+    return Training(pupil.module, images, rows, form, objective, judge, mixed)

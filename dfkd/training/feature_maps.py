@@ -54,7 +54,7 @@ class Places:
     stages: tuple[str, ...]
 
     def modules(self) -> tuple[str, ...]:
-        """Those whose outputs are needed."""
+        """Names of the modules whose outputs are needed."""
         last = (self.head.last,) if self.head is not None else ()
         return tuple(dict.fromkeys((*self.stages, *last)))
 
@@ -67,7 +67,7 @@ def find(
     who: "teacher" or "student", for messages. stages: modules to take, instead of looking for them.
     Raises UsageError: no head to make class activation maps of, no three stages, or a module that is not there.
     """
-    calls, logits = _calls(network, size, keep=cam)
+    calls, logits = _calls(network, size)
     head = _head(calls, logits, who) if cam else None
     if not grad_cams:
         return Places(head, ())
@@ -78,29 +78,32 @@ def find(
 
 @dataclass
 class _Call:
-    """One module's last call: sides of the maps that went in (the first of them) and came out, and the output."""
+    """One module's last call: the first tensor that went in, and what came out where that is a tensor."""
 
     module: nn.Module
-    sides_in: tuple[int, int] | None
-    sides_out: tuple[int, int] | None
     given: Tensor | None
     output: Tensor | None
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of the map that came out; None where it is none."""
+        return _sides(self.output)
 
-def _calls(network: nn.Module, size: int, keep: bool) -> tuple[dict[str, _Call], Tensor]:
-    """The calls of every module by name in the order in which they ended, and the logits; keep: with their tensors."""
-    parameter = next(network.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, size, size, generator=generator).to(parameter)
+
+def _sides(value: Tensor | None) -> tuple[int, int] | None:
+    return (value.shape[2], value.shape[3]) if value is not None and value.ndim == 4 else None
+
+
+def _calls(network: nn.Module, size: int) -> tuple[dict[str, _Call], Tensor]:
+    """The calls of every module by name, in the order in which they ended, and the logits."""
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(next(network.parameters()))
     calls: dict[str, _Call] = {}
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def record(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             given = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
-            result = output if isinstance(output, Tensor) else None
             calls.pop(name, None)
-            kept = (given, result) if keep else (None, None)
-            calls[name] = _Call(module, _sides(given), _sides(result), *kept)
+            calls[name] = _Call(module, given, output if isinstance(output, Tensor) else None)
 
         return record
 
@@ -108,17 +111,12 @@ def _calls(network: nn.Module, size: int, keep: bool) -> tuple[dict[str, _Call],
     with ExitStack() as handles, torch.no_grad():
         for name, module in network.named_modules():
             if name:
-                handle = module.register_forward_hook(hook(name), with_kwargs=True)
-                handles.callback(handle.remove)
+                handles.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
         try:
             return calls, network.eval()(images)
         finally:
             for module, was in training.items():
                 module.training = was
-
-
-def _sides(value: Tensor | None) -> tuple[int, int] | None:
-    return (value.shape[2], value.shape[3]) if value is not None and value.ndim == 4 else None
 
 
 def _head(calls: dict[str, _Call], logits: Tensor, who: str) -> Head:
@@ -129,9 +127,9 @@ def _head(calls: dict[str, _Call], logits: Tensor, who: str) -> Head:
         if call.output.shape != logits.shape or not torch.equal(call.output, logits):
             continue
         places = [
-            (other.sides_out[0] * other.sides_out[1], not relu, order, place)
+            (other.output.shape[2] * other.output.shape[3], not relu, order, place)
             for order, (place, other) in enumerate(calls.items())
-            if other.sides_out is not None and other.output is not None
+            if other.output is not None and other.sides is not None
             for relu in (False, True)  # most networks apply the last ReLU as a function, outside of any module
             if _averages(other.output, relu, call.given)
         ]
@@ -158,8 +156,7 @@ def _by_resolution(network: nn.Module, calls: dict[str, _Call], who: str) -> tup
     places = {name: place for place, name in enumerate(calls)}
     ends: dict[tuple[int, int], str] = {}
     for name in sorted(_trunk(network, calls), key=places.__getitem__):
-        sides = calls[name].sides_out
-        if sides is not None:
+        if (sides := calls[name].sides) is not None:
             ends[sides] = name
     falling = [ends[sides] for sides in sorted(ends, key=lambda sides: -sides[0] * sides[1])]
     if falling != sorted(falling, key=places.__getitem__) or len(falling) < STAGES:
@@ -182,18 +179,18 @@ def _trunk(network: nn.Module, calls: dict[str, _Call], prefix: str = "") -> lis
             sides
             for other, call in calls.items()
             if other == name or other.startswith(name + ".")
-            for sides in (call.sides_in, call.sides_out)
+            for sides in (_sides(call.given), call.sides)
             if sides is not None and sides != (1, 1)
         }
-        whole = name in calls and calls[name].sides_out not in (None, (1, 1))
+        whole = name in calls and calls[name].sides not in (None, (1, 1))
         found += [name] if whole and len(inside) <= 2 else _trunk(module, calls, name + ".")
     return found
 
 
 def _named(network: nn.Module, calls: dict[str, _Call], stages: Sequence[str], who: str) -> tuple[str, ...]:
     for name in stages:
-        if name not in calls or calls[name].sides_out is None:
-            modules = [known for known, call in calls.items() if call.sides_out is not None]
+        if name not in calls or calls[name].sides is None:
+            modules = [known for known, call in calls.items() if call.sides is not None]
             near = difflib.get_close_matches(name, modules, n=3) or modules[:3]
             exists = name in {known for known, _ in network.named_modules()}
             why = "it gives no feature map [B, K, h, w]" if exists else "there is no such module"

@@ -81,9 +81,13 @@ def read_checkpoint(out: Path, identity: Mapping[str, Any], ignoring: Collection
 
 
 def write_result(out: Path, identity: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace out/result.json by `result`, plain JSON values, and the identity as `run`; returns what it holds."""
+    """Replace out/result.json by `result`, plain JSON values, and the identity as `run`; returns what it holds.
+
+    The run is finished with that, and its checkpoint removed.
+    """
     content = {**result, "run": dict(identity)}
     replace_text(out / RESULT, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    (out / CHECKPOINT).unlink(missing_ok=True)
     return content
 
 

@@ -18,7 +18,7 @@ from dfkd.config import TeacherTrainConfig
 from dfkd.data import Form, Images
 from dfkd.runtime import resolve_device, seed_global
 from dfkd.teachers import Classifier
-from dfkd.training.folder import CHECKPOINT, WEIGHTS, finished, run_folder, write_result
+from dfkd.training.folder import WEIGHTS, finished, run_folder, write_result
 from dfkd.training.loop import Progress, Say, Training, fit
 from dfkd.training.losses import Network, wide
 from dfkd.training.state import State
@@ -62,8 +62,8 @@ def train_teacher(
     with run_folder(out, (WEIGHTS, "config.json"), config.train.resume, world):
         if world.from_first(lambda: finished(out, out / WEIGHTS, identity, ignoring=[CONTENT])):
             return Classifier.from_pretrained(out).to(world.device)
-        images = _opener(data, input_size or teachers.input_size(architecture))
-        learning, validation = images("train"), images("validation")
+        split = _opener(data, input_size or teachers.input_size(architecture))
+        learning, validation = split("train"), split("validation")
         identity[CONTENT] = learning.digest[:16]
         classifier = _untrained(learning, config, architecture, world)
         say(f"{architecture} on {len(learning.labels)} images, {world.device}")
@@ -83,7 +83,7 @@ def train_teacher(
         state = fit(training, config.train, out, identity, world, progress, say)
         classifier = classifier.replace(module=state.result.eval())
         if world.first:
-            testing = images("test")
+            testing = split("test")
             result = {
                 "accuracy": accuracy(classifier, testing),
                 "validation_accuracy": accuracy(classifier, validation),
@@ -98,7 +98,6 @@ def train_teacher(
             }
             classifier.save_pretrained(out, data=identity["data"], accuracy=result["accuracy"])
             write_result(out, identity, result)
-            (out / CHECKPOINT).unlink()
     return classifier
 
 

@@ -5,6 +5,7 @@ pixels while they guide, the size are smaller.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +14,60 @@ import torch
 
 from dfkd import teachers
 from dfkd.cli import distill, generate
-from dfkd.presets import PRESETS
-from dfkd.data.shards import open_folder
-from dfkd.teachers import Classifier, checkpoint
-from tests.cli.small_generate import last_line, status_of
+from dfkd.config import presets, section
+from dfkd.data import open_folder
+from dfkd.teachers import Classifier
+from dfkd_engine.prior import Prior
+from tests.cli.small_generate import last_line, save_classifier, status_of
 
 DIGITS = tuple(str(digit) for digit in range(10))
 SMALL = ("--count", 4, "--group", 4, "--batch", 4, "--shard-size", 4, "--steps", 2, "--size", 16, "--device", "cpu")
-SHORT = ("--steps", 2, "--epochs", "none", "--batch-size", 3, "--device", "cpu")
+SHORT = ("--steps", 2, "--batch-size", 3, "--device", "cpu")
 # Where a preset leaves the networks open.
 TEACHERS = {"demo": "resnet8_half", "fedcado": "resnet8"}
 STUDENTS = {"fedcado": "resnet8"}
 LARGE = ("domainnet-sketch", "domainnet-quickdraw")  # of 224 pixels
 
 
-def save(folder: Path, name: str, names: tuple[str, ...], size: int) -> Path:
-    torch.manual_seed(0)
-    half = (0.5, 0.5, 0.5)
-    checkpoint.save(folder, Classifier(teachers.build(name, len(names)), name, names, size, half, half))
-    return folder
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in PRESETS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in presets()])
 def test_a_preset_runs(
-    name: str, tmp_path: Path, small_prior: Path, cached_load_prior: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    name: str,
+    tmp_path: Path,
+    small_prior: Path,
+    cached_prior: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("dfkd.cli.prepare.load_prior", cached_load_prior)
-    asked, learns = PRESETS[name].generate, PRESETS[name].distill
-    architecture = str(asked.get("teacher", TEACHERS.get(name)))
-    names = asked.get("classes", DIGITS)
-    assert isinstance(names, tuple) and len(names) == 10
+    monkeypatch.setattr(Prior, "from_pretrained", cached_prior)
+    asked, learns = (section(presets()[name], part) for part in ("generate", "distill"))
+    architecture, names = str(asked.get("teacher", TEACHERS.get(name))), tuple(asked.get("classes", DIGITS))
     side = teachers.input_size(architecture)
-    teacher = save(tmp_path / "teacher", architecture, names, side)
-    guide = save(tmp_path / "guide", architecture, names, 64) if name in LARGE else teacher
+    teacher = save_classifier(tmp_path / "teacher", 0, names, side, architecture)
+    guide = save_classifier(tmp_path / "guide", 0, names, 64, architecture) if name in LARGE else teacher
     argv = ["--preset", name, "--teacher-checkpoint", guide, "--prior", small_prior, "--out", tmp_path / "data", *SMALL]
     if asked.get("adv_weight"):
-        student = save(tmp_path / "adversary", str(learns["student"]), names, 64)
-        argv += ["--student-checkpoint", student]
+        adversary = save_classifier(tmp_path / "adversary", 0, names, 64, str(learns["student"]))
+        argv += ["--student-checkpoint", adversary]
     assert status_of(generate.main, *argv) == 0, capsys.readouterr().err
     made = last_line(capsys.readouterr().out)
     assert made["images_written"] == 4 and made["class_counts"] == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
-    said = json.loads((tmp_path / "data" / "settings.json").read_text())["options"]
-    wanted = {"bn_weight", "cls_weight", "adv_weight", "cfg", "prompt", "sampler", "bn_stats", "noise_edit_steps"}
-    assert {key: said[key] for key in wanted & asked.keys()} == {key: asked[key] for key in wanted & asked.keys()}
-    pool = open_folder(tmp_path / "data")
-    assert pool.class_names == names and pool.image_size == 16
+    assert_used(
+        tmp_path / "data", asked, "bn_weight", "cls_weight", "adv_weight", "cfg", "prompt", "sampler", "bn_stats"
+    )
+    assert open_folder(tmp_path / "data").class_names == names
 
-    argv = ["--data", tmp_path / "data", "--teacher-checkpoint", teacher, "--out", tmp_path / "student", *SHORT]
+    argv = ["--data", tmp_path / "data", "--teacher-checkpoint", teacher, "--out", tmp_path / "student"]
     argv += ["--preset", name] if learns else ["--student", STUDENTS[name]]
-    assert status_of(distill.main, *argv) == 0, capsys.readouterr().err
+    assert status_of(distill.main, *argv, *SHORT) == 0, capsys.readouterr().err
     result = last_line(capsys.readouterr().out)
     assert (result["steps"], result["images"]) == (2, 6)
-    student = checkpoint.load(None, tmp_path / "student" / "last")
+    student = Classifier.from_pretrained(tmp_path / "student" / "last")
     assert student.architecture == learns.get("student", STUDENTS.get(name)) and student.input_size == side
-    assert all(torch.isfinite(value.float()).all() for value in student.module.state_dict().values())
-    used = json.loads((tmp_path / "student" / "settings.json").read_text())["options"]
-    assert {key: used[key] for key in ("lr", "temperature", "augment") if key in learns} == {
-        key: learns[key] for key in ("lr", "temperature", "augment") if key in learns
-    }
+    assert all(torch.isfinite(value.float()).all() for value in student.state_dict().values())
+    assert_used(tmp_path / "student", learns, "lr", "temperature", "augment", "schedule", "mix")
+
+
+def assert_used(folder: Path, asked: dict[str, Any], *names: str) -> None:
+    """The settings that a run recorded are the preset's."""
+    used = json.loads((folder / "settings.json").read_text())["options"]
+    assert {key: used[key] for key in names if key in asked} == {key: asked[key] for key in names if key in asked}

@@ -60,13 +60,13 @@ SMALL = {"batch_size": 8, "lr": 0.05, "augment": "shift", "device": "cpu"}
 
 
 def settings(**changes: Any) -> DistillConfig:
-    """Of a distillation of 12 steps."""
+    """Settings of a distillation of 12 steps."""
     given = {**SMALL, "student": "tiny", "temperature": 4.0, "held_out": 0.1, "schedule": "multistep"}
     return DistillConfig.of(**given, steps=12).replace(**changes)
 
 
 def teacher_settings(**changes: Any) -> TeacherTrainConfig:
-    """Of a teacher's training of 12 steps."""
+    """Settings of a teacher's training of 12 steps."""
     return TeacherTrainConfig.of(**SMALL, steps=12).replace(**changes)
 
 

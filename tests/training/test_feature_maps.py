@@ -47,7 +47,7 @@ def test_every_network_of_the_zoo_is_written_down() -> None:
 
 
 class Dense(nn.Module):
-    """As others write networks: a stem, stages in a list, squeezed channels, the last ReLU a function in place."""
+    """A network as other libraries write them: stages in a list, squeezed channels, a last ReLU in place."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -109,20 +109,3 @@ def test_what_has_no_maps_is_refused_in_words() -> None:
     with pytest.raises(UsageError, match=r"of 1 sizes: 16x16 \(features\).*--msarc-student-stages"):
         find(Unpooled(5), 32, "student", cam=False)
     assert find(Unpooled(5), 32, "student", cam=False, stages=("features.0",)).stages == ("features.0",)
-
-
-def test_a_transformer_and_a_convolutional_network_of_transformers() -> None:
-    from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfig
-
-    from dfkd.teachers.adapters import Logits
-
-    torch.manual_seed(0)
-    depths = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-    residual = ResNetConfig(embedding_size=8, layer_type="basic", num_labels=5, **depths)
-    places = find(Logits(AutoModelForImageClassification.from_config(residual)), 64, "teacher")
-    assert places.head is not None and places.head.linear == "model.classifier.1"
-    assert places.stages == tuple(f"model.resnet.encoder.stages.{stage}" for stage in range(3))
-    looks = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=5)
-    looks.image_size, looks.patch_size = 32, 8
-    with pytest.raises(UsageError, match="the teacher has no class activation maps"):
-        find(Logits(AutoModelForImageClassification.from_config(looks)), 32, "teacher")

@@ -76,23 +76,17 @@ class Writer:
     finish = close
 
 
-def installed(patch: pytest.MonkeyPatch, name: str, **content: object) -> None:
-    for part in {name, name.rpartition(".")[2]}:
-        module = ModuleType(part)
-        module.__spec__ = ModuleSpec(part, None)
+def installed(patch: pytest.MonkeyPatch, package: str, **content: object) -> None:
+    for name in ("wandb",) if package == "wandb" else ("tensorboard", "torch.utils.tensorboard"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
         module.__dict__.update(content)
-        patch.setitem(sys.modules, part, module)
+        patch.setitem(sys.modules, name, module)
 
 
-@pytest.mark.parametrize(
-    ("module", "maker", "option"),
-    [
-        ("torch.utils.tensorboard", "SummaryWriter", {"tensorboard": True}),
-        ("wandb", "init", {"wandb": "digits"}),
-    ],
-)
+@pytest.mark.parametrize("option", [{"tensorboard": True}, {"wandb": "digits"}], ids=["tensorboard", "wandb"])
 def test_another_log_has_the_numbers_of_log_jsonl(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, maker: str, option: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
 ) -> None:
     """A stopped run opens it again, and closes it either way."""
     made: list[Writer] = []
@@ -101,21 +95,19 @@ def test_another_log_has_the_numbers_of_log_jsonl(
         made.append(Writer(*given, **named))
         return made[-1]
 
-    installed(monkeypatch, module, **{maker: make})
+    installed(monkeypatch, *option, init=make, SummaryWriter=make)
     out, config = tmp_path / "out", settings(checkpoint_every=3, **option)
     with pytest.raises(Killed):
         run(out, config, progress=dies(7))
     run(out, config)
-    run(tmp_path / "without", settings())
     first, second = made
     assert first.closed and second.closed
     numbers = [(line["step"], name, value) for line in lines(out) for name, value in line.items() if name != "step"]
     assert [line for line in first.told if line[0] <= 6] + second.told == numbers
     assert {name for _, name, _ in numbers} >= {"loss", "agreement"}
-    if module == "wandb":
+    if "wandb" in option:
         assert first.named == second.named  # the same run goes on
-        wanted = ("digits", "out", "allow")
-        assert tuple(first.named[name] for name in ("project", "name", "resume")) == wanted
+        assert {"project": "digits", "name": "out", "resume": "allow"}.items() <= first.named.items()
     else:
         assert first.given == second.given == (str(out / "tensorboard"),)
         assert (first.named, second.named) == ({"purge_step": None}, {"purge_step": 7})
@@ -136,16 +128,3 @@ def test_a_log_whose_package_is_absent_is_refused(package: str, monkeypatch: pyt
     wanted = LoggingConfig(tensorboard=package == "tensorboard", wandb="digits" if package == "wandb" else None)
     with pytest.raises(UsageError, match=f"--{package} needs the package {package}: it is not installed. pip install"):
         check_logs(wanted)
-
-
-def test_tensorboards_own_files_hold_the_losses(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(tmp_path, settings(tensorboard=True, checkpoint_every=3))
-    found = EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
-    told = [(event.step, event.value) for event in found.Scalars("loss")]
-    logged = [(line["step"], line["loss"]) for line in lines(tmp_path) if "loss" in line]
-    assert [at for at, _ in told] == [at for at, _ in logged]
-    assert [value for _, value in told] == pytest.approx([value for _, value in logged], rel=1e-6)  # float32 there

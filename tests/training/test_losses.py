@@ -53,14 +53,6 @@ def test_kl_is_its_definition(temperature: float) -> None:
     assert abs(float(kl_at_temperature(s, s + 3, temperature))) < 1e-10  # a common offset is no difference
 
 
-def test_at_high_temperature_kl_is_half_the_squared_distance_of_centred_logits() -> None:
-    """Hinton et al., section 2.1: T^2 KL -> ||s - t||^2 / (2 C) for zero-mean logits as T grows."""
-    s, t = (x - x.mean(1, keepdim=True) for x in (logits(0), logits(1)))
-    wanted = (s - t).square().sum(1).mean() / (2 * 10)
-    # The next term of the expansion is smaller by about max|logit| / T.
-    assert torch.isclose(kl_at_temperature(s, t, 1e4), wanted, rtol=1e-2)
-
-
 def test_half_precision_is_judged_in_float32() -> None:
     s, t = logits(0, torch.bfloat16), logits(1, torch.bfloat16)
     assert torch.equal(kl_at_temperature(s, t, 4.0), kl_at_temperature(s.float(), t.float(), 4.0))
