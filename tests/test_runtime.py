@@ -1,13 +1,15 @@
-"""What a process is: its rank, its GPU, its threads."""
+"""What a process is: its rank, its GPU, its threads; and what --kernels comes to there."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
 
 from dfkd.errors import UsageError
-from dfkd.runtime import Rank, cpu_threads, own_rank, resolve_device
+from dfkd.runtime import Rank, choose_kernels, cpu_threads, own_rank, resolve_device
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
 
 
@@ -39,3 +41,35 @@ def test_threads_under_torchrun_are_those_of_a_process_that_runs_alone():
     assert cpu_threads(3, told) == 3 and cpu_threads(0, {}) == cpu_threads(0, told) == alone
     assert 1 <= cpu_threads(0, {**TORCHRUN, **told}) <= len(os.sched_getaffinity(0))  # torchrun's own 1 does not count
     assert cpu_threads(0, {**TORCHRUN, "OMP_NUM_THREADS": "2"}) == alone  # a user's does, as torch read it
+
+
+@pytest.mark.parametrize(
+    "wanted, device, name, why",
+    [
+        ("auto", CPU, "torch", "the device is cpu"),
+        ("auto", CUDA, "triton", "the device is cuda"),
+        ("torch", CUDA, "torch", "as asked"),
+        ("triton", CUDA, "triton", "as asked"),
+    ],
+)
+def test_choice(wanted, device, name, why, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    choice = choose_kernels(wanted, device)
+    assert (choice.name, choice.why) == (name, why)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UsageError, match=r"--kernels triton on cpu.*--kernels torch"):
+        choose_kernels("triton", CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter" in choose_kernels("triton", CPU).why
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    assert choose_kernels("auto", CUDA).name == "torch"
+    with pytest.raises(UsageError, match="Triton is not installed"):
+        choose_kernels("triton", CUDA)

@@ -90,9 +90,8 @@ def pretrained(name: str) -> Pretrained:
         if prefix == "timm":
             model: Any = _module(library.create_model(rest, pretrained=True), name).eval()
             facts = library.data.resolve_model_data_config(model)
-            numbers = tuple(str(index) for index in range(model.num_classes))
-            side = int(facts["input_size"][-1])
-            return Pretrained(model, numbers, _three(facts["mean"]), _three(facts["std"]), side)
+            names, side = _timm_names(library, model), int(facts["input_size"][-1])
+            return Pretrained(model, names, _three(facts["mean"]), _three(facts["std"]), side)
         if prefix == "torchvision":
             weights = library.models.get_model_weights(rest).DEFAULT
             model = _module(library.models.get_model(rest, weights=weights), name).eval()
@@ -105,6 +104,14 @@ def pretrained(name: str) -> Pretrained:
         return Pretrained(Logits(model).eval(), classes, mean, std, _image_size(facts))
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(f"cannot load '{name}'", str(error), "check the name, or give a local checkpoint") from error
+
+
+def _timm_names(library: ModuleType, model: Any) -> tuple[str, ...]:
+    """ImageNet's first word for every class, numbered where two classes share it ("crane 134"); else the numbers."""
+    if (subset := library.data.infer_imagenet_subset(model)) is None:
+        return tuple(map(str, range(model.num_classes)))
+    words = [text.split(", ")[0] for text in library.data.ImageNetInfo(subset).label_descriptions()]
+    return tuple(word if words.count(word) == 1 else f"{word} {index}" for index, word in enumerate(words))
 
 
 def _library(prefix: str) -> ModuleType:

@@ -1,11 +1,14 @@
 """The zoo: names and shapes of the published checkpoints' weights, so that those load strictly."""
 
 import hashlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dfkd import teachers
+from dfkd.config import TeacherConfig
 from dfkd.errors import UsageError
 
 # Name -> trainable parameters, digest of the sorted "key shape" lines of the state dict; both with 10 classes.
@@ -96,7 +99,7 @@ def test_network_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_absent_library_says_what_to_install(library, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, library, None)
+    monkeypatch.setitem(sys.modules, library, None)
     for load in (lambda name: teachers.build(name, 10), teachers.Classifier.from_pretrained):
         with pytest.raises(UsageError, match=f"pip install {library}"):
             load(f"{library}:resnet18")
@@ -109,3 +112,31 @@ def test_timm_and_torchvision_build():
         assert teachers.build(name, 3).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(UsageError, match="cannot build"):
         teachers.build("timm:no_such_model", 3)
+
+
+class FakeTimm:
+    """timm's functions that are used, on a network of four classes."""
+
+    data = SimpleNamespace(
+        resolve_model_data_config=lambda model: {"mean": (0.1,) * 3, "std": (0.2,) * 3, "input_size": (3, 24, 24)},
+        infer_imagenet_subset=lambda model: model.subset,
+        ImageNetInfo=lambda subset: SimpleNamespace(
+            label_descriptions=lambda: ["tench, Tinca tinca", "crane", "goldfish", "crane, bird"]
+        ),
+    )
+
+    @staticmethod
+    def create_model(name, pretrained):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 4))
+        model.num_classes, model.subset = 4, "imagenet-1k" if name == "known" else None
+        return model
+
+
+def test_timm_says_how_its_models_are_fed_and_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", FakeTimm())
+    found = teachers.Classifier.from_pretrained("timm:known")
+    assert found.class_names == ("tench", "crane 1", "goldfish", "crane 3")
+    assert (found.mean, found.std, found.input_size, found.architecture) == ((0.1,) * 3, (0.2,) * 3, 24, "timm:known")
+    assert teachers.Classifier.from_pretrained("timm:other").class_names == ("0", "1", "2", "3")
+    named = teachers.load_teacher(TeacherConfig.of(teacher="timm:other"), tuple("abcd"))
+    assert named.class_names == tuple("abcd")
