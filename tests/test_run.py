@@ -100,7 +100,7 @@ def test_started_again_it_does_nothing_twice(
 
     before = state()
     monkeypatch.setattr(run, "evaluate", again)
-    assert status_of(cli.main, place / "job.toml", "--out", done, "--seed", 3) == 0
+    assert status_of(cli.main, "--config", place / "job.toml", "--out", done, "--seed", 3) == 0
     result = last_line(capsys.readouterr().out)
     assert state() == before
     assert list(result)[-1] == "accuracy" and result["baselines"].keys() == {"noise"}

@@ -145,7 +145,10 @@ def _parser(cls: type[Config], name: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {dfkd.__version__}")
     if listed and "preset" not in known:
         parser.add_argument("--preset", metavar="NAME", help="start from published settings, listed below")
-    parser.add_argument("--config", metavar="FILE", help="TOML file of options, or the settings.json of a run")
+    if cls.POSITIONAL:  # --config is another word for it
+        parser.add_argument("--config", dest=cls.POSITIONAL, help=argparse.SUPPRESS)
+    else:
+        parser.add_argument("--config", metavar="FILE", help="TOML file of options, or the settings.json of a run")
     groups: dict[str, Any] = {"": parser}
     for key, leaf in known.items():
         title = "" if leaf.owner is cls or leaf.owner.SECTION else (leaf.owner.__doc__ or "").splitlines()[0]
@@ -160,7 +163,7 @@ def _parser(cls: type[Config], name: str) -> argparse.ArgumentParser:
         if get_origin(kind) is tuple:
             facts |= {"nargs": "+", "action": "extend"}
         if key == cls.POSITIONAL:
-            groups[title].add_argument(key, nargs="?", **facts)
+            groups[title].add_argument(key, nargs="?", **facts | {"metavar": key.upper()})
         else:
             groups[title].add_argument(_flag(key), dest=key, **facts)
     return parser
