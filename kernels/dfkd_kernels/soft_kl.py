@@ -68,7 +68,7 @@ if triton is not None:
 
     @triton.jit
     def top_and_rest(x, place_of, SHARPNESS: tl.constexpr):
-        """Of rows [R, C]: the largest value, where it first is, the sum of exp((x - largest) SHARPNESS) elsewhere.
+        """The largest value of rows [R, C], where it first is, and the sum of exp((x - largest) SHARPNESS) elsewhere.
 
         Kept apart from the 1 that the largest adds: of a sure answer it is all that is left.
         """

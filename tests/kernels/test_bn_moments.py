@@ -171,7 +171,7 @@ def test_nan_and_infinity_stay():
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_reference_is_its_definition(affine, relu):
-    """Its gradient is written down: against autograd, and its results against finite differences."""
+    """The written gradient against autograd, and the results against finite differences."""
     x, layer, gradients = Inputs((2, 3, 4, 3), F64, relu=relu, affine=affine).tensors()
     layer = [None if v is None else v.double() for v in layer]
     plain = results(eager, x, layer, gradients, relu)
@@ -188,7 +188,7 @@ def test_the_reference_is_its_definition(affine, relu):
 @pytest.mark.parametrize("interpreted", [True, False])
 @pytest.mark.parametrize("order", FORMATS)
 def test_operator(order, interpreted, monkeypatch):
-    """As autograd, fake tensors and the compiler see it; where no interpreter runs the CPU has the reference."""
+    """Checked for autograd, fake tensors and the compiler; where no interpreter runs the CPU has the reference."""
     if not interpreted and DEVICE.type == "cpu":
         monkeypatch.setattr(module, "interpreted", lambda x: False)
     x, layer, gradients = Inputs((2, 3, 2, 2), F64, order, order).tensors()

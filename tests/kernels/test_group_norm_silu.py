@@ -182,7 +182,7 @@ def test_tokens_of_attention_are_not_copied():
 
 @pytest.mark.parametrize("interpreted", [True, False])
 def test_operator(interpreted, monkeypatch):
-    """As autograd, fake tensors and the compiler see it; where no interpreter runs the CPU has the reference."""
+    """Checked for autograd, fake tensors and the compiler; where no interpreter runs the CPU has the reference."""
     if not interpreted and DEVICE.type == "cpu":
         monkeypatch.setattr(module, "interpreted", lambda x: False)
     for i in (Inputs(1, 4, (3,), 2, F64), Inputs(2, 2, (2, 2), 1, F64, nhwc=True, silu=False)):

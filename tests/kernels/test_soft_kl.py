@@ -143,7 +143,7 @@ def test_strides_change_nothing(strides):
 
 
 def test_the_reference_is_its_definition():
-    """Its gradient is written down: against autograd, and its losses against finite differences."""
+    """The written gradient against autograd, and the losses against finite differences."""
     for i in (Inputs(3, 5, F64), Inputs(4, 5, F64, 1.0, agreeing=True)):
         student, teacher = i.tensors()
         losses, gradient = soft_kl_ref(student, teacher, *i.options)
@@ -157,7 +157,7 @@ def test_the_reference_is_its_definition():
 
 @pytest.mark.parametrize("interpreted", [True, False])
 def test_operator(interpreted, monkeypatch):
-    """As autograd, fake tensors and the compiler see it; where no interpreter runs the CPU has the reference."""
+    """Checked for autograd, fake tensors and the compiler; where no interpreter runs the CPU has the reference."""
     if not interpreted and DEVICE.type == "cpu":
         monkeypatch.setattr(module, "interpreted", lambda x: False)
     student, teacher = Inputs(3, 5, F64).tensors()
@@ -213,7 +213,7 @@ def test_classes_that_are_ruled_out():
 
 
 def test_the_difference_of_sure_answers_keeps_its_digits():
-    """Of probabilities 1 - 1e-9 and 1 - 2e-9 eager float32 knows the difference of neither."""
+    """Eager float32 has no digit of the difference between probabilities 1 - 1e-9 and 1 - 2e-9."""
     student, teacher = (torch.tensor([[x, 0.0, -1.0]], device=DEVICE) for x in (21.0, 20.0))
     exact = with_gradient(eager, student.double(), teacher.double(), 1.0, False)
     for mine, wanted in zip(with_gradient(soft_kl, student, teacher), exact, strict=True):
