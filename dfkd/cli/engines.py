@@ -18,6 +18,7 @@ from dfkd_engine.store import EngineStore, Manifest
 
 if TYPE_CHECKING:
     from dfkd.compiled.functions import Function
+    from dfkd_engine.spec import EngineSpec
 
 COMMAND = "dfkd-engines"
 _KEYS = ("backends", "networks", "targets", "generate")  # of a set
@@ -27,7 +28,7 @@ _USAGE = """usage: dfkd-engines build|list|explain|verify|prune [options] [-- op
   list     the engines that are there, with what was measured of each
   explain  why an engine is not current, field by field
   verify   hash every file; status 1 where an engine is damaged
-  prune    remove engines
+  prune    remove engines that cannot run here, or all but those of a set
 
 Engines lie in build/engines by default. dfkd-engines COMMAND --help says more.
 """
@@ -44,10 +45,10 @@ class StoreSettings(Config):
 class SetSettings(StoreSettings):
     """Set: which engines, those of a set or of a run of dfkd-generate, whose options stand after --"""
 
-    set: str = option("", "a set of the file; none: the options after -- alone")
+    set: str | None = option(None, "a set of the file; none: the options after -- alone")
     sets: Path = option(Path("build/engines.toml"), "file of sets")
     only: tuple[str, ...] = option((), "these networks alone")
-    backend: str = option("", "compile with this backend alone", choices=("", *BACKENDS), extensible=True)
+    backend: str | None = option(None, "compile with this backend alone", choices=BACKENDS, extensible=True)
     target: tuple[str, ...] = option(
         (), "GPU architectures to compile for ahead of time, such as sm_89,sm_120: no GPU is needed (tensorrt-rtx)"
     )
@@ -80,8 +81,11 @@ class Verify(StoreSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(StoreSettings):
-    """Remove engines that the installed versions cannot run, and what killed builds left."""
+class Prune(SetSettings):
+    """Remove engines that the installed versions cannot run, and what killed builds left.
+
+    With a set, or options of dfkd-generate after --, remove all but its current engines.
+    """
 
     older_than: float = option(0.0, "remove also those that are older; 0: none", unit="days", low=0)
     all: bool = option(False, "remove all of them")
@@ -160,19 +164,15 @@ def build(options: Build, more: Sequence[str]) -> dict[str, Any]:
 
 
 def explain(options: Explain, more: Sequence[str]) -> dict[str, Any]:
-    chosen = read_set(options, more)
-    functions = _functions(chosen)
-    pairs, store = chosen.pairs(functions), EngineStore(options.engines)
-    from dfkd.compiled.engines import engine_spec, reasons
+    from dfkd.compiled.engines import reasons
 
-    device = family(chosen.targets) if chosen.targets else architecture(functions[0].device)
-    found = {}
-    for function, backend in pairs:
-        fields = store.explain(engine_spec(function, backend, device))
-        print(f"{function} in {backend}: {'not current' if fields else 'current'}", file=sys.stderr)
+    store, found = EngineStore(options.engines), {}
+    for what, spec in _specs(options, more):
+        fields = store.explain(spec)
+        print(f"{what} in {spec.backend}: {'not current' if fields else 'current'}", file=sys.stderr)
         for reason in reasons(fields):
             print(f"    {reason}", file=sys.stderr)
-        found[f"{function.name} {backend}"] = fields
+        found[f"{spec.network} {spec.backend}"] = fields
     return {"engines": options.engines, "differences": found}
 
 
@@ -215,7 +215,9 @@ def prune(options: Prune, more: Sequence[str]) -> dict[str, Any]:
         for manifest in found
         if _runs_here(manifest.spec.versions) and datetime.fromisoformat(manifest.created) > oldest and not options.all
     }
-    freed = store.prune(keep | set(options.keep))
+    if options.set or more:
+        keep &= {spec.key() for _, spec in _specs(options, more)}
+    freed = store.prune(keep.union(options.keep))
     removed = len(found) - len(store.list())
     print(f"{removed} engines removed, {_size(freed)} freed", file=sys.stderr)
     return {"engines": options.engines, "removed": removed, "bytes_freed": freed}
@@ -259,6 +261,17 @@ def _functions(chosen: EngineSet) -> "tuple[Function, ...]":
     pipeline.config = chosen.run.generate
     found: tuple[Function, ...] = getattr(pipeline, "functions", tuple)()
     return found
+
+
+def _specs(options: SetSettings, more: Sequence[str]) -> "list[tuple[Function, EngineSpec]]":
+    """What the engines of a set are made of, nothing compiled."""
+    from dfkd.compiled.engines import engine_spec
+
+    chosen = read_set(options, more)
+    functions = _functions(chosen)
+    pairs = chosen.pairs(functions)
+    device = family(chosen.targets) if chosen.targets else architecture(functions[0].device)
+    return [(function, engine_spec(function, backend, device)) for function, backend in pairs]
 
 
 def _table(file: Path, name: str) -> Mapping[str, Any]:

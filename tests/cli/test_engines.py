@@ -36,7 +36,7 @@ backend = "inductor"
 [wrong]
 backends = ["tvm"]
 
-[none]
+[absent]
 networks = ["vae"]
 
 [option.generate]
@@ -152,6 +152,11 @@ def test_prune_takes_what_other_versions_built_and_what_is_old(place, monkeypatc
     assert run(place, "prune") == 0
     assert last_line(capsys.readouterr().out)["removed"] == 2
     assert {manifest.key for manifest in place.store.list()} == set(keys.values())
+    assert run(place, "prune", rest=("--", "--steps", 9)) == 0  # all but the engines of a run
+    assert last_line(capsys.readouterr().out)["removed"] == 0
+    place.functions = (decode(), gradient(seed=1))
+    assert run(place, "prune", "--keep", keys["gradient"], rest=("--", "--steps", 9)) == 0
+    assert last_line(capsys.readouterr().out)["removed"] == 0
     assert run(place, "prune", "--older-than", 1) == 0
     assert last_line(capsys.readouterr().out)["removed"] == 0
     for manifest in place.store.list():
@@ -159,6 +164,9 @@ def test_prune_takes_what_other_versions_built_and_what_is_old(place, monkeypatc
         (place.store.root / manifest.key / "manifest.json").write_text(text)
     assert run(place, "prune", "--older-than", 1, "--keep", keys["decode"]) == 0
     assert [manifest.key for manifest in place.store.list()] == [keys["decode"]]
+    place.functions = (decode(seed=1),)
+    assert run(place, "prune", "--set", "mine", "--sets", place.sets) == 0
+    assert not place.store.list()
 
 
 def test_engines_of_another_machine_are_not_current(place, monkeypatch, capsys):
@@ -235,10 +243,10 @@ def test_targets_are_compiled_for_ahead_of_time(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--set", "yours"], "has no set 'yours': it has mine, both, strange, wrong, none"),
+        (["--set", "yours"], "has no set 'yours': it has mine, both, strange, wrong, absent"),
         (["--set", "strange"], "[strange] has an unknown key 'backend'"),
         (["--set", "wrong"], "the set wrong names the backend 'tvm'"),
-        (["--set", "none"], "there is no network 'vae': a run with these options has decode, gradient"),
+        (["--set", "absent"], "there is no network 'vae': a run with these options has decode, gradient"),
         (["--set", "option"], "unknown argument --stepz"),
         (["--set", "mine", "--only", "gradient,pixels"], "there is no network 'pixels'"),
         (["--set", "mine", "--backend", "eager"], "--backend is 'eager'"),
