@@ -164,7 +164,10 @@ class Average:
         """
         decay = torch.clamp((1 + updates.double()) / (10 + updates.double()), max=self.decay)
         weight = torch.where(taken, 1 - decay, 0.0)
-        for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
-            mine.lerp_(theirs, weight.to(mine.dtype))
+        mine: list[Tensor] = list(self.network.parameters())
+        theirs: list[Tensor] = list(network.parameters())
+        way = list(torch._foreach_sub(theirs, mine))  # a few launches, however many parameters
+        torch._foreach_mul_(way, weight.to(mine[0].dtype))
+        torch._foreach_add_(mine, way)
         for own, other in zip(self.network.buffers(), network.buffers(), strict=True):
             own.copy_(other)
