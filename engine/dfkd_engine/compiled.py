@@ -133,7 +133,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The same values as compiled code assumes them: contiguous and aligned, whatever it was compiled with."""
+    """A tensor as compiled code assumes it: contiguous and aligned, whatever strides it came with."""
     plain = tensor.detach().contiguous()
     return plain.clone() if plain.data_ptr() % _ALIGNMENT else plain
 

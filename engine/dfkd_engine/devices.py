@@ -48,7 +48,7 @@ def architecture(device: "torch.device | str") -> str:
 
 
 def cpu_architecture() -> str:
-    """This CPU as far as compiled code depends on it, such as "cpu x86_64 avx2"; reads Linux's /proc/cpuinfo."""
+    """The CPU as far as compiled code depends on it, such as "cpu x86_64 avx2"; reads Linux's /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -84,6 +84,6 @@ def targets_of(device: str) -> tuple[str, ...]:
 
 
 def covers(built_for: str, device: str) -> bool:
-    """Whether an engine of the family `built_for` can run on `device`, which is there."""
+    """True if an engine compiled for the family `built_for` can run on `device`, which is there."""
     words = device.split()
     return words[0] == "cuda" and len(words) > 2 and words[1] in targets_of(built_for)

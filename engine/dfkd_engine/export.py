@@ -98,8 +98,10 @@ def layers_of(graph: Graph) -> list[str]:
 
 
 class _ByLayer(nn.Module):
-    """The same, each operation called by a module of its layer: all that torch.export and the ONNX exporter keep of
-    where a node comes from is the stack of modules that it was called in."""
+    """The graph with each operation called by a module of its layer.
+
+    torch.export and the ONNX exporter keep nothing of a node's origin but the stack of modules it was called in.
+    """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()

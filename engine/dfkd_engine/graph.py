@@ -176,12 +176,12 @@ def _check(
 
 
 def _is_free(size: Any) -> bool:
-    """Whether a symbolic size stands for any number still."""
+    """True if a symbolic size still stands for any number."""
     return isinstance(size, torch.SymInt) and bool(size.node.shape_env.replace(size.node.expr).is_symbol)
 
 
 def _finished(module: fx.GraphModule, inputs: Sequence[TensorSpec]) -> fx.GraphModule:
-    """The same graph with the inputs' names; of tracing, each node's layer alone is kept."""
+    """A copy whose inputs have their names, and whose nodes keep their layer and nothing else of tracing."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node, spec in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):

@@ -1,6 +1,6 @@
 """Which group normalisation a UNet or a VAE runs with where it runs eagerly or by Inductor: torch's, or the kernel's.
 
-kernels/group_norm_silu.py takes the SiLU behind a layer into the same launch. Which layers have one behind them is
+`dfkd_kernels.group_norm_silu` takes the SiLU behind a layer into the same launch. Which layers have one behind them is
 read off the blocks that diffusers builds such networks from, by their structure:
 
     a residual block   norm1 -> nonlinearity -> conv1 -> norm2 -> nonlinearity, and nonlinearity -> time_emb_proj
@@ -29,14 +29,11 @@ KERNELS = frozenset({forward_operation, backward_operation})
 
 @dataclass(frozen=True)
 class Swapped:
-    """Of a network's group norms: how many there are, how many the kernel runs, how many of them with their SiLU."""
+    """How many group norms a network has, how many the kernel runs, and how many of them with their SiLU."""
 
     layers: int
     fused: int
     with_silu: int
-
-    def __str__(self) -> str:
-        return f"{self.fused} of {self.layers} group norms, {self.with_silu} with their SiLU"
 
 
 class KernelGroupNorm(nn.GroupNorm):
@@ -106,7 +103,7 @@ def set_group_norms(network: nn.Module, name: str) -> Swapped:
 
 
 def group_norms(network: nn.Module) -> Swapped:
-    """As `set_group_norms` left them."""
+    """What runs the group norms of a network now."""
     layers = [layer for layer in network.modules() if isinstance(layer, nn.GroupNorm)]
     taken = [layer for layer in layers if isinstance(layer, KernelGroupNorm)]
     return Swapped(len(layers), len(taken), sum(layer.silu for layer in taken))

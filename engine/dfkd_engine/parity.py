@@ -117,7 +117,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Errors:
-    """Of one result: relative and cosine, float64 [B] on the CPU."""
+    """Errors of one result, sample by sample: relative and cosine, float64 [B] on the CPU."""
 
     relative: Tensor
     cosine: Tensor

@@ -31,12 +31,12 @@ from dfkd_engine.group_norms import set_group_norms
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-__all__ = ["CONFIGS", "DTYPES", "EMBEDDED", "WEIGHTS", "Prior", "component_digests", "locate", "read_config"]
+__all__ = ["DTYPES", "EMBEDDED", "Prior", "component_digests"]
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-CONFIGS = {**dict.fromkeys(WEIGHTS, "config.json"), "scheduler": "scheduler_config.json"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_CONFIGS = {**dict.fromkeys(_WEIGHTS, "config.json"), "scheduler": "scheduler_config.json"}
 _DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 _LAYOUT = "a folder in Stable Diffusion layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
 _FETCH = "fetch the prior again"
@@ -84,8 +84,8 @@ class Prior:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         kind = _dtype(dtype)
-        folder = locate(source)
-        configs = {part: read_config(folder, part) for part in CONFIGS}
+        folder = _locate(source)
+        configs = {part: _read_config(folder, part) for part in _CONFIGS}
         _check(source, configs, CLIPTextConfig.from_pretrained(folder / "text_encoder"))
         digests = component_digests(folder)  # first of all: it says what is missing
         tokenizer = _load_tokenizer(folder)
@@ -178,7 +178,7 @@ class Prior:
         return replace(self, unet=unet, vae=vae)
 
 
-def locate(source: str | Path) -> Path:
+def _locate(source: str | Path) -> Path:
     """The folder that `source` names: an embedded prior's, its own, or the hub's cached copy of the parts needed.
 
     Raises EngineError: no such folder, and no hub id that can be fetched.
@@ -193,7 +193,7 @@ def locate(source: str | Path) -> Path:
         known = f", embedded are {', '.join(EMBEDDED)}" if EMBEDDED else ""
         raise EngineError(f"prior {name}", f"no such folder, and a hub id has the form owner/name{known}", todo)
     wanted = ["*/config.json", "scheduler/*.json", "tokenizer/*"]
-    wanted += [f"{part}/{stem}{end}" for part, stem in WEIGHTS.items() for end in (".safetensors*", "-*.safetensors")]
+    wanted += [f"{part}/{stem}{end}" for part, stem in _WEIGHTS.items() for end in (".safetensors*", "-*.safetensors")]
     from huggingface_hub import snapshot_download
 
     try:
@@ -204,11 +204,11 @@ def locate(source: str | Path) -> Path:
         raise EngineError(f"prior {name}", why, todo) from error
 
 
-def read_config(folder: Path, part: str) -> dict[str, Any]:
-    """The config of one component, a key of CONFIGS. Raises EngineError where it is missing or not JSON."""
-    path = folder / part / CONFIGS[part]
+def _read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The config of one component, a key of _CONFIGS. Raises EngineError where it is missing or not JSON."""
+    path = folder / part / _CONFIGS[part]
     if not path.is_file():
-        raise EngineError(f"prior {folder}", f"{part}/{CONFIGS[part]} is missing", f"a prior is {_LAYOUT}")
+        raise EngineError(f"prior {folder}", f"{part}/{_CONFIGS[part]} is missing", f"a prior is {_LAYOUT}")
     try:
         return dict(json.loads(path.read_text()))
     except ValueError as error:
@@ -220,9 +220,9 @@ def component_digests(folder: Path) -> dict[str, str]:
 
     Files are read once a process. Raises EngineError where a network's weights or the tokenizer are missing.
     """
-    parts = {part: [folder / part / CONFIGS[part], *_weights(folder, part)] for part in WEIGHTS}
+    parts = {part: [folder / part / _CONFIGS[part], *_weights(folder, part)] for part in _WEIGHTS}
     parts["tokenizer"] = _tokenizer(folder)
-    parts["scheduler"] = [folder / "scheduler" / CONFIGS["scheduler"]]
+    parts["scheduler"] = [folder / "scheduler" / _CONFIGS["scheduler"]]
     return {part: _digest(folder, files) for part, files in parts.items()}
 
 
@@ -233,7 +233,7 @@ def _digest(folder: Path, files: Iterable[Path]) -> str:
 
 def _weights(folder: Path, part: str) -> list[Path]:
     """The safetensors files of one network, sorted."""
-    stem = WEIGHTS[part]
+    stem = _WEIGHTS[part]
     whole = folder / part / f"{stem}.safetensors"
     files = [whole] if whole.is_file() else sorted((folder / part).glob(f"{stem}-*-of-*.safetensors"))
     if not files:

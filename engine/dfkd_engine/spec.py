@@ -43,7 +43,7 @@ class TensorSpec:
 
     @property
     def batched(self) -> bool:
-        """Whether the batch stands in front."""
+        """True if the batch stands in front."""
         return self.shape[:1] == (None,)
 
     def sizes(self, rows: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 It is as strict as the library where a mistake would corrupt memory or give wrong results on a GPU: a shape outside the
 active profile, an address that is missing or not aligned, scratch memory that was never given, the default stream. It
-reads and writes the caller's memory by address, so that what is bound is what is used. tests/engine/test_tensorrt.py
+reads and writes the caller's memory by address, so that what is bound is what is used. test_tensorrt.py
 holds names, arguments and members against the real classes of tensorrt_rtx where that is installed.
 
 `library(...)` makes a module of either kind; `events` on it are what reached the device, in order.

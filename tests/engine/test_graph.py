@@ -231,7 +231,7 @@ Z = spec(4, 3, 4, name="z")
 
 @cache
 def decoder_graphs():
-    """Of the KL decoder: forward, and with its gradient."""
+    """The KL decoder, forward and with its gradient."""
     decode = Decode(vae("kl"))
     return trace(decode, [Z]), trace(ValueAndGradient(decode), [Z])
 

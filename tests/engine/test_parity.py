@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.parity import TOLERANCE, Parity, Tolerance, measure
+from dfkd_engine.parity import TOLERANCE, Parity, measure
 
 GRADIENT = TOLERANCE["gradient", "float32"]
 BATCHES = [4, 3]
@@ -55,6 +55,10 @@ def test_a_thousandth_too_long_is_caught(networks):
     parity = measure(lambda x: (eager(x)[0] * 1.001, eager(x)[1]), exact, eager, batches(), "gradient")
     assert parity.relative == pytest.approx(1e-3, rel=0.01) and parity.cosine > 0.9999  # direction alone would pass
     assert "relative error is 1.0e-03, allowed is 1e-04" in parity.problem(GRADIENT)
+    wrong_loss = measure(lambda x: (eager(x)[0], eager(x)[1] * 1.01), exact, eager, batches(), "gradient")
+    assert wrong_loss.problem(GRADIENT) is not None
+    turned = Parity(relative=0.0, cosine=0.99, samples=3, kinks=0)
+    assert "cosine is 0.990000, wanted is 0.9999 or more" in turned.problem(GRADIENT)
 
 
 def test_one_wrong_sample_of_many_is_caught(networks):
@@ -66,18 +70,6 @@ def test_one_wrong_sample_of_many_is_caught(networks):
         return gradient, loss
 
     assert measure(one_off, exact, eager, batches(), "gradient").problem(GRADIENT) is not None
-
-
-def test_a_wrong_loss_is_caught_though_the_gradient_is_right(networks):
-    eager, exact = networks
-    parity = measure(lambda x: (eager(x)[0], eager(x)[1] * 1.01), exact, eager, batches(), "gradient")
-    assert parity.problem(GRADIENT) is not None and parity.cosine > 0.9999
-
-
-def test_a_direction_is_judged_by_its_cosine():
-    turned = Parity(relative=0.0, cosine=0.99, samples=3, kinks=0)
-    assert "cosine is 0.990000, wanted is 0.9999 or more" in turned.problem(GRADIENT)
-    assert turned.problem(Tolerance(1.0)) is None
 
 
 def test_a_loss_near_zero_is_judged_against_the_batch():
@@ -93,7 +85,7 @@ def slope_of_absolute(x):
 
 
 def rounded_slope(x):
-    """The same by a program that rounds at the sixth decimal."""
+    """`slope_of_absolute` by a program that rounds at the sixth decimal."""
     return slope_of_absolute(x.round(decimals=6))
 
 
@@ -157,17 +149,6 @@ def test_forward_has_no_kinks():
     x = torch.ones(2, 3)
     parity = measure(lambda x: (x * 1.001,), lambda x: (x,), lambda x: (x * 2,), [(x,)], "forward")
     assert parity.kinks == 0 and parity.problem(TOLERANCE["forward", "float32"]) is not None
-
-
-def test_integers_stay_integers_and_floats_are_doubled():
-    seen = []
-
-    def exact(x, labels):
-        seen.extend((x.dtype, labels.dtype))
-        return (x + labels[:, None],)
-
-    measure(lambda x, y: (x + y[:, None],), exact, None, [(torch.ones(2, 2), torch.arange(2))], "forward")
-    assert seen == [torch.float64, torch.int64]
 
 
 def test_another_shape_is_an_error(networks):

@@ -51,7 +51,7 @@ def layers_of(network):
 
 @cache
 def magnitudes(skip=("conv_in", "conv_out")):
-    """Of the small UNet, with inputs other than those of the tests, by its own names."""
+    """Magnitudes in the small UNet by layer name, on inputs other than those of the tests."""
     unet, found = networks().unet, {}
     hooks = []
     for name, layer in layers_of(unet).items():

@@ -5,12 +5,12 @@ from importlib.util import find_spec
 
 
 def missing(*modules: str) -> list[str]:
-    """Those of the top-level modules that cannot be imported."""
+    """The top-level modules among these that cannot be imported."""
     return [module for module in modules if find_spec(module) is None]
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Distribution -> version, without those that are not installed."""
+    """Version of each distribution that is installed."""
     found = {}
     for name in distributions:
         try:

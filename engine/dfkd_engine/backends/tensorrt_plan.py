@@ -206,7 +206,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def profiles(batch: tuple[int, int, int]) -> tuple[Profile, ...]:
     """(smallest, best, largest) rows of the profiles for a spec's batch: the planned rows alone, then all others.
 
-    A call of one row is computed as two (engine/compiled.py). Half of the planned rows is what the others are best at:
+    A call of one row is computed as two (`compiled.Engine`). Half of the planned rows is what the others are best at:
     a step without classifier-free guidance, or a call that was halved for want of memory.
     """
     planned = max(batch[1], 2)

@@ -37,7 +37,10 @@ def convolution_backward(
     groups: int,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, None, None]:
-    """Of x [B, C, ...] and grad [B, K, ...]; weight [K, C / groups, ...], or [C, K / groups, ...] if transposed."""
+    """Gradient in x [B, C, ...] from grad [B, K, ...].
+
+    weight: [K, C / groups, ...], or [C, K / groups, ...] if transposed.
+    """
     _require_frozen("convolution", mask)
     if not mask[0]:
         return None, None, None

@@ -122,5 +122,5 @@ def drop_unused(module: fx.GraphModule) -> None:
 
 
 def _copies(node: fx.Node) -> bool:
-    """Whether a view operation of a constant has to copy: a reshape of what lies in another order."""
+    """True if a view of a constant has to copy: a reshape of what lies in another order."""
     return node.target is aten.reshape.default and not node.args[0].meta["val"].is_contiguous()  # type: ignore[union-attr]
