@@ -5,7 +5,7 @@ probability, then the mean of |accuracy - mean probability| over the bins, weigh
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ class Evaluation:
     """
 
     accuracy: float
-    per_class: dict[str, float | None]
+    per_class: dict[str, float | None] = field(repr=False)
     agreement: float | None
     teacher_accuracy: float | None
     calibration: float
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, ...], ...] = field(repr=False)
     images: int
 
 

@@ -9,7 +9,7 @@ import torch
 
 import dfkd
 from dfkd.errors import UsageError
-from dfkd.evaluation.accuracy import class_accuracy, evenly
+from dfkd.evaluation.accuracy import evenly
 from dfkd.evaluation.metrics import (
     Band,
     Confidence,
@@ -76,7 +76,6 @@ class StudentFacts:
     real_agreement: float | None
     calibration: float | None
     confusion: tuple[tuple[int, ...], ...] | None
-    class_accuracy: tuple[float | None, ...]
     top_confusions: tuple[Confusion, ...]
     log: tuple[Mapping[str, Any], ...]
 
@@ -101,7 +100,7 @@ class Report:
 
 
 def measure(run: RunFolder, teacher: Classifier | None, judged: int) -> Report:
-    """Measure a run. The teacher, where it is at hand, judges ``judged`` images of each set, spread over the ids.
+    """Measure a run. The teacher, where it is at hand, judges `judged` images of each set, spread over the ids.
 
     Raises UsageError where teacher and images disagree about the classes.
     """
@@ -218,7 +217,6 @@ def _student(run: RunFolder) -> StudentFacts | None:
         real_agreement=run.evaluation.get("student", {}).get("agreement"),
         calibration=tested.get("calibration"),
         confusion=tuple(tuple(row) for row in matrix) if matrix else None,
-        class_accuracy=class_accuracy(matrix) if matrix else (),
         top_confusions=top_confusions(matrix, names) if matrix else (),
         log=run.student.log,
     )

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given as drawn
-from hypothesis import settings
-from hypothesis import strategies as st
 
 from dfkd import __main__ as program
 from dfkd.cli.parse import command, parse, save_settings
@@ -196,13 +193,6 @@ def test_other_programs_words_are_pointed_to_ours(cls: type[Config], flag: str, 
 def test_presets_are_offered_only_where_they_set_something() -> None:
     with pytest.raises(UsageError, match="unknown argument --preset"):
         parse(Oven, ["--preset", "tall"], "dfkd-oven")
-
-
-@settings(deadline=None)  # a busy machine is not a failure
-@drawn(st.integers(1, 9), st.floats(0, 200), st.sampled_from(["jam", "cream"]))
-def test_flags_round_trip(layers: int, heat: float, filling: str) -> None:
-    asked = bake("--out", "x", f"--layers={layers}", f"--heat={heat!r}", "--filling", filling)
-    assert (asked.layers, asked.oven.heat, asked.filling) == (layers, heat, filling)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

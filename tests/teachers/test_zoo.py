@@ -105,15 +105,6 @@ def test_absent_library_says_what_to_install(library, monkeypatch):
             load(f"{library}:resnet18")
 
 
-def test_timm_and_torchvision_build():
-    pytest.importorskip("timm")
-    pytest.importorskip("torchvision")
-    for name in ("timm:resnet10t", "torchvision:resnet18"):
-        assert teachers.build(name, 3).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
-    with pytest.raises(UsageError, match="cannot build"):
-        teachers.build("timm:no_such_model", 3)
-
-
 class FakeTimm:
     """timm's functions that are used, on a network of four classes."""
 
