@@ -7,7 +7,7 @@ class UsageError(Exception):
     what: the fact, naming the value and the option or file it came from.
     why:  the bound or rule that it breaks (may be empty).
     todo: what to do about it (may be empty).
-    ``str()`` reads "what: why. todo."
+    `str()` reads "what: why. todo."
     """
 
     def __init__(self, what: str, why: str = "", todo: str = "") -> None:
@@ -22,7 +22,7 @@ class UsageError(Exception):
 class Stopped(Exception):
     """A run that a signal ended once its state was on disk; the commands print it and exit with 128 + signum.
 
-    ``str()`` says where it stands.
+    `str()` says where it stands.
     """
 
     def __init__(self, signum: int, words: str) -> None:

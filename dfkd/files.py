@@ -40,7 +40,7 @@ def make_writable(folder: Path) -> None:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold ``folder/.lock``; raises UsageError while another process holds it."""
+    """Hold `folder/.lock`; raises UsageError while another process holds it."""
 
     def refuse(owner: str) -> NoReturn:
         raise UsageError(

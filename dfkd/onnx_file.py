@@ -42,7 +42,7 @@ def require_packages() -> None:
 
 
 def onnx_model(classifier: Classifier, dtype: str, opset: int) -> bytes:
-    """The file's content. Input ``images`` [batch, 3, size, size], float32 in 0..1 or uint8; output ``logits``.
+    """The file's content. Input `images` [batch, 3, size, size], float32 in 0..1 or uint8; output `logits`.
 
     dtype: "float32" or "uint8", of the images. The metadata of the model are class_names (a JSON list), architecture,
     input_size, mean and std (both applied inside), and dfkd's version.

@@ -129,7 +129,7 @@ def test_the_folders_of_dfkd_form_one_order() -> None:
 
 
 def test_the_library_uses_no_name_of_the_public_api() -> None:
-    """They are imported on demand, which a syntax tree of imports does not show."""
+    """Its names are imported on demand, which a syntax tree of imports does not show."""
     lazy = set(dfkd._HOME)
     for module, file in MODULES.items():
         if within(module, "dfkd") and module != "dfkd":

@@ -109,7 +109,7 @@ def test_make_lists_its_targets() -> None:
 
 
 def test_make_gpu_test_needs_torch_triton_and_pytest() -> None:
-    """Of the tests that need a GPU, wherever they lie, a bare machine lacks those alone that import diffusers."""
+    """A bare machine collects every test that needs a GPU, but for the files that import diffusers."""
     pytest.importorskip("triton", reason="without it those of the kernels are skipped")
     command = make("-n", "gpu-test", f"PY={sys.executable}", "ARGS=--collect-only -q").stdout.splitlines()[-1]
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "benchmarks" / "bare_machine")}

@@ -30,7 +30,7 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours; ``series`` are those of the lines after the accent, ``ramp`` runs from none to all."""
+    """Colours; `series` are those of the lines after the accent, `ramp` runs from none to all."""
 
     surface: str
     text: str
