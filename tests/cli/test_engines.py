@@ -9,7 +9,6 @@ import pytest
 from dfkd.cli import engines
 from dfkd.config import BACKENDS
 from dfkd_engine import backends
-from dfkd_engine.devices import cpu_architecture
 from dfkd_engine.store import EngineStore
 from tests.cli.small_generate import last_line, status_of
 from tests.compiled.small_functions import Unchanged, decode, flip_a_byte, gradient, milliseconds, set_facts
@@ -167,15 +166,6 @@ def test_prune_takes_what_other_versions_built_and_what_is_old(place, monkeypatc
     place.functions = (decode(seed=1),)
     assert run(place, "prune", "--set", "mine", "--sets", place.sets) == 0
     assert not place.store.list()
-
-
-def test_engines_of_another_machine_are_not_current(place, monkeypatch, capsys):
-    built(place)
-    capsys.readouterr()
-    monkeypatch.setattr(engines, "architecture", lambda device: "cpu riscv64")
-    assert run(place, "explain") == 0
-    fields = last_line(capsys.readouterr().out)["differences"]["decode inductor"]
-    assert fields == [["device", cpu_architecture(), "cpu riscv64"]]
 
 
 def test_a_failed_build_ends_in_words_and_keeps_what_is_whole(place, capsys):

@@ -19,11 +19,20 @@ from dfkd.teachers import Classifier
 from dfkd_engine.backends import BACKENDS
 from dfkd_engine.store import EngineStore
 from tests.cli.small_generate import CLASS_NAMES, last_line, shards_of, status_of
-from tests.compiled.small_functions import Unchanged, flip_a_byte, milliseconds, set_facts
+from tests.compiled.small_functions import Unchanged, milliseconds, set_facts
 from tests.tiny_sd import make_tiny_sd
 
 BACKEND = "onnxruntime"
 NETWORKS = ("unet", "decode", "gradient")
+LOSS = """
+from dataclasses import dataclass
+from dfkd.synthesis.losses import GuidanceLoss
+
+@dataclass(frozen=True)
+class Brightness(GuidanceLoss):
+    def __call__(self, seen):
+        return seen.images.flatten(1).mean(1)
+"""
 UNET = {
     "block_out_channels": (4,), "down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None,
     "up_block_types": ("UpBlock2D",), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2,
@@ -188,12 +197,21 @@ def test_without_engines_a_named_backend_is_refused_with_the_command(place, tmp_
     assert not list((tmp_path / "out").glob("shard-*"))
 
 
-def test_a_damaged_engine_is_never_loaded(own, tmp_path, capsys):
-    flip_a_byte(own.store, own.keys()["gradient"])
-    assert own.generate(tmp_path / "out", "--backend", BACKEND) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"the engine gradient {own.keys()['gradient']} in {own.store.root} is damaged" in error
-    assert not list((tmp_path / "out").glob("shard-*"))
+def test_what_changes_an_engine_changes_its_key_by_itself(place, tmp_path, capsys):
+    def differing(*more, prior=None):
+        words = ("--backend", BACKEND, "--engines", place.store.root, "--", *place.words(*more))
+        assert status_of(engines.main, "explain", *words, *(("--prior", prior) if prior else ())) == 0
+        found = last_line(capsys.readouterr().out)["differences"]
+        return {name.split()[0]: [field for field, *_ in fields] for name, fields in found.items() if fields}
+
+    assert differing() == {} == differing("--seed", 3, "--cutmix-every", 1, "--batch", 8)
+    assert differing("--cls-weight", 0.5) == {"gradient": ["config.losses"]}
+    prior = shutil.copytree(place.prior, tmp_path / "prior")
+    file = prior / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_shift": 0.25}))  # decoding does not read it
+    assert differing(prior=prior) == {"decode": ["components.vae"], "gradient": ["components.vae"]}
+    (tmp_path / "own.py").write_text(LOSS)
+    assert "config.losses" in differing("--loss", f"{tmp_path / 'own.py'}:Brightness(weight=0.1)")["gradient"]
 
 
 def test_a_unet_in_eight_bits_from_build_to_images(own, eager, tmp_path, capsys):
