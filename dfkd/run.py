@@ -34,7 +34,8 @@ from dfkd.config import (
 from dfkd.config.words import nearest
 from dfkd.data import MANIFEST, open_folder
 from dfkd.errors import UsageError
-from dfkd.evaluation import check_data, evaluate
+from dfkd.evaluation import check_data, evaluate, open_images
+from dfkd.evaluation.accuracy import match_classes
 from dfkd.evaluation.run_folder import EVALUATION
 from dfkd.files import make_writable, replace_text, save_settings, sha256
 from dfkd.runtime import own_rank, resolve_device
@@ -95,11 +96,8 @@ def read_job(file: Section, out: Path, seed: int = 0) -> Job:
         files = [read_preset(file["preset"]), file] if "preset" in file else [file]
     except ValueError as error:
         raise UsageError(str(error)) from None
-    for name in (name for layer in files for name in layer if name not in SECTIONS):
-        raise UsageError(f"unknown section [{name}] in the run's file", nearest(name, SECTIONS))
-    layers = {
-        name: [section(layer, name) for layer in files] for name in ("teacher", "generate", "distill", "evaluate")
-    }
+    _check_names(files)
+    layers = {name: [section(layer, name) for layer in files] for name in OWN}
     teacher, classifier = _teacher(layers["teacher"], layers["generate"], out, seed)
     given = classifier.flat()
     architecture = teacher.architecture if teacher else classifier.teacher
@@ -148,6 +146,8 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
         )
     teacher = load_teacher(job.classifier)
     say(f"teacher: {teacher.described()}")
+    if job.evaluate is not None:  # the students' classes will be the teacher's
+        match_classes(open_images(job.evaluate.data, job.evaluate.split, teacher.input_size), teacher)
     students = {}
     for variant in job.variants:
         words = f"{variant.name}: " if variant.name else ""
@@ -170,6 +170,18 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
         "baselines": {name: test["accuracy"] for name, test in tests.get("baselines", {}).items()},
         "accuracy": tests.get("student", {}).get("accuracy"),
     }
+
+
+def _check_names(files: Sequence[Section]) -> None:
+    """Raise UsageError for an unknown section, one that is none, and a baseline whose name is no folder's."""
+    for name, content in ((name, content) for file in files for name, content in file.items()):
+        if name not in SECTIONS:
+            raise UsageError(f"unknown section [{name}] in the run's file", nearest(name, SECTIONS))
+        if name in (*OWN, "baselines") and not isinstance(content, Mapping):
+            raise UsageError(f"{name} is {content!r}", "it is a section", f"write [{name}] and its options below")
+        for inner, differing in content.items() if name == "baselines" else ():
+            if not isinstance(differing, Mapping) or Path(inner).name != inner or not inner:
+                raise UsageError(f"[baselines] {inner}", "a baseline is a section", "write [baselines.NAME]")
 
 
 def _settings(

@@ -114,6 +114,17 @@ def test_other_settings_are_refused_by_the_stage(
     assert "cfg" in capsys.readouterr().err
 
 
+def test_a_test_of_other_classes_is_refused_before_the_images(tmp_path: Path) -> None:
+    file = {"preset": "demo", "teacher": {"checkpoint": str(save_classifier(tmp_path / "teacher"))}}
+    file["evaluate"] = {"data": f"imagefolder:{tmp_path}/{{split}}"}
+    for name in ("one", "seven"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "0.png")
+    with pytest.raises(UsageError, match="classes seven"):
+        run.run_job(read_job(file, tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
 def parsed(out: Path, **sections: Any) -> Any:
     file = {"generate": {}, "distill": {"student": "resnet8"}, "teacher": {"data": "digits-on-photos"}} | sections
     file["teacher"] = {"architecture": "resnet8"} | file["teacher"]
@@ -175,6 +186,9 @@ def _adversary(name: str) -> dict[str, Any]:
         ({"teacher": {"checkpoint": "absent.pth"}}, r"\[teacher\] checkpoint absent.pth: there is no such file"),
         ({"teacher": {"checkpoint": ".", "lr": 0.1}}, r"\[teacher\] lr: known of a teacher that exists"),
         ({"preset": "dmo"}, r"no preset 'dmo'"),
+        ({"generate": 3}, r"generate is 3: it is a section"),
+        ({"baselines": {"../x": {}}}, r"\[baselines\] ../x: a baseline is a section"),
+        ({"baselines": {"noise": 3}}, r"\[baselines\] noise: a baseline is a section"),
     ],
 )
 def test_every_section_is_checked_before_work(sections: dict[str, Any], words: str, tmp_path: Path) -> None:

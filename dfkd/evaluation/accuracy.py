@@ -62,7 +62,7 @@ def evaluate(
         if judge.input_size not in pools:
             pools[judge.input_size] = open_images(data, split, judge.input_size) if isinstance(data, str) else data
     images = pools[classifier.input_size]
-    truth = _places(images, classifier)[images.labels]
+    truth = match_classes(images, classifier)[images.labels]
     rows = evenly(len(truth), limit or len(truth))
     answers: list[list[Tensor]] = [[] for _ in judges]
     sure: list[Tensor] = []
@@ -110,8 +110,8 @@ def evenly(total: int, most: int) -> Tensor:
     return torch.arange(count) * total // max(count, 1)
 
 
-def _places(images: Images, classifier: Classifier) -> Tensor:
-    """int64: the images' class number -> the classifier's, by name."""
+def match_classes(images: Images, classifier: Classifier) -> Tensor:
+    """int64: the images' class number -> the classifier's, by name. Raises UsageError for one that it does not know."""
     unknown = [name for name in images.class_names if name not in classifier.class_names]
     if unknown:
         raise UsageError(
