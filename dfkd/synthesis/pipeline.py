@@ -200,8 +200,8 @@ class GuidedPipeline:
         before: those that a folder of images was begun with, {network: key}; None: as chosen here.
         Returns {network: key} of those in use. Raises UsageError: one is gone. EngineError: one is damaged.
         """
-        if before is not None:
-            self.choices = self._choose(before)
+        if before is not None or self.config.compute.backend != "eager":
+            self.choices = self._choose(before)  # again: the call size may have been set since
         store = EngineStore(self.config.compute.engines)
         self._engines = load_engines(self.choices, store, self.device) if self.choices else {}
         if self.guidance is not None and self._engines:
@@ -238,7 +238,9 @@ class GuidedPipeline:
         found = {key: value for key, value in self.config.identity().items() if key != "loss"}
         sampler = self.config.sampling.sampler
         return found | {
-            "sampler": sampler if sampler in SAMPLERS else [sampler, described(find_sampler(sampler).update)],
+            "sampler": sampler
+            if sampler in SAMPLERS
+            else [sampler.partition(".py:")[2], described(find_sampler(sampler).update)],
             "size": self.image_size,
             "group": self.group,
             "losses": [described(loss) for loss in self.losses],

@@ -1,0 +1,169 @@
+"""The networks as functions for compilers: what each computes, which a pipeline has, and engines in their place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfkd.compiled.choose import Choice
+from dfkd.compiled.engines import engine_spec
+from dfkd.synthesis.bn_statistics import record_bn_inputs, side_by_side
+from dfkd.synthesis.functions import EngineGuidance
+from dfkd.synthesis.guidance import Guidance
+from tests.synthesis.small_networks import CHANNELS, SIDE, SmallPrior, classifier, pipeline
+
+F64 = torch.float64
+SEED, LABELS = 11, torch.tensor([0, 1, 2, 0, 1, 2, 0])
+WHOLE = ("unet", "decode", "gradient", "pixel_gradient")
+CUT = ("unet", "decode", "image_moments", "image_gradient", "decode_vjp")
+REFINED = {"refine_steps": 2, "guidance_step": 0.1}
+
+
+def in64(tensors):
+    return tuple(x.double() if x.is_floating_point() else x for x in tensors)
+
+
+def every_function():
+    """By name, of a group in one call and of one in several."""
+    found = (*pipeline(**REFINED).functions(), *pipeline(**REFINED, batch=3).functions())
+    return {function.name: function for function in found}
+
+
+@pytest.mark.parametrize(
+    "own, names",
+    [
+        ({"guidance_step": 0.0}, ("unet", "decode")),
+        ({}, ("unet", "decode", "gradient")),
+        (REFINED, WHOLE),
+        ({"batch": 3}, CUT),
+        ({"batch": 3, "bn_stats": "image"}, ("unet", "decode", "gradient")),
+        ({"student": classifier(seed=9), "adv_weight": 1.0}, ("unet", "decode", "decode_vjp")),
+        ({"student": classifier(seed=9), "adv_weight": 1.0, "batch": 3}, (*CUT[:3], "decode_vjp")),
+        ({"gradient": "unet"}, ()),
+    ],
+)
+def test_functions_that_a_pipeline_has(own, names):
+    assert tuple(function.name for function in pipeline(**own).functions()) == names
+
+
+def test_rows_of_calls():
+    """A UNet has two rows an image; a group's whole gradient has one shape; another call serves any batch up to 64."""
+    found = {name: (f.rows, f.largest, f.one_shape) for name, f in every_function().items()}
+    assert found["unet"] == (6, 128, False) and found["gradient"] == found["pixel_gradient"] == (7, 7, True)
+    assert {found[name] for name in CUT[1:]} == {(3, 64, False)}
+    images = {f.name: f for f in pipeline(bn_stats="image", cfg=1.0).functions()}
+    assert [(f.rows, f.one_shape) for f in images.values()] == [(7, False)] * 3
+
+
+@pytest.mark.parametrize("name", (*WHOLE, *CUT[2:]))
+def test_samples_fit_and_float64_is_the_same_function(name):
+    function = every_function()[name]
+    arguments = function.samples(3, 0)
+    for tensor, spec in zip(arguments, function.inputs, strict=True):
+        assert list(tensor.shape) == spec.sizes(3) and str(tensor.dtype) == f"torch.{spec.dtype}"
+    results, exact = function.call(*arguments), function.exact()(*in64(arguments))
+    for got, want, spec in zip(results, exact, function.outputs, strict=True):
+        assert list(got.shape) == spec.sizes(3) and want.dtype == F64
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, arguments, function.samples(3, 0)))
+    assert not torch.equal(arguments[0], function.samples(3, 1)[0])
+
+
+def test_the_split_form_by_hand():
+    """image_gradient is the gradient of weighted losses with the group's slopes held, decode_vjp autograd's own."""
+    pipe = pipeline(batch=3, bn_loss="relative")
+    found = {function.name: function for function in pipe.functions()}
+    z, noise = in64(found["decode_vjp"].samples(3, 0))
+    prior, teacher = pipe.prior.doubled(), classifier(dtype=F64)
+    leaf = z.requires_grad_()
+    (want,) = torch.autograd.grad(prior.decode(leaf), leaf, noise)
+    torch.testing.assert_close(found["decode_vjp"].exact()(z, noise)[0], want, rtol=1e-9, atol=1e-9)
+
+    image, labels, mean1, mean2 = in64(found["image_gradient"].samples(3, 0))
+    means, leaf = (mean1.requires_grad_(), mean2.requires_grad_()), image.requires_grad_()
+    layers = teacher.batch_norms()
+    variance = torch.cat([layer.running_var + layer.eps for layer in layers])
+    sizes = torch.cat([torch.full((layer.num_features,), layer.num_features * len(layers)) for layer in layers])
+    ratio = (means[1] - means[0] ** 2 + layers[0].eps) / variance
+    loss = ((means[0] ** 2 / variance + (ratio.sqrt() - 1) ** 2) / sizes).sum()
+    slopes = torch.autograd.grad(loss, means)
+    with record_bn_inputs(layers) as moments:
+        logits = teacher.logits(leaf)
+    m1, m2 = side_by_side(moments)
+    total = 0.7 * F.cross_entropy(logits, labels, reduction="sum") + 0.3 * (m1 @ slopes[0] + m2 @ slopes[1]).sum()
+    (want,) = torch.autograd.grad(total, leaf)
+    got, cls, bn = found["image_gradient"].exact()(image.detach(), labels, mean1.detach(), mean2.detach())
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cls, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bn, loss.expand(3), rtol=1e-9, atol=1e-9)
+
+
+def key(name, own=None, **settings):
+    """Of the engine of a function, in a backend whose rows are free."""
+    function = next(f for f in pipeline(**(own or {}), **settings).functions() if f.name == name)
+    return engine_spec(function, "inductor", "cpu test").key()
+
+
+def test_an_engine_follows_from_what_is_in_it_and_nothing_else():
+    unet, gradient = key("unet"), key("gradient")
+    assert key("unet", bn_weight=0.2) == unet and key("unet", {"teacher": classifier(seed=1)}) == unet
+    assert key("unet", {"prior": SmallPrior(seed=2)}) != unet
+    for own, settings in (
+        ({"prior": SmallPrior(seed=2)}, {}), ({"teacher": classifier(seed=1)}, {}), ({}, {"bn_weight": 0.2}),
+        ({}, {"bn_loss": "relative"}), ({}, {"cls_weight": 0.0}), ({}, {"group": 5}),
+    ):  # fmt: skip
+        assert key("gradient", own, **settings) != gradient
+    assert key("gradient", sampler="euler", steps=9, cfg=1.0) == gradient
+    assert key("decode", batch=5) == key("decode")  # one engine serves other --batch
+
+
+class Recorder(dict):
+    """Engines that are the functions themselves; notes which are called, and refuses gradients, as engines do."""
+
+    def __init__(self, functions):
+        super().__init__()
+        self.called = set()
+        for function in functions:
+            self[function.name] = self.recording(function)
+
+    def recording(self, function):
+        def call(*tensors):
+            self.called.add(function.name)
+            assert not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+            for tensor, spec in zip(tensors, function.inputs, strict=True):
+                assert list(tensor.shape[1:]) == list(spec.shape[1:]), spec.name
+            return function.call(*tensors)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "own, called",
+    [
+        (REFINED, WHOLE),
+        ({**REFINED, "batch": 3}, CUT),
+        ({**REFINED, "bn_stats": "image", "batch": 3}, WHOLE),
+        ({**REFINED, "adv_weight": 1.0, "batch": 3, "noise_edit_steps": 1}, (*CUT[:3], "decode_vjp")),
+        ({"guidance_step": 0.0}, ("unet", "decode")),
+    ],
+)
+def test_engines_stand_in_for_their_functions(monkeypatch, own, called):
+    """Images are the same, by the engines that the pipeline has functions for."""
+    pipe = pipeline(student=classifier(seed=9) if "adv_weight" in own else None, **own)
+    images = pipe(range(7), seed=SEED).images
+    engines = Recorder(pipe.functions())
+    chosen = tuple(Choice(name, "recorder", f"key of {name}", "for the test") for name in engines)
+    monkeypatch.setattr("dfkd.synthesis.pipeline.choose", lambda *_: chosen)
+    monkeypatch.setattr("dfkd.synthesis.pipeline.load_engines", lambda *_: engines)
+    assert pipe.use_engines({}) == {name: f"key of {name}" for name in engines}
+    found = pipe(range(7), seed=SEED).images
+    assert (found.int() - images.int()).abs().max() <= 1  # the split form rounds otherwise
+    assert engines.called == set(called)
+
+
+def test_functions_without_an_engine_stay_with_autograd():
+    pipe = pipeline()
+    z = torch.randn(7, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+    want, losses = pipe.guidance.gradient(z, LABELS, 7)
+    got, others = EngineGuidance(pipe.guidance, {}).gradient(z, LABELS, 7)
+    assert torch.equal(got, want) and all(torch.equal(losses[name], others[name]) for name in losses)
+    assert isinstance(pipe.guidance, Guidance)
