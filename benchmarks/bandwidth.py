@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.data_sheets import SHEETS
-from benchmarks.flops import in_turns
+from benchmarks.flops import SHEETS, in_turns
 from benchmarks.kernel_resources import markdown as table
 from benchmarks.machine import describe, name_of
 from dfkd.files import replace_text

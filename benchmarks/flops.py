@@ -8,6 +8,7 @@ all: a share of the ceiling compares speeds, it is no utilisation of units.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -15,12 +16,52 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.data_sheets import sheet_of
-
 T = TypeVar("T")
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of a square matmul: 17 GFLOP and 1.1 TFLOP, past what start-up costs
 PAUSE = 0.02  # seconds between calls: thread pools of one backend spin for a while after its call, on the other's cores
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """A GPU as its maker describes it.
+
+    flops: dense FLOP/s by precision, of tensor cores where there are any. bandwidth: bytes/s.
+    """
+
+    name: str
+    flops: Mapping[str, float]
+    bandwidth: float
+
+
+def _sheet(name: str, half: float, tf32: float, single: float, bandwidth: float) -> DataSheet:
+    flops = {"float16": half * 1e12, "bfloat16": half * 1e12, "tf32": tf32 * 1e12, "float32": single * 1e12}
+    return DataSheet(name, flops, bandwidth * 1e12)
+
+
+# NVIDIA's data sheets: TFLOP/s without sparsity, accumulated in float32; TB/s.
+SHEETS: Mapping[str, DataSheet] = {
+    "H200": _sheet("H200 SXM", 989, 494, 67, 4.8),
+    "H100": _sheet("H100 SXM", 989, 494, 67, 3.35),
+    "A100": _sheet("A100 SXM 80GB", 312, 156, 19.5, 2.039),
+    "RTX4090": _sheet("GeForce RTX 4090", 165.2, 82.6, 82.6, 1.008),
+}
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s of the device's data sheet, what MFU is a share of; None where none is known here."""
+    if device.type != "cuda":
+        return None
+    plain = torch.cuda.get_device_name(device).replace(" ", "")
+    sheet = next((sheet for model, sheet in SHEETS.items() if model in plain), None)
+    return sheet.flops.get(precision(device, dtype)) if sheet else None
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> str:
+    """What networks of this dtype compute in here: torch lets convolutions of float32 use TF32 on a GPU by default."""
+    if device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
 
 
 def counted(call: Callable[..., T], *arguments: torch.Tensor) -> tuple[T, int]:
@@ -34,13 +75,6 @@ def counted(call: Callable[..., T], *arguments: torch.Tensor) -> tuple[T, int]:
     return result, counter.get_total_flops()
 
 
-def precision(device: torch.device, dtype: torch.dtype) -> str:
-    """What networks of this dtype compute in here: torch lets convolutions of float32 use TF32 on a GPU by default."""
-    if device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
-        return "tf32"
-    return str(dtype).removeprefix("torch.")
-
-
 def matmuls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], int]]:
     """By precision, a square matmul and its FLOP: the ceiling. float32 is always among them."""
     side = SIDES[device.type]
@@ -49,14 +83,6 @@ def matmuls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callabl
         a = torch.randn(side, side, device=device).to(torch.float32 if name == "tf32" else getattr(torch, name))
         found[name] = partial(_matmul, a, name == "tf32"), 2 * side**3
     return found
-
-
-def peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense FLOP/s of the data sheet, what MFU is a share of; None where none is known here."""
-    if device.type != "cuda":
-        return None
-    sheet = sheet_of(torch.cuda.get_device_name(device))
-    return sheet.flops.get(precision(device, dtype)) if sheet else None
 
 
 def in_turns(

@@ -7,7 +7,7 @@
     z     <- z - eta g / rms(g),  g = dL/dz             through teacher, decoder and UNet
     z     <- scheduler.step(m again, on the new z)      in every step
 
-It is what the waterfall starts from: the networks' own modules with their weights in the order of NCHW, a scheduler of
+The honest baseline of bench_sampling: the networks' own modules with their weights in the order of NCHW, a scheduler of
 diffusers, and nothing of dfkd's sampler, guidance or statistics, so that these can be compared with it. The length of a
 step is measured in the gradient's rms, as in the `demo` preset.
 """
@@ -19,18 +19,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from dfkd.synthesis.run import Synthesis
-from dfkd.synthesis.sampler import SamplerSettings
+from dfkd.synthesis.pipeline import GuidedPipeline
+
+# What its settings have to be, by flat name of GenerateConfig; free are the lengths, weights, steps and prompts.
+SETTINGS: dict[str, Any] = {
+    "gradient": "unet",
+    "bn_stats": "image",
+    "adv_weight": 0.0,
+    "loss": (),
+    "guidance_repeats": 1,
+    "guidance_norm": "rms",
+    "guide_from": 0.0,
+    "guide_to": 1.0,
+    "cfg_from": 0.0,
+    "cfg_to": 1.0,
+    "refine_steps": 0,
+    "noise_edit_steps": 0,
+    "cutmix_every": 0,
+}
 
 
 @dataclass(frozen=True)
 class PublishedLoop:
-    """unet, vae, teacher: frozen, in evaluation mode, of one dtype and device. scheduler: steps and levels are set.
+    """unet, vae: frozen, in evaluation mode, of one dtype. teacher: too, of its own. scheduler: steps are set.
 
-    mean, std     of the teacher's images in 0..1, [1, 3, 1, 1]
-    bn_loss       "norm" or "relative": see `bn_loss` below
+    mean, std: of the teacher's images in 0..1, [1, 3, 1, 1]. side: of its images in pixels.
+    bn_loss: "norm" or "relative", see `bn_loss` below.
     """
 
     unet: Any  # UNet2DConditionModel
@@ -39,6 +56,7 @@ class PublishedLoop:
     teacher: nn.Module
     mean: Tensor
     std: Tensor
+    side: int
     cfg: float
     guidance_step: float
     bn_weight: float
@@ -52,33 +70,24 @@ class PublishedLoop:
                 layer.register_forward_pre_hook(partial(_keep, self._features))
 
     @classmethod
-    def of(cls, synthesis: Synthesis) -> "PublishedLoop":
-        """The loop with a synthesis's settings, on copies of its networks in the order of NCHW.
+    def of(cls, pipe: GuidedPipeline) -> "PublishedLoop":
+        """The loop with a pipeline's settings, on copies of its networks in the order of NCHW.
 
-        Raises ValueError: the settings, sampler, losses or image size are not those of the published loop.
+        Raises ValueError: settings or sampler are not those of the published loop.
         """
-        from diffusers import DDIMScheduler
-
-        settings, guidance, teacher = synthesis.settings, synthesis.guidance, synthesis.teacher
-        plain = SamplerSettings(gradient="unet", cfg=settings.cfg, guidance_step=settings.guidance_step)
-        if settings != plain or guidance is None or guidance.weights.adv or guidance.weights.bn_stats != "image":
-            raise ValueError(f"these are not the published settings: {settings}, {guidance and guidance.weights}")
-        scheduler = DDIMScheduler.from_config(synthesis.prior.scheduler_config)
-        scheduler.set_timesteps(len(synthesis.table), device=synthesis.device)
-        table = synthesis.table
-        if scheduler.timesteps.tolist() != table.timesteps.tolist() or table.step_noise.any() or table.step_prev.any():
-            raise ValueError("the synthesis samples by another sampler than DDIM")
-        if teacher.input_size != synthesis.latent_size[0] * synthesis.prior.vae_scale_factor:
-            raise ValueError(f"the teacher's images are {teacher.input_size} pixels a side, and not the decoder's")
-        networks = synthesis.prior.unet, synthesis.prior.vae, teacher.module
-        unet, vae, module = (copy.deepcopy(n).to(memory_format=torch.contiguous_format) for n in networks)
-        mean, std = (
-            torch.tensor(v, dtype=unet.dtype, device=synthesis.device).view(1, 3, 1, 1)
-            for v in (teacher.mean, teacher.std)
-        )
-        weights = guidance.weights
-        step = settings.cfg, settings.guidance_step
-        return cls(unet, vae, scheduler, module, mean, std, *step, weights.bn, weights.cls, weights.bn_loss)
+        given = pipe.config.flat()
+        if other := [f"{name} {given[name]}" for name, value in SETTINGS.items() if given[name] != value]:
+            raise ValueError(f"these are not the published settings: {', '.join(other)}")
+        scheduler = DDIMScheduler.from_config(pipe.prior.scheduler_config)
+        scheduler.set_timesteps(len(pipe.table), device=pipe.device)
+        if given["sampler"] != "ddim" or scheduler.timesteps.tolist() != pipe.table.timesteps.tolist():
+            raise ValueError("the pipeline samples by another sampler than DDIM")
+        networks = pipe.prior.unet, pipe.prior.vae, pipe.teacher.module
+        unet, vae, teacher = (copy.deepcopy(n).to(memory_format=torch.contiguous_format) for n in networks)
+        like = next(teacher.parameters())
+        mean, std = (like.new_tensor(values).view(1, 3, 1, 1) for values in (pipe.teacher.mean, pipe.teacher.std))
+        numbers = [given[name] for name in ("cfg", "guidance_step", "bn_weight", "cls_weight", "bn_loss")]
+        return cls(unet, vae, scheduler, teacher, mean, std, pipe.teacher.input_size, *numbers)
 
     def __call__(self, noise: Tensor, label: int, prompt: Tensor, negative: Tensor) -> Tensor:
         """noise [1, C, h, w], the class, and embeddings [1, L, D] of both prompts -> the image [1, 3, H, W] in 0..1."""
@@ -106,11 +115,13 @@ class PublishedLoop:
     def loss(self, images: Tensor, label: int) -> Tensor:
         """The guidance loss of an image [1, 3, H, W], a scalar."""
         self._features.clear()
+        images = images.to(self.mean.dtype)
+        if images.shape[-1] != self.side:
+            images = F.interpolate(images, size=[self.side, self.side], mode="bicubic", align_corners=False)
         logits = self.teacher((images - self.mean) / self.std)
         target = torch.tensor([label], device=logits.device)
-        return self.cls_weight * F.cross_entropy(logits, target) + self.bn_weight * bn_loss(
-            self._features, self.bn_loss
-        )
+        bn = bn_loss(self._features, self.bn_loss)
+        return self.cls_weight * F.cross_entropy(logits, target) + self.bn_weight * bn
 
 
 def bn_loss(features: list[tuple[nn.BatchNorm2d, Tensor]], kind: str) -> Tensor:

@@ -1,27 +1,25 @@
 """Stable Diffusion 1.5 at its published sizes and a ResNet-34, with random weights: for what does not depend on values.
 
 Nothing is downloaded. Weights are normal with the variance that keeps a layer's output as large as its input, so that
-half precision holds the activations.
+half precision holds the activations. Prompts go through the demo's tokenizer and one layer of CLIP as wide as the
+UNet's cross-attention, which are not what is timed.
 """
 
 import math
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import ResNetConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig
 
+import dfkd.priors  # noqa: F401  (makes the embedded prior known by its name)
 from dfkd.config import NORMALISATIONS
-from dfkd.cli.prepare import FP16_LOSS_SCALE, on_device
-from dfkd.compiled.functions import Sources
-from dfkd.synthesis.guidance import LossWeights
+from dfkd.teachers import Classifier
 from dfkd.teachers.adapters import build
-from dfkd.teachers.classifier import Classifier
-from dfkd_engine.attention import set_attention
-from dfkd_engine.networks import Prior
+from dfkd_engine.prior import DTYPES, EMBEDDED, Prior
 
 UNET: dict[str, Any] = {  # unet/config.json
     "act_fn": "silu",
@@ -55,6 +53,15 @@ VAE: dict[str, Any] = {  # vae/config.json
     "scaling_factor": 0.18215,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
+SCHEDULER: dict[str, Any] = {  # scheduler/scheduler_config.json
+    "_class_name": "DDPMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 TOKENS = 77  # of CLIP ViT-L/14, whose width is the UNet's cross_attention_dim
 RESNET34: dict[str, Any] = {  # torchvision's resnet34, at 224x224, as transformers writes it
     "depths": (3, 4, 6, 3),
@@ -71,58 +78,46 @@ THIN = {  # the same layers with a thousandth of the arithmetic
 }
 
 
-def make_sources(size: int, thin: bool = False, seed: int = 0) -> Sources:
-    """The networks in float16 on the CPU, the teacher in float32 as in a run. size: of images, a multiple of 8."""
-    widths = THIN if thin else {}
-    unet = random(lambda: UNet2DConditionModel(**UNET | widths.get("unet", {})), torch.float16, seed)
-    vae = random(lambda: AutoencoderKL(**VAE | widths.get("vae", {})), torch.float16, seed + 1)
+def make_prior(size: int, dtype: str = "fp16", thin: bool = False, seed: int = 0) -> Prior:
+    """A prior on the CPU, NHWC as one that is loaded. size: of images, a multiple of 8. dtype: a key of DTYPES."""
+    widths, kind = THIN if thin else {}, DTYPES[dtype]
+    unet = random(lambda: UNet2DConditionModel(**UNET | widths.get("unet", {})), kind, seed)
+    vae = random(lambda: AutoencoderKL(**VAE | widths.get("vae", {})), kind, seed + 1)
     for network in (unet, vae):
         network.to(memory_format=torch.channels_last)
-        set_attention(network, "sdpa")
-    factor = 2 ** (len(VAE["block_out_channels"]) - 1)
-    latent_size = (size // factor, size // factor)
-    width = int(unet.config.cross_attention_dim)
-    prior = Prior(
+    factor, width = 2 ** (len(VAE["block_out_channels"]) - 1), int(unet.config.cross_attention_dim)
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED["demo"] / "tokenizer", model_max_length=TOKENS)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": width, "hidden_size": width}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ends, **shape))
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    return Prior(
         unet=unet,
         vae=vae,
-        text_encoder=None,
-        tokenizer=None,  # type: ignore[arg-type]  # no prompts but these are asked for
-        scheduler_config={},
+        text_encoder=text.to(kind).eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        scheduler_config=SCHEDULER,
         prediction_type="epsilon",
         latent_channels=UNET["in_channels"],
-        latent_size=latent_size,
+        latent_size=(size // factor, size // factor),
         vae_scale_factor=factor,
         scaling_factor=VAE["scaling_factor"],
         source="random weights in the sizes of Stable Diffusion 1.5",
-        weights_digest="",
-        _encoded={text: torch.zeros(TOKENS, width, dtype=torch.float16) for text in ("", "a photo")},
-    )
-    return Sources(
-        prior, teacher(widths.get("teacher", {}), seed + 2), LossWeights(1.0, 1.0), latent_size, FP16_LOSS_SCALE
+        digests=dict.fromkeys(parts, f"random {seed} {size} {dtype} {thin}"),
     )
 
 
-def placed(sources: Sources, device: torch.device, dtype: torch.dtype) -> Sources:
-    """The same networks there, UNet and decoder in `dtype`, with the loss scale that it wants."""
-    prior, classifier = sources.prior, sources.teacher
-    assert classifier is not None
-    for network in (prior.unet, prior.vae):
-        network.to(device, dtype, memory_format=torch.channels_last)
-    encoded = {text: embedding.to(device, dtype) for text, embedding in prior._encoded.items()}
-    scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
-    own = replace(prior, _encoded=encoded)
-    return replace(sources, prior=own, teacher=on_device(classifier, device), loss_scale=scale)
-
-
-def teacher(widths: dict[str, Any], seed: int) -> Classifier:
+def make_teacher(thin: bool = False, seed: int = 2) -> Classifier:
+    """A ResNet-34 of 1000 classes, in float32 on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        ResNetConfig(**RESNET34 | widths).save_pretrained(folder)
+        ResNetConfig(**RESNET34 | (THIN["teacher"] if thin else {})).save_pretrained(folder)
         module = random(lambda: build(f"transformers:{folder}", CLASSES), torch.float32, seed)
-    names = tuple(str(index) for index in range(CLASSES))
-    return on_device(Classifier(module, "resnet34", names, 224, *NORMALISATIONS["imagenet"]), torch.device("cpu"))
+    return Classifier(module, tuple(map(str, range(CLASSES))), *NORMALISATIONS["imagenet"], 224, "resnet34")
 
 
-def random(make: Any, dtype: torch.dtype, seed: int) -> Any:
+def random(make: Callable[[], nn.Module], dtype: torch.dtype, seed: int) -> Any:
     """A network whose weights are drawn once, in `dtype`: made without memory, then filled. Evaluation mode, frozen."""
     with torch.device("meta"):
         network = make()
@@ -130,16 +125,13 @@ def random(make: Any, dtype: torch.dtype, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            fill(module, name, weight, generator)
+            _fill(module, name, weight, generator)
         if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.zero_()
-            module.running_var.fill_(1)
-            module.num_batches_tracked.zero_()
+            module.reset_running_stats()
     return network
 
 
-def fill(module: nn.Module, name: str, weight: Tensor, generator: torch.Generator) -> None:
+def _fill(module: nn.Module, name: str, weight: Tensor, generator: torch.Generator) -> None:
     """Norms do nothing; other weights have the variance 1 / fan-in, biases a hundredth."""
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
         weight.fill_(1.0 if name == "weight" else 0.0)

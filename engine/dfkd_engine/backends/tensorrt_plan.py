@@ -51,9 +51,8 @@ class Plan:
             self._check_validity(plan)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
-                why = (
-                    f"{spec.backend} {trt.__version__} does not take its plan ({self._log.said() or 'no reason given'})"
-                )
+                said = self._log.said() or "no reason given"
+                why = f"{spec.backend} {trt.__version__} does not take its plan ({said})"
                 raise EngineError(f"{self._what} cannot be loaded", why, _REBUILD)
             self._check_profiles()
             self._config = self._runtime_config(as_graph)
@@ -61,13 +60,12 @@ class Plan:
         self._side: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor, out: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """`out`: contiguous tensors that become the results; without them the results are new."""
+        """`out`: results of an earlier call to write to; without them the results are new."""
         rows = rows_of(tensors, self.spec.inputs)
         profile = self._profile_of(rows)
         with torch.cuda.device(self.device):
             arguments = [_aligned(tensor) for tensor in tensors]
-            given = [self._empty(wanted, rows) for wanted in self.spec.outputs] if out is None else list(out)
-            targets = [x if x.data_ptr() % _ALIGNMENT == 0 else torch.empty_like(x) for x in given]
+            results = tuple(out or (self._empty(wanted, rows) for wanted in self.spec.outputs))
             scratch = self._scratch(profile)
             with self._stream() as stream:
                 first = profile not in self._contexts
@@ -75,16 +73,13 @@ class Plan:
                 context.set_device_memory(scratch.data_ptr(), scratch.numel())
                 for tensor, wanted in zip(arguments, self.spec.inputs, strict=True):
                     self._require(context.set_input_shape(wanted.name, tuple(tensor.shape)), wanted.name, rows)
-                for tensor, wanted in zip((*arguments, *targets), (*self.spec.inputs, *self.spec.outputs), strict=True):
+                for tensor, wanted in zip((*arguments, *results), (*self.spec.inputs, *self.spec.outputs), strict=True):
                     self._require(context.set_tensor_address(wanted.name, tensor.data_ptr()), wanted.name, rows)
                 if not context.execute_async_v3(stream):
                     raise self._failed(rows)
             if first and self.captures_itself:  # it has finished its kernels for this GPU: spare the next process that
                 write_cache(self._kernels(), bytes(self._config.get_runtime_cache().serialize()))
-            for result, target in zip(given, targets, strict=True):
-                if result is not target:
-                    result.copy_(target)
-        return tuple(given)
+        return results
 
     def _check_validity(self, plan: bytes) -> None:
         """TensorRT-RTX alone tells from a plan's head why it cannot run here."""

@@ -7,7 +7,7 @@ return.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from dfkd_engine.errors import EngineError
 
 aten = torch.ops.aten
+Maybe: TypeAlias = Tensor | None
+Ints: TypeAlias = Sequence[int]
+Mask: TypeAlias = Sequence[bool]
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -28,15 +31,15 @@ def convolution_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    bias_sizes: Ints | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
     transposed: bool,
-    output_padding: Sequence[int],
+    output_padding: Ints,
     groups: int,
-    mask: Sequence[bool],
-) -> tuple[Tensor | None, None, None]:
+    mask: Mask,
+) -> tuple[Maybe, None, None]:
     """Gradient in x [B, C, ...] from grad [B, K, ...].
 
     weight: [K, C / groups, ...], or [C, K / groups, ...] if transposed.
@@ -62,9 +65,7 @@ def convolution_backward(
     return result.to(x.dtype), None, None
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
     none = [0] * len(stride)
     result: Tensor = aten.convolution.default(x, weight, None, stride, padding, dilation, False, none, groups)
     return result
@@ -81,7 +82,7 @@ def _flipped(weight: Tensor, groups: int) -> Tensor:
 
 
 def batch_norm_inference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, momentum: float, eps: float
+    x: Tensor, weight: Maybe, bias: Maybe, mean: Tensor, variance: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, C, ...]; the saved statistics of training are empty."""
     scale = _scale(weight, variance, eps)
@@ -94,28 +95,14 @@ def batch_norm_inference(
 
 
 def native_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    x: Tensor, weight: Maybe, bias: Maybe, mean: Maybe, variance: Maybe, training: bool, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, variance = _running(mean, variance, training)
     return batch_norm_inference(x, weight, bias, mean, variance, momentum, eps)
 
 
 def cudnn_batch_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Maybe, mean: Maybe, variance: Maybe, training: bool, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, first, second = native_batch_norm(x, weight, bias, mean, variance, training, momentum, eps)
     return out, first, second, x.new_empty(0, dtype=torch.uint8)
@@ -124,23 +111,21 @@ def cudnn_batch_norm(
 def native_batch_norm_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    save_mean: Tensor | None,
-    save_invstd: Tensor | None,
+    weight: Maybe,
+    mean: Maybe,
+    variance: Maybe,
+    save_mean: Maybe,
+    save_invstd: Maybe,
     training: bool,
     eps: float,
-    mask: Sequence[bool],
+    mask: Mask,
 ) -> tuple[Tensor, None, None]:
     _require_frozen("batch norm", mask)
     _, variance = _running(mean, variance, training)
     return (grad.float() * _channelwise(_scale(weight, variance, eps), x)).to(x.dtype), None, None
 
 
-def native_group_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hxw: int, groups: int, eps: float
-) -> Any:
+def native_group_norm(x: Tensor, weight: Maybe, bias: Maybe, n: int, c: int, hxw: int, groups: int, eps: float) -> Any:
     if x.dtype not in _HALF:
         return NotImplemented
     out, mean, rstd = aten.native_group_norm.default(x.float(), _up(weight), _up(bias), n, c, hxw, groups, eps)
@@ -152,12 +137,12 @@ def native_group_norm_backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
+    weight: Maybe,
     n: int,
     c: int,
     hxw: int,
     groups: int,
-    mask: Sequence[bool],
+    mask: Mask,
 ) -> tuple[Tensor, None, None]:
     """dx = rstd (w g - mean(w g) - xh mean(w g xh)), means over a group, as sums over pixels and then over channels.
 
@@ -188,7 +173,7 @@ def native_group_norm_backward(
     return (grad * scale + (centred * slope + shift)).to(x.dtype), None, None
 
 
-def native_layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+def native_layer_norm(x: Tensor, shape: Ints, weight: Maybe, bias: Maybe, eps: float) -> Any:
     if x.dtype not in _HALF:
         return NotImplemented
     out, mean, rstd = aten.native_layer_norm.default(x.float(), shape, _up(weight), _up(bias), eps)
@@ -196,14 +181,7 @@ def native_layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bi
 
 
 def native_layer_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Sequence[bool],
+    grad: Tensor, x: Tensor, shape: Ints, mean: Tensor, rstd: Tensor, weight: Maybe, bias: Maybe, mask: Mask
 ) -> tuple[Tensor, None, None]:
     _require_frozen("layer norm", mask)
     axes = tuple(range(x.dim() - len(shape), x.dim()))
@@ -213,7 +191,7 @@ def native_layer_norm_backward(
     return (inner * rstd).to(x.dtype), None, None
 
 
-def _scale(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+def _scale(weight: Maybe, variance: Tensor, eps: float) -> Tensor:
     scale = torch.rsqrt(variance.float() + eps)
     return scale if weight is None else scale * weight.float()
 
@@ -223,18 +201,18 @@ def _channelwise(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(-1, *(1 for _ in range(x.dim() - 2)))
 
 
-def _up(v: Tensor | None) -> Tensor | None:
+def _up(v: Maybe) -> Maybe:
     return None if v is None else v.float()
 
 
-def _running(mean: Tensor | None, variance: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
+def _running(mean: Maybe, variance: Maybe, training: bool) -> tuple[Tensor, Tensor]:
     if training or mean is None or variance is None:
         why = "its output for one image depends on the other images of the batch"
         raise EngineError("a batch norm uses the statistics of its batch", why, "Call eval() on the networks")
     return mean, variance
 
 
-def _require_frozen(layer: str, mask: Sequence[bool]) -> None:
+def _require_frozen(layer: str, mask: Mask) -> None:
     """mask: which gradients are wanted; all but the first are those of weights."""
     if any(mask[1:]):
         raise weight_gradient(f"the weights of a {layer}")

@@ -7,7 +7,7 @@ the coarse grids are then interleaved. Kernels, strides, padding and dilation ar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from dfkd_engine.decompositions.activations import keep
 from dfkd_engine.decompositions.resize import along_axes, pooling_matrix
 
 aten = torch.ops.aten
-Pair = tuple[int, int]
+Pair: TypeAlias = tuple[int, int]
+Ints: TypeAlias = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,7 @@ class Windows:
 
 
 def max_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    indices: Tensor,
+    grad: Tensor, x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool, indices: Tensor
 ) -> Tensor:
     """The gradient goes to the first maximum of a window, as in PyTorch; indices are not used."""
     if x.dim() == 3:
@@ -109,9 +103,9 @@ def max_pool2d_backward(
 def avg_pool2d_backward(
     grad: Tensor,
     x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
@@ -129,7 +123,7 @@ def avg_pool2d_backward(
     return windows.gather([part] * len(windows.places()))
 
 
-def adaptive_avg_pool2d(x: Tensor, size: Sequence[int]) -> Tensor:
+def adaptive_avg_pool2d(x: Tensor, size: Ints) -> Tensor:
     return along_axes(x, *(pooling_matrix(x.shape[2 + i], size[i], x.device, x.dtype) for i in (0, 1)))
 
 
@@ -149,23 +143,16 @@ def _counts(windows: Windows, axis: int, count_include_pad: bool) -> list[int]:
     return [min(end, size) - max(start, 0) for start, end in zip(starts, ends, strict=True)]
 
 
-def _windows(
-    x: Tensor,
-    grad: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Windows:
+def _windows(x: Tensor, grad: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Windows:
     sizes = (x.shape[-2], x.shape[-1]), (grad.shape[-2], grad.shape[-1])
     return Windows(*sizes, _pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation))
 
 
-def _pair(values: Sequence[int]) -> Pair:
+def _pair(values: Ints) -> Pair:
     return (values[0], values[-1])
 
 
-def slice_backward(grad: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Tensor:
+def slice_backward(grad: Tensor, sizes: Ints, dim: int, start: int, end: int, step: int) -> Tensor:
     """grad of x[..., start:end:step, ...] along dim, x of `sizes`."""
     dim = dim % len(sizes)
     size, taken = sizes[dim], grad.shape[dim]
@@ -181,7 +168,7 @@ def slice_backward(grad: Tensor, sizes: Sequence[int], dim: int, start: int, end
     return _pad(grad, dim, start, size - start - taken)
 
 
-def select_backward(grad: Tensor, sizes: Sequence[int], dim: int, index: int) -> Tensor:
+def select_backward(grad: Tensor, sizes: Ints, dim: int, index: int) -> Tensor:
     dim = dim % len(sizes)
     index = index % sizes[dim]
     return _pad(grad.unsqueeze(dim), dim, index, sizes[dim] - index - 1)
