@@ -28,14 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 USABLE = [name for name, backend in BACKENDS.items() if backend.unusable("cpu") is None]
 
 
-def marked(backend, network):
-    """Compiling takes seconds to half a minute; the gradient has the layers of the others too, but for the text's."""
-    quick = ("gradient",) if backend == "inductor" else ("gradient", "unet")
-    slow = [] if network in quick else [pytest.mark.slow]
-    return pytest.param(backend, network, marks=slow)
-
-
-EVERY = [marked(backend, network) for backend in USABLE for network in INPUTS]
+# Compiling takes seconds to half a minute; the gradient has the layers of the others too, but for the text's.
+EVERY = [(backend, network) for backend in USABLE for network in ("gradient", "unet")]
+EVERY = [pair for pair in EVERY if pair != ("inductor", "unet")]
 
 
 @pytest.fixture(scope="module")
