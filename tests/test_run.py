@@ -84,7 +84,7 @@ def test_everything_lies_in_one_folder(done: Path) -> None:
     report = json.loads((done / "report" / "report.json").read_text())
     assert report["accuracy"]["student"] == tests["student"]["accuracy"]
     assert report["accuracy"]["baselines"] == {"noise": tests["baselines"]["noise"]["accuracy"]}
-    assert report["missing"] == [] and list(report["teacher_views"]) == ["guided images", "noise"]
+    assert report["missing"] == {} and list(report["teacher_views"]) == ["guided images", "noise"]
     assert Classifier.from_pretrained(done / "student" / "last").class_names == tuple(sorted(CLASS_NAMES))
 
 

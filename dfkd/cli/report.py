@@ -28,7 +28,7 @@ def run(asked: ReportCommand) -> dict[str, Any]:
         "images": report.images.count,
         "teacher_agreement": view.agreement if view else None,
         "bn_gap": view.gap if view else None,
-        "missing": [missing.part for missing in report.missing],
+        "missing": list(report.missing),
     }
 
 

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,31 +27,6 @@ DESCRIPTIONS = {
     "deepinversion": "pixels optimised against the teacher, without a prior",
     "noise": "random pixels",
 }
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart for the page, in both themes, as data URIs."""
-
-    light: str
-    dark: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One class of a contact sheet; width in CSS pixels."""
-
-    class_name: str
-    picture: str
-    width: int
-
-
-@dataclass(frozen=True)
-class BaselineSheet:
-    """A baseline's images, a row per class, as a data URI."""
-
-    name: str
-    picture: str
 
 
 def write_report(
@@ -85,7 +60,7 @@ def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
     for name, draw in _charts(report).items():
         light, dark = (figures.png(draw(theme)) for theme in (LIGHT, DARK))
         written.append(_save(out / f"{name}.png", light))
-        charts[name] = Chart(_uri(light), _uri(dark))
+        charts[name] = {"light": _uri(light), "dark": _uri(dark)}
     rows = strips(run.synthetic.pool)
     written.append(_save(out / "contact_sheet.png", _png(sheet(rows))))
     others = []
@@ -93,12 +68,15 @@ def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
         if (baseline := run.baselines[name]).images is not None:
             few = strips(baseline.images, BASELINE_COLUMNS)
             written.append(_save(out / f"contact_sheet_{name}.png", _png(sheet(few))))
-            others.append(BaselineSheet(name, _uri(_png(stack(few)))))
+            others.append({"name": name, "picture": _uri(_png(stack(few)))})
     page = _environment().get_template("report.html.j2")
     html = page.render(
         report=report,
         charts=charts,
-        rows=[Row(row.class_name, _uri(_png(row.picture)), row.picture.width * row.scale) for row in rows],
+        rows=[
+            {"class_name": row.class_name, "picture": _uri(_png(row.picture)), "width": row.picture.width * row.scale}
+            for row in rows
+        ],
         shown=max(row.shown for row in rows),
         others=others,
         ours=OURS,

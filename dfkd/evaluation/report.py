@@ -21,7 +21,7 @@ from dfkd.evaluation.metrics import (
     teacher_view,
     top_confusions,
 )
-from dfkd.evaluation.run_folder import Missing, RunFolder
+from dfkd.evaluation.run_folder import RunFolder
 from dfkd.teachers import Classifier
 
 OURS = "guided images"  # their name beside the baselines'
@@ -87,7 +87,7 @@ class Report:
 
     title: str
     version: str
-    missing: tuple[Missing, ...]
+    missing: Mapping[str, str]
     notes: tuple[str, ...]
     accuracy: Accuracy
     ranking: tuple[str, ...]

@@ -43,19 +43,11 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Missing:
-    """A part that the report goes without, and what would supply it."""
-
-    part: str
-    todo: str
-
-
-@dataclass(frozen=True)
 class RunFolder:
     """A run as it lies on disk.
 
     evaluation: the tests of evaluation.json, {} without one. guide: how the teacher that guided the images is loaded,
-    None where nothing says so.
+    None where nothing says so. missing: the parts that are not there, and what would supply each.
     """
 
     title: str
@@ -65,7 +57,7 @@ class RunFolder:
     baselines: Mapping[str, Baseline]
     evaluation: Mapping[str, Any]
     guide: TeacherConfig | None
-    missing: tuple[Missing, ...]
+    missing: Mapping[str, str]
 
 
 def read_run(
@@ -91,15 +83,12 @@ def read_run(
     }
     guide = _guide(found.settings.get("options", {}), parts["teacher"])
     baselines = _read_baselines(run / "baselines") if run else {}
-    missing = [
-        Missing(part, todo)
-        for part, todo, present in (
-            ("teacher", "run dfkd-train-teacher, or give --teacher", guide),
-            ("student", "run dfkd-distill, or give --student", parts["student"]),
-            ("baselines", "name some in the file of dfkd-run, as [baselines.NAME]", baselines),
-        )
-        if not present
-    ]
+    wanted = (
+        ("teacher", guide, "run dfkd-train-teacher, or give --teacher"),
+        ("student", parts["student"], "run dfkd-distill, or give --student"),
+        ("baselines", baselines, "name some in the file of dfkd-run, as [baselines.NAME]"),
+    )
+    missing = {part: todo for part, present, todo in wanted if not present}
     for part, trained in parts.items():
         named = tuple(trained.result.get("class_names", ())) if trained else ()
         if named and named != found.pool.class_names:
@@ -110,7 +99,7 @@ def read_run(
             )
     title = (run or images.parent).resolve().name
     evaluation = _json(run / EVALUATION) if run else {}
-    return RunFolder(title, found, parts["teacher"], parts["student"], baselines, evaluation, guide, tuple(missing))
+    return RunFolder(title, found, parts["teacher"], parts["student"], baselines, evaluation, guide, missing)
 
 
 def _guide(options: Mapping[str, Any], teacher: Trained | None) -> TeacherConfig | None:
