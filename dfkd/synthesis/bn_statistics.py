@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfkd.errors import UsageError
 from dfkd_kernels.bn_moments import bn_moments
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def record_bn_inputs(layers: Sequence[nn.BatchNorm2d]) -> Iterator[list[Moments]
     """Record one forward pass: the list is filled when the block ends, a Moments per layer in the order of `layers`.
 
     A network may call its layers in another order: many ResNets define the projection before the branch.
-    Raises ValueError for a layer that was not used exactly once.
+    Raises UsageError for a layer that was not used exactly once.
     """
     calls: list[list[Moments]] = [[] for _ in layers]
     recorded: list[Moments] = []
@@ -68,10 +69,11 @@ def record_bn_inputs(layers: Sequence[nn.BatchNorm2d]) -> Iterator[list[Moments]
 
 
 def once_each(calls: Sequence[Sequence[T]]) -> list[T]:
-    """The one item of every layer. Raises ValueError for a layer that was not used exactly once in a pass."""
+    """The one item of every layer. Raises UsageError for a layer that was not used exactly once in a pass."""
     for index, found in enumerate(calls):
         if len(found) != 1:
-            raise ValueError(f"BatchNorm layer {index} was used {len(found)} times in a pass; L_bn needs exactly one")
+            what = f"BatchNorm layer {index} was used {len(found)} times in a pass"
+            raise UsageError(what, "its statistics are those of one use", "use --bn-weight 0 for this teacher")
     return [found[0] for found in calls]
 
 
@@ -163,9 +165,10 @@ class FusedTeacher:
 
     @staticmethod
     def of(network: nn.Module, layers: Sequence[nn.BatchNorm2d]) -> "FusedTeacher":
-        """Raises ValueError: a layer in training mode, or one that the graph does not use exactly once."""
+        """Raises UsageError: a layer in training mode, or one that the graph does not use exactly once."""
         if training := [index for index, layer in enumerate(layers) if layer.training]:
-            raise ValueError(f"BatchNorm layer {training[0]} is in training mode: call eval() on the teacher")
+            what = f"BatchNorm layer {training[0]} is in training mode"
+            raise UsageError(what, "its running statistics are what is wanted", "call eval() on the teacher")
         alone = tuple(RecordingLayer(layer, False) for layer in layers)
         if network._forward_hooks or network._forward_pre_hooks:
             return FusedTeacher(network, alone, None, "it has hooks, which fx leaves out")
@@ -204,7 +207,7 @@ class _Tracer(fx.Tracer):
 
 
 def _replaced(traced: fx.GraphModule, layers: Sequence[nn.BatchNorm2d]) -> tuple[RecordingLayer, ...]:
-    """Replace every layer of a graph, and put the moments beside the logits. Raises ValueError as `once_each`."""
+    """Replace every layer of a graph, and put the moments beside the logits. Raises UsageError as `once_each`."""
     graph = traced.graph
     calls = {id(layer): list[fx.Node]() for layer in layers}
     for node in graph.nodes:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dfkd.errors import UsageError
 from dfkd.synthesis.batching import cuts
 from dfkd.synthesis.bn_statistics import FusedTeacher, Moments, averaged, joined, record_bn_inputs
 from dfkd.synthesis.losses import GuidanceLoss, Seen
@@ -40,8 +41,8 @@ class Guidance:
         fused: the same teacher's, where it is made already; otherwise made here for "triton".
 
     Raises:
-        ValueError: moments asked of a teacher without BatchNorm layers, or that does not use each of them once; a
-            student is needed and absent.
+        UsageError: moments asked of a teacher without BatchNorm layers, or that does not use each of them once; a
+            student is needed and absent; two losses of one name.
     """
 
     def __init__(
@@ -58,12 +59,15 @@ class Guidance:
         self.losses, self.grad_scale, self.kernels = tuple(losses), grad_scale, kernels
         self.needs = frozenset[str]().union(*(loss.needs for loss in losses))
         self.layers = teacher.batch_norms() if "moments" in self.needs else ()
+        names = [loss.name for loss in losses]
         if "moments" in self.needs and not self.layers:
-            raise ValueError(f"teacher {teacher.architecture} has no BatchNorm layer, whose statistics a loss needs")
-        if len({loss.name for loss in losses}) < len(losses):
-            raise ValueError(f"two guidance losses have one name: {', '.join(loss.name for loss in losses)}")
+            asking = ", ".join(loss.name for loss in losses if "moments" in loss.needs)
+            what = f"teacher {teacher.architecture} has no BatchNorm layer"
+            raise UsageError(what, f"the guidance loss {asking} needs their statistics", "use --bn-weight 0")
+        if len(set(names)) < len(names):
+            raise UsageError(f"guidance losses {', '.join(names)}", "a name is there twice", "give one another name")
         if "student" in self.needs and student is None:
-            raise ValueError("the adversarial loss needs a student")
+            raise UsageError("the adversarial loss has no student", "it is a student's disagreement", "give one")
         if fused is None and kernels == "triton" and self.layers:
             fused = FusedTeacher.of(teacher.module, self.layers)
         self.fused = fused if self.layers else None

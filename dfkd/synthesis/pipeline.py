@@ -6,8 +6,6 @@
 An image follows from the run's seed and its id: label, prompt, noise and, within its group, CutMix partner and box.
 """
 
-import copy
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
 from dfkd.synthesis.batching import Pack, cuts
+from dfkd.synthesis.checks import build_command, copy_student, latent_size, prepare_prior, try_teacher
 from dfkd.synthesis.functions import EngineGuidance, functions_of
 from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
@@ -31,16 +30,13 @@ from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_un
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
 from dfkd.synthesis.synthesizer import Sample, label_probability
 from dfkd.teachers import Classifier
-from dfkd_engine.attention import choose_attention, set_attention
 from dfkd_engine.compiled import Engine
-from dfkd_engine.errors import EngineError
-from dfkd_engine.group_norms import set_group_norms
-from dfkd_engine.prior import DTYPES, Prior
+from dfkd_engine.group_norms import group_norms
+from dfkd_engine.prior import Prior
 from dfkd_engine.store import EngineStore
 from dfkd_kernels.guided_step import GUIDED_STEPS
 
 FP16_GRAD_SCALE = 2.0**10  # lifts gradients of 1e-7, common here, into float16's normal range
-_LOCAL = ("backend", "engines", "shard_size", "image_format")  # settings that no engine follows from
 
 # (pipe, step, timestep, {"latents", "clean"}) -> replacements for some of them, or None; as in diffusers.
 Callback = Callable[["GuidedPipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -85,21 +81,22 @@ class GuidedPipeline:
         self.device = resolve_device(compute.device, own_rank())
         chosen = choose_kernels(compute.kernels, self.device)
         self.kernels, self._kernels_why = chosen.name, chosen.why
-        self.prior = _prepared(prior, config, self.device, self.kernels)
+        self.prior = prepare_prior(prior, config, self.device, self.kernels)
         self.teacher = teacher.freeze(self.device)
         self.class_names = teacher.class_names
         self.classes = chosen_classes(self.class_names, sampling.only)
         prompt_of(sampling.prompt, self.class_names[0])
-        self.latent_size = _latent_size(sampling.size, prior)
+        self.latent_size = latent_size(sampling.size, prior)
         self.image_size = self.latent_size[0] * prior.vae_scale_factor
         self.table = build_table(prior.scheduler_config, sampling.sampler, sampling.steps)
         self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
-        self._guide(student)
-        self.group = config.batching.group if self._images_interact() else 1
-        self.call_size = config.batching.batch
         self.choices: tuple[Choice, ...] = ()
         self._engines: dict[str, Engine] | None = None
-        self._try_teacher()
+        self.student = student and copy_student(student, self.teacher)
+        self._guide()
+        self.group = config.batching.group if self._images_interact() else 1
+        self.call_size = config.batching.batch
+        try_teacher(self.teacher, self.guidance, self.image_size)
         if compute.backend != "eager":
             self.choices = self._choose(None)
 
@@ -204,9 +201,8 @@ class GuidedPipeline:
             self.choices = self._choose(before)  # again: the call size may have been set since
         store = EngineStore(self.config.compute.engines)
         self._engines = load_engines(self.choices, store, self.device) if self.choices else {}
-        if self.guidance is not None and self._engines:
-            by_engines = EngineGuidance(self.guidance, self._engines)
-            self.guidance, self.pixel_guidance = by_engines, self.pixel_guidance and by_engines.in_pixels
+        if self._engines:
+            self._guide()
         return {choice.network: choice.key for choice in self.choices if choice.key is not None}
 
     def without_engines(self) -> None:
@@ -224,9 +220,8 @@ class GuidedPipeline:
 
     def update(self, student: Classifier) -> None:
         """Replace the student of the adversarial loss. Raises UsageError where its classes are not the teacher's."""
-        self._guide(student)
-        if self._engines:
-            self.use_engines(None)
+        self.student = copy_student(student, self.teacher)
+        self._guide()
 
     @property
     def uses_cfg(self) -> bool:
@@ -236,11 +231,9 @@ class GuidedPipeline:
     def identity(self) -> dict[str, Any]:
         """What the images follow from, beside seed and ids, in JSON's types."""
         found = {key: value for key, value in self.config.identity().items() if key != "loss"}
-        sampler = self.config.sampling.sampler
+        if (sampler := self.config.sampling.sampler) not in SAMPLERS:  # in a file, wherever that lies
+            found["sampler"] = [sampler.partition(".py:")[2], described(find_sampler(sampler).update)]
         return found | {
-            "sampler": sampler
-            if sampler in SAMPLERS
-            else [sampler.partition(".py:")[2], described(find_sampler(sampler).update)],
             "size": self.image_size,
             "group": self.group,
             "losses": [described(loss) for loss in self.losses],
@@ -252,6 +245,9 @@ class GuidedPipeline:
     def describe(self) -> list[str]:
         """Lines for people: kernels, and what runs which network."""
         lines = [f"kernels: {self.kernels} ({self._kernels_why})"]
+        if self.kernels == "triton":
+            for part, network in (("UNet", self.prior.unet), ("VAE", self.prior.vae)):
+                lines.append(f"  where the {part} is eager: {group_norms(network)}")
         if self.guidance and self.guidance.fused:
             lines.append(f"  where the teacher is eager: {self.guidance.fused.describe()}")
         return lines + describe_choices(self.choices)
@@ -269,103 +265,29 @@ class GuidedPipeline:
             raise UsageError(f"labels {given[:10]} for {len(asked)} ids", why, "give one label of them for every id")
         return dict(zip(asked, given, strict=True))
 
-    def _guide(self, student: Classifier | None) -> None:
-        """Make the guidance of the losses with this student. Raises UsageError."""
-        if student is not None:
-            if student.class_names != self.class_names:
-                raise UsageError(
-                    f"the student has {len(student.class_names)} classes that are not the teacher's",
-                    f"the teacher has {len(self.class_names)}: {', '.join(self.class_names[:10])}",
-                    "give a student distilled from this teacher",
-                )
-            student = student.replace(module=copy.deepcopy(student.module)).freeze(self.device)
-        self.student, config = student, self.config.guidance
+    def _guide(self) -> None:
+        """Make the guidance, by autograd or with engines where they are loaded. Raises UsageError."""
         self.guidance = self.pixel_guidance = self.statistics = None
         if not self.losses:
             return
-        scale = FP16_GRAD_SCALE if self.prior.dtype == torch.float16 else 1.0
-        try:
-            self.guidance = Guidance(self.prior.decode, self.teacher, self.losses, student, scale, self.kernels)
-            if config.refine_steps:
-                self.pixel_guidance = self.guidance.with_(identity)
-            if config.noise_edit_steps:
-                loss = BatchNormLoss(1.0, config.bn_stats, config.bn_loss)
-                self.statistics = self.guidance.with_(self.prior.decode, (loss,))
-        except ValueError as error:
-            todo = "give a student" if "student" in str(error) else "leave the losses of BatchNorm out: --bn-weight 0"
-            raise UsageError(str(error), todo=todo) from None
+        config, scale = self.config.guidance, FP16_GRAD_SCALE if self.prior.dtype == torch.float16 else 1.0
+        own = Guidance(self.prior.decode, self.teacher, self.losses, self.student, scale, self.kernels)
+        self.guidance = own
+        if config.refine_steps:
+            self.pixel_guidance = own.with_(identity)
+        if config.noise_edit_steps:
+            statistics = BatchNormLoss(1.0, config.bn_stats, config.bn_loss)
+            self.statistics = own.with_(self.prior.decode, (statistics,))
+        if self._engines:
+            by_engines = EngineGuidance(own, self._engines)
+            self.guidance, self.pixel_guidance = by_engines, self.pixel_guidance and by_engines.in_pixels
 
     def _images_interact(self) -> bool:
         shared = any("group" in guidance.needs for guidance in (self.guidance, self.statistics) if guidance)
         return shared or self.config.cutmix.every > 0
 
-    def _try_teacher(self) -> None:
-        """Show the teacher two grey images. Raises UsageError for what would fail later."""
-        grey = torch.full((2, 3, self.image_size, self.image_size), 0.5, device=self.device)
-        try:
-            with torch.no_grad():
-                logits = self.guidance.judge(grey)[0] if self.guidance else self.teacher.logits(grey)
-        except ValueError as error:
-            raise UsageError(str(error), todo="use --bn-weight 0 for this teacher") from None
-        if logits.shape != (2, len(self.class_names)):
-            raise UsageError(
-                f"teacher {self.teacher.architecture} gives {logits.shape[-1]} logits",
-                f"there are {len(self.class_names)} class names",
-                "name every logit with --classes",
-            )
-        if self.guidance is None:
-            return
-        for name, values in self.guidance.values(grey, logits.argmax(1)).items():
-            if values.shape != (2,):
-                what = f"the guidance loss {name} has the shape {list(values.shape)} for two images"
-                raise UsageError(what, "a loss is one number for every image", "reduce over all other dimensions")
-
     def _choose(self, before: Mapping[str, str] | None) -> tuple[Choice, ...]:
         compute = self.config.compute
-        return choose(self.functions(), compute, EngineStore(compute.engines), before, self.build_command)
-
-    @property
-    def build_command(self) -> str:
-        """The command that builds this run's engines."""
-        words = ["--prior", self.prior.source, "--teacher-checkpoint", "TEACHER"]
-        for name, value in self.config.changed().items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            elif name not in _LOCAL:
-                words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-        compute = self.config.compute
-        own = [] if compute.backend == "auto" else ["--backend", compute.backend]
-        return shlex.join(["dfkd-engines", "build", *own, "--engines", str(compute.engines), "--", *words])
-
-
-def _prepared(prior: Prior, config: GenerateConfig, device: torch.device, kernels: str) -> Prior:
-    """The prior on the device, with the attention and the group norms that are asked for. Raises UsageError."""
-    compute = config.compute
-    if prior.dtype != DTYPES[compute.dtype]:
-        kind = next((name for name, dtype in DTYPES.items() if dtype == prior.dtype), str(prior.dtype))
-        what = f"the prior is in {kind}, the settings say {compute.dtype}"
-        raise UsageError(what, "networks are not converted", f"load it with dtype={compute.dtype!r}, or set --dtype")
-    # fp32 is meant: TF32, cuDNN's default, keeps 10 bits of a factor, and images would differ between devices.
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        attention = choose_attention(compute.attention, device, prior.dtype)
-        for network in (prior.unet, prior.vae):
-            set_attention(network, attention.name)
-            set_group_norms(network, kernels)
-    except EngineError as error:
-        raise UsageError(error.what, error.why, error.todo) from None
-    return prior.to(device)
-
-
-def _latent_size(size: int, prior: Prior) -> tuple[int, int]:
-    """(h, w) of the latents of images of this side, 0 for the prior's own. Raises UsageError."""
-    factor = prior.vae_scale_factor
-    if not size:
-        if len(set(prior.latent_size)) > 1:
-            raise UsageError(f"the prior's latents are {prior.latent_size}", "images are square here", "give --size")
-        return prior.latent_size
-    if size % factor:
-        why = f"its decoder enlarges latents {factor} times"
-        raise UsageError(f"--size {size} does not fit the prior", why, f"choose a multiple of {factor}")
-    return size // factor, size // factor
+        return choose(
+            self.functions(), compute, EngineStore(compute.engines), before, build_command(self.config, self.prior)
+        )

@@ -183,12 +183,12 @@ def test_settings_name_losses_of_weight_above_zero():
 
 def test_refusals(prior, teacher):
     without = classifier(dtype=F64, norm=False)
-    with pytest.raises(ValueError, match="has no BatchNorm layer"):
+    with pytest.raises(UsageError, match="has no BatchNorm layer"):
         Guidance(prior.decode, without, BOTH)
     Guidance(prior.decode, without, (CrossEntropy(1.0),))
-    with pytest.raises(ValueError, match="needs a student"):
+    with pytest.raises(UsageError, match="has no student"):
         Guidance(prior.decode, teacher, (Adversarial(1.0),))
-    with pytest.raises(ValueError, match="one name: cls, cls"):
+    with pytest.raises(UsageError, match="cls, cls: a name is there twice"):
         Guidance(prior.decode, teacher, (CrossEntropy(1.0), CrossEntropy(2.0)))
     for make, message in (
         (lambda: CrossEntropy(-1.0), "cls is -1.0; it must be >= 0"),

@@ -195,7 +195,7 @@ class TwoLogits(nn.Module):
         ({"teacher": classifier(norm=False)}, "has no BatchNorm layer"),
         ({"teacher": classifier(norm=False), "bn_weight": 0, "noise_edit_steps": 1}, "has no BatchNorm layer"),
         ({"teacher": classifier().replace(class_names=("a", "b"))}, "gives 3 logits: there are 2 class names"),
-        ({"adv_weight": 1.0}, "needs a student"),
+        ({"adv_weight": 1.0}, "has no student"),
         ({"backend": "onnxruntime"}, "build it: dfkd-engines build --backend onnxruntime"),
         ({"backend": "onnxruntime", "gradient": "unet"}, "cannot be used"),
     ],

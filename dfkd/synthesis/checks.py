@@ -1,0 +1,94 @@
+"""What has to fit before a guided synthesis begins: prior, teacher, student, losses and settings."""
+
+import copy
+import shlex
+
+import torch
+
+from dfkd.config import GenerateConfig
+from dfkd.errors import UsageError
+from dfkd.synthesis.guidance import Guidance
+from dfkd.teachers import Classifier
+from dfkd_engine.attention import choose_attention, set_attention
+from dfkd_engine.errors import EngineError
+from dfkd_engine.group_norms import set_group_norms
+from dfkd_engine.prior import DTYPES, Prior
+
+_LOCAL = ("backend", "engines", "shard_size", "image_format")  # settings that no engine follows from
+
+
+def prepare_prior(prior: Prior, config: GenerateConfig, device: torch.device, kernels: str) -> Prior:
+    """The prior, moved to the device, with the attention and the group norms that are asked for.
+
+    Raises UsageError: another dtype than that of the settings, or an attention that cannot run.
+    """
+    compute = config.compute
+    if prior.dtype != DTYPES[compute.dtype]:
+        kind = next((name for name, dtype in DTYPES.items() if dtype == prior.dtype), str(prior.dtype))
+        what = f"the prior is in {kind}, the settings say {compute.dtype}"
+        raise UsageError(what, "networks are not converted", f"load it with dtype={compute.dtype!r}, or set --dtype")
+    # fp32 is meant: TF32, cuDNN's default, keeps 10 bits of a factor, and images would differ between devices.
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        attention = choose_attention(compute.attention, device, prior.dtype)
+        for network in (prior.unet, prior.vae):
+            set_attention(network, attention.name)
+            set_group_norms(network, kernels)
+    except EngineError as error:
+        raise UsageError(error.what, error.why, error.todo) from None
+    return prior.to(device)
+
+
+def latent_size(size: int, prior: Prior) -> tuple[int, int]:
+    """(h, w) of the latents of images of this side, 0 for the prior's own. Raises UsageError where it does not fit."""
+    factor = prior.vae_scale_factor
+    if not size:
+        if len(set(prior.latent_size)) > 1:
+            raise UsageError(f"the prior's latents are {prior.latent_size}", "images are square here", "give --size")
+        return prior.latent_size
+    if size % factor:
+        why = f"its decoder enlarges latents {factor} times"
+        raise UsageError(f"--size {size} does not fit the prior", why, f"choose a multiple of {factor}")
+    return size // factor, size // factor
+
+
+def copy_student(student: Classifier, teacher: Classifier) -> Classifier:
+    """A frozen copy beside the teacher, whoever trains the student further. Raises UsageError for other classes."""
+    if student.class_names != teacher.class_names:
+        raise UsageError(
+            f"the student has {len(student.class_names)} classes that are not the teacher's",
+            f"the teacher has {len(teacher.class_names)}: {', '.join(teacher.class_names[:10])}",
+            "give a student distilled from this teacher",
+        )
+    return student.replace(module=copy.deepcopy(student.module)).freeze(teacher.device)
+
+
+@torch.no_grad()
+def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> None:
+    """Show the teacher, and the guidance losses, two grey images of this side.
+
+    Raises UsageError: BatchNorm layers that are not used once, a number of logits that is not that of the class names,
+    or a loss that is not one number for every image.
+    """
+    grey = torch.full((2, 3, side, side), 0.5, device=teacher.device)
+    logits = guidance.judge(grey)[0] if guidance else teacher.logits(grey)
+    if logits.shape != (2, len(teacher.class_names)):
+        what, names = f"teacher {teacher.architecture} gives {logits.shape[-1]} logits", len(teacher.class_names)
+        raise UsageError(what, f"there are {names} class names", "name every logit with --classes")
+    for name, values in (guidance.values(grey, logits.argmax(1)) if guidance else {}).items():
+        if values.shape != (2,):
+            what = f"the guidance loss {name} has the shape {list(values.shape)} for two images"
+            raise UsageError(what, "a loss is one number for every image", "reduce over all other dimensions")
+
+
+def build_command(config: GenerateConfig, prior: Prior) -> str:
+    """The command that builds the engines of a run with these settings."""
+    words = ["--prior", prior.source, "--teacher-checkpoint", "TEACHER"]
+    for name, value in config.changed().items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name not in _LOCAL:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    own = [] if config.compute.backend == "auto" else ["--backend", config.compute.backend]
+    return shlex.join(["dfkd-engines", "build", *own, "--engines", str(config.compute.engines), "--", *words])
