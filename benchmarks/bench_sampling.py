@@ -1,0 +1,271 @@
+"""Sampling, from noise to images: the published loop and diffusers beside ours, in images a second and MFU.
+
+    python -m benchmarks.bench_sampling                               the `demo` preset on a CPU, minutes
+    python -m benchmarks.bench_sampling --teacher runs/demo/teacher --backend auto
+    python -m benchmarks.bench_sampling --prior sd15 --device cuda    512x512, bf16, random weights, no download
+    python -m benchmarks.bench_sampling --prior sd15 --thin --size 64 --images 2 --dtype fp32        a rehearsal
+
+published   one image at a time, by autograd through the UNet in every step, two UNet calls a step, classifier-free
+            guidance in all: plain diffusers (benchmarks/published_loop.py), what guided rows are compared with
+unet        the same algorithm by our sampler, images in batches
+latent      the gradient stops at the clean latent: one UNet call a step
+late        the teacher guides in the last steps alone; with the demo all that its preset has: classifier-free guidance
+            in the first steps alone, statistics of a group, two guidance steps at a level, refined pixels
+
+and without a teacher, with classifier-free guidance in every step, by DDIM:
+
+diffusers             StableDiffusionPipeline as it comes, what these rows are compared with
+diffusers compiled    by the recipe of diffusers' documentation, page "Accelerate inference": channels_last, UNet and
+                      vae.decode through torch.compile with fullgraph, projections fused; for max-autotune the page's
+                      settings of inductor
+unguided              our sampler; at the end it shows the teacher the images once, as all of our rows do
+
+Rows run in turns in one process, ratios are taken within a turn, image for image. Arithmetic does not look at weights:
+speeds are those of trained networks. FLOP are counted, for an image.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from benchmarks import demo, sd15
+from benchmarks.flops import in_turns, peak, reason
+from benchmarks.machine import describe
+from benchmarks.published_loop import PublishedLoop
+from benchmarks.recording import finish, not_measured, number, percent, ratios, scaled, spread, table, taken_on, words
+from dfkd.config import DTYPES, GenerateConfig
+from dfkd.runtime import resolve_device
+from dfkd.synthesis.command import quieten_libraries
+from dfkd.synthesis.pipeline import GuidedPipeline
+from dfkd.synthesis.plan import network_calls
+from dfkd.teachers import Classifier
+from dfkd_engine.memory import footprint
+from dfkd_engine.prior import Prior
+
+COMMAND = "python -m benchmarks.bench_sampling"
+SEED = 0
+SINGLES = 2  # images a turn of the published loop
+PUBLISHED = {
+    "gradient": "unet", "bn_stats": "image", "guide_from": 0.0, "guidance_repeats": 1, "cfg_to": 1.0, "refine_steps": 0
+}  # fmt: skip
+ROWS: Mapping[str, dict[str, Any]] = {  # what a row changes in the settings
+    "published": PUBLISHED,
+    "unet": PUBLISHED,
+    "latent": {**PUBLISHED, "gradient": "latent"},
+    "late": {},
+    "unguided": {"guidance_step": 0.0, "cfg_to": 1.0},
+}
+PEERS = ("diffusers", "diffusers compiled")
+NAMES = (*ROWS, *PEERS)
+BASES = {**dict.fromkeys(("published", "unet", "latent", "late"), "published"), "unguided": PEERS[0]}
+BASES |= dict.fromkeys(PEERS, PEERS[0])
+PLAIN = {"kernels": "torch", "attention": "sdpa", "backend": "eager"}  # what does not compute by our own means
+MODES = ("max-autotune", "reduce-overhead", "default")  # of torch.compile; the first is the page's
+TUNED = {
+    "conv_1x1_as_mm": True,
+    "coordinate_descent_tuning": True,
+    "epilogue_fusion": False,
+    "coordinate_descent_check_all_directions": True,
+}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What all rows share. config: the settings that a row changes."""
+
+    prior: Prior
+    teacher: Classifier
+    config: GenerateConfig
+
+    def pipeline(self, row: str, **changes: Any) -> GuidedPipeline:
+        """Our sampler with a row's settings."""
+        return GuidedPipeline(self.prior, self.teacher, self.config.replace(**ROWS[row]).replace(**changes))
+
+
+def demo_networks(images: int, device: torch.device, dtype: str = "fp32", trained: Path | None = None) -> Networks:
+    """The demo's; trained: folder of the teacher, None for random weights."""
+    config = demo.settings(images, device, dtype=dtype)
+    return Networks(Prior.from_pretrained("demo", dtype), demo.teacher(trained), config)
+
+
+def sd15_networks(images: int, device: torch.device, dtype: str, size: int, thin: bool = False) -> Networks:
+    """Stable Diffusion 1.5's, and a ResNet-34, which guides the last 40 % of ten steps."""
+    own = {"group": images, "batch": images, "device": str(device), "dtype": dtype, "backend": "eager"}
+    config = GenerateConfig.of(**own, steps=10, guide_from=0.6, prompt="a photo")
+    return Networks(sd15.make_prior(size, dtype, thin), sd15.make_teacher(thin), config)
+
+
+def published(networks: Networks, images: int) -> Callable[[], list[Tensor]]:
+    """A call of the published loop for the images 0 to `images` - 1, one after another, from noise that is ours."""
+    pipe = networks.pipeline("published", **PLAIN)
+    loop, pack = PublishedLoop.of(pipe), pipe.pack(torch.arange(images), SEED)
+    noise = (pack.start() / pipe.table.init_scale).to(pipe.prior.dtype)
+    one = [slice(i, i + 1) for i in range(images)]
+    given = [(noise[i], int(pack.labels[i]), pack.conditional[i], pack.unconditional) for i in one]
+    return lambda: [loop(*row) for row in given]
+
+
+def plain_diffusers(networks: Networks, images: int, mode: str | None = None) -> Callable[[], Tensor]:
+    """A call of diffusers' pipeline for the images that "unguided" samples: images in 0..1 [B, 3, H, W].
+
+    It has copies of the networks, weights in the order of NCHW. mode: of torch.compile, whose first call compiles.
+    """
+    pipe = networks.pipeline("unguided", **PLAIN)
+    order = torch.channels_last if mode else torch.contiguous_format
+    unet, vae = (copy.deepcopy(network).to(memory_format=order) for network in (pipe.prior.unet, pipe.prior.vae))
+    peer = StableDiffusionPipeline(
+        unet=unet, vae=vae, text_encoder=pipe.prior.text_encoder, tokenizer=pipe.prior.tokenizer,
+        scheduler=DDIMScheduler.from_config(pipe.prior.scheduler_config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    peer.set_progress_bar_config(disable=True)
+    if mode:
+        peer.fuse_qkv_projections()
+        peer.unet = torch.compile(unet, mode=mode, fullgraph=True)
+        vae.decode = torch.compile(vae.decode, mode=mode, fullgraph=True)
+    pack, side = pipe.pack(torch.arange(images), SEED), pipe.image_size
+    given: dict[str, Any] = {
+        "latents": (pack.start() / pipe.table.init_scale).to(pipe.prior.dtype),
+        "prompt_embeds": pack.conditional,
+        "negative_prompt_embeds": pack.unconditional.expand_as(pack.conditional),
+        "num_inference_steps": len(pipe.table),
+        "guidance_scale": pipe.config.sampling.cfg,
+    }
+
+    def call() -> Tensor:
+        with torch._inductor.config.patch(TUNED if mode == MODES[0] else {}):
+            found: Tensor = peer(height=side, width=side, output_type="pt", **given).images
+        return found
+
+    return call
+
+
+def flop_per_image(row: str, networks: Networks) -> int:
+    """Of all calls of networks for an image, but for the teacher's last look."""
+    pipe = networks.pipeline("unguided" if row in PEERS else row, **PLAIN)
+    needs = {name: footprint(call, without_data=True).flop for name, call in network_calls(pipe).items()}
+    rows, repeats = pipe.pack(torch.arange(1), SEED).cfg_rows, sum(map(pipe.repeats_at, range(len(pipe.table))))
+    counts = {"unet": sum(rows) / max(rows), "gradient": repeats, "pixel_gradient": pipe.config.guidance.refine_steps}
+    return round(sum(flop * counts.get(name, 1) for name, flop in needs.items()))
+
+
+def made(
+    name: str, networks: Networks, images: int, mode: str = MODES[0], backend: str = "eager"
+) -> tuple[Callable[[], object], int]:
+    """A row's call and its images. mode: of torch.compile. backend: of the rows that engines can take over."""
+    if name == "published":
+        return published(networks, SINGLES), SINGLES
+    if name in PEERS:
+        return plain_diffusers(networks, images, mode if name == PEERS[1] else None), images
+    pipe = networks.pipeline(name, backend="eager" if name == "unet" else backend)
+    return partial(pipe, range(images), seed=SEED), images
+
+
+def bench(
+    networks: Networks, names: Sequence[str], images: int, turns: int, mode: str = MODES[0], backend: str = "eager"
+) -> dict[str, Any]:
+    """The result without the machine: rows, and those that failed with their reason."""
+    calls: dict[str, tuple[Callable[[], object], int]] = {}
+    first, failures = {}, {}
+    # Plain networks are copies, and come before ours get their kernels and their attention.
+    for name in sorted(names, key=lambda name: name in ROWS and name != "published"):
+        try:
+            calls[name] = made(name, networks, images, mode, backend)
+            started = time.perf_counter()
+            calls[name][0]()  # compiles
+            first[name] = time.perf_counter() - started
+        except Exception as error:  # such as no compiler: the other rows are measured still
+            calls.pop(name, None)
+            failures[name] = reason(error)
+    device = networks.prior.device
+    seconds, failed = in_turns({name: calls[name][0] for name in names if name in calls}, turns, device)
+    each = {name: [spent / calls[name][1] for spent in found] for name, found in seconds.items()}
+    top, rows = peak(device, networks.prior.dtype), []
+    for name, spent in each.items():
+        flop = flop_per_image(name, networks)
+        rows.append(
+            {
+                "row": name,
+                "images_at_a_time": 1 if name == "published" else images,
+                "images_per_second": spread([1 / s for s in spent]),
+                "base": BASES[name],
+                "ratio": ratios(each.get(BASES[name]), spent),
+                "flop_per_image": flop,
+                "flop_per_second": flop / median(spent),
+                "mfu": flop / median(spent) / top if top else None,
+            }
+        )
+    pipe = networks.pipeline("late")
+    return {
+        "prior": networks.prior.source, "dtype": networks.config.compute.dtype, "image_size": pipe.image_size,
+        "steps": len(pipe.table), "turns": turns, "kernels": pipe.kernels, "backend": backend, "compile_mode": mode,
+        "compile_seconds": first.get(PEERS[1]), "rows": rows, "failures": {**failures, **failed},
+    }  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    heads = ["row", "images at a time", "img/s: median (min to max)", "times as fast as", "FLOP an image", "FLOP/s"]
+    cells = [
+        [
+            r["row"], r["images_at_a_time"], words(r["images_per_second"]),
+            None if r["row"] == r["base"] else f"{r['base']}: {words(r['ratio'])}",
+            scaled(r["flop_per_image"]), scaled(r["flop_per_second"]), percent(r["mfu"]),
+        ]
+        for r in result["rows"]
+    ]  # fmt: skip
+    size, seconds = result["image_size"], result["compile_seconds"]
+    compiled = f"; diffusers compiled: {result['compile_mode']}, first call {number(seconds)} s" if seconds else ""
+    under = (
+        f"Prior {result['prior']}, {size}x{size}, {result['dtype']}, {result['steps']} steps, {result['turns']} turns, "
+        f"kernels {result['kernels']}, --backend {result['backend']}{compiled}. "
+    )
+    lines = [*table([*heads, "MFU"], cells), "", under + taken_on(result["machine"], COMMAND)]
+    return "\n".join([*lines, *not_measured(result["failures"].items())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prior", choices=("demo", "sd15"), default="demo")
+    parser.add_argument(
+        "--teacher", type=Path, help="of the demo: folder of dfkd-train-teacher (default random weights)"
+    )
+    parser.add_argument("--size", type=int, default=512, help="of sd15's images (default 512)")
+    parser.add_argument("--thin", action="store_true", help="sd15 with few channels: a rehearsal, never recorded")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, help="default fp32 of the demo, bf16 of sd15")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(NAMES), help="default all")
+    parser.add_argument("--images", type=int, help="of a call of our rows (default 200 of the demo, 16 of sd15)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
+    parser.add_argument("--backend", default="eager", help="of latent, late and unguided: auto takes built engines")
+    parser.add_argument("--compile-mode", choices=MODES, default=MODES[0], help=f"of diffusers (default {MODES[0]})")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/sampling-<prior>-<device>.json")
+    a = parser.parse_args()
+    if unknown := [name for name in a.rows if name not in NAMES]:
+        parser.error(f"unknown row {unknown[0]!r}; known are {', '.join(NAMES)}")
+    if a.thin and (a.record or a.prior == "demo"):
+        parser.error("--thin is a rehearsal of --prior sd15, and not recorded")
+    quieten_libraries()
+    device = resolve_device(a.device)
+    machine = describe(device)  # before the work: what fails here must not lose it
+    images = a.images or (200 if a.prior == "demo" else 16)
+    if a.prior == "demo":
+        networks = demo_networks(images, device, a.dtype or "fp32", a.teacher)
+    else:
+        networks = sd15_networks(images, device, a.dtype or "bf16", a.size, a.thin)
+    result = {"machine": machine, **bench(networks, a.rows, images, a.repeats, a.compile_mode, a.backend)}
+    finish(result, markdown(result), f"sampling-{a.prior}" if a.record else "")
+
+
+if __name__ == "__main__":
+    main()
