@@ -42,7 +42,19 @@ from benchmarks import demo, sd15
 from benchmarks.flops import in_turns, peak, reason
 from benchmarks.machine import describe
 from benchmarks.published_loop import PublishedLoop
-from benchmarks.recording import finish, not_measured, number, percent, ratios, scaled, spread, table, taken_on, words
+from benchmarks.recording import (
+    finish,
+    names_of,
+    not_measured,
+    number,
+    percent,
+    ratios,
+    scaled,
+    spread,
+    table,
+    taken_on,
+    words,
+)
 from dfkd.config import DTYPES, GenerateConfig
 from dfkd.runtime import resolve_device
 from dfkd.synthesis.command import quieten_libraries
@@ -244,15 +256,15 @@ def main() -> None:
     parser.add_argument("--thin", action="store_true", help="sd15 with few channels: a rehearsal, never recorded")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default fp32 of the demo, bf16 of sd15")
-    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(NAMES), help="default all")
+    parser.add_argument(
+        "--rows", type=names_of(NAMES), default=list(NAMES), help=f"of {', '.join(NAMES)} (default all)"
+    )
     parser.add_argument("--images", type=int, help="of a call of our rows (default 200 of the demo, 16 of sd15)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
     parser.add_argument("--backend", default="eager", help="of latent, late and unguided: auto takes built engines")
     parser.add_argument("--compile-mode", choices=MODES, default=MODES[0], help=f"of diffusers (default {MODES[0]})")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/sampling-<prior>-<device>.json")
     a = parser.parse_args()
-    if unknown := [name for name in a.rows if name not in NAMES]:
-        parser.error(f"unknown row {unknown[0]!r}; known are {', '.join(NAMES)}")
     if a.thin and (a.record or a.prior == "demo"):
         parser.error("--thin is a rehearsal of --prior sd15, and not recorded")
     quieten_libraries()

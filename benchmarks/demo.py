@@ -34,7 +34,7 @@ def teacher(folder: Path | None = None) -> Classifier:
 def settings(images: int, device: torch.device, **changes: Any) -> GenerateConfig:
     """The preset's, with groups and calls of so many images, and without engines."""
     own = {"group": images, "batch": images, "shard_size": 0, "device": str(device), "backend": "eager"}
-    return GenerateConfig.preset("demo", **own, **changes)
+    return GenerateConfig.preset("demo", **{**own, **changes})
 
 
 def pipeline(images: int, device: torch.device, trained: Path | None = None, **changes: Any) -> GuidedPipeline:

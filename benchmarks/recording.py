@@ -1,8 +1,9 @@
 """What every benchmark tells: spreads in words, tables in Markdown, a file on record, JSON as the last line."""
 
+import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,6 +64,17 @@ def not_measured(failures: Iterable[tuple[str, str]]) -> list[str]:
     for name, why in failures:
         found.setdefault(why, []).append(name)
     return ["", "Not measured:", "", *(f"- {', '.join(names)}: {why}" for why, names in found.items())] if found else []
+
+
+def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argument's type: names of `known`, separated by commas."""
+
+    def names(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known are {', '.join(known)}")
+        return text.split(",")
+
+    return names
 
 
 def finish(result: Mapping[str, Any], text: str, record: str = "") -> None:
