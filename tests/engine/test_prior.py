@@ -94,7 +94,7 @@ def test_decode_is_differentiable_and_doubled_is_float64(prior):
 def test_half_precision_networks_keep_the_callers_dtype(prior_folder):
     prior = Prior.from_pretrained(prior_folder, dtype="bf16")
     z, context = torch.randn(1, 4, 8, 8), prior.encode_prompts(["a"])
-    assert context.dtype == torch.bfloat16
+    assert context.dtype == torch.bfloat16 and prior.to("cpu") is prior
     assert prior.denoise(z, 10, context).dtype == torch.float32 and prior.decode(z).dtype == torch.float32
     with pytest.raises(EngineError, match="the dtype 'fp8' is unknown"):
         Prior.from_pretrained(prior_folder, dtype="fp8")
