@@ -70,7 +70,7 @@ def _first_line(error: Exception) -> str:
 class Pack:
     """The images of one pass of the sampler, and the functions that it takes: denoise, guide, noise, mix, after.
 
-    ids, labels: int64 [B] on the CPU, whole groups in turn where images interact. prompts: their texts.
+    ids, labels: int64 [B], given on the CPU and held on the device; whole groups in turn where images interact.
     losses: filled by `guide`, {step: {name: [B]}}, taken before the last guidance step of each denoising step.
     plans: Latent CutMix by step, partners as positions in the pack.
     """

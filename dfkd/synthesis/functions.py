@@ -64,7 +64,7 @@ class Networks:
         return Networks(self.prior, made)
 
     def doubled(self) -> "Networks":
-        """The same in float64: what compiled and eager results are judged by."""
+        """A copy in float64, which compiled and eager results are judged by."""
         prior = self.prior.doubled()
         if self.guidance is None:
             return Networks(prior, None)

@@ -73,7 +73,7 @@ class Guidance:
         self.fused = fused if self.layers else None
 
     def with_(self, decode: Decode, losses: Sequence[GuidanceLoss] | None = None) -> "Guidance":
-        """The same teacher and student with another decoder, and other losses where they are given."""
+        """A guidance of this teacher and student with another decoder, and other losses where they are given."""
         scale = 1.0 if decode is identity else self.grad_scale  # pixels reach no network in float16
         own = (self.student, scale, self.kernels, self.fused)
         return Guidance(decode, self.teacher, self.losses if losses is None else losses, *own)

@@ -153,7 +153,7 @@ def pipeline(
 
 
 def doubled(pipe: GuidedPipeline, monkeypatch: Any) -> GuidedPipeline:
-    """The same in float64, with the noise of float32."""
+    """The pipeline turned to float64, with the noise of float32."""
     draw = batching.philox_normal
     monkeypatch.setattr(batching, "philox_normal", lambda *key: draw(*key).double())
     pipe.prior.cast(torch.float64)

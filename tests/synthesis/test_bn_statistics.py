@@ -297,7 +297,7 @@ def test_a_fused_layer_has_to_be_used_once(times, decides):
 
 @interpreted
 def test_weights_are_read_where_they_are(teacher):
-    """Of a teacher that loads a checkpoint afterwards, say."""
+    """A teacher that loads a checkpoint afterwards needs no new FusedTeacher."""
     layers = teacher.batch_norms()
     fused, x = FusedTeacher.of(teacher.module, layers), images(2)
     before = fused(x)[0]

@@ -98,7 +98,7 @@ def test_the_split_form_by_hand():
 
 
 def key(name, own=None, **settings):
-    """Of the engine of a function, in a backend whose rows are free."""
+    """The key of the engine of a function, in a backend whose rows are free."""
     function = next(f for f in pipeline(**(own or {}), **settings).functions() if f.name == name)
     return engine_spec(function, "inductor", "cpu test").key()
 

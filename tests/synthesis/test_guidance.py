@@ -156,7 +156,7 @@ def test_guidance_of_pixels_keeps_losses_and_teacher(prior, teacher):
 
 @dataclass(frozen=True)
 class Spread(GuidanceLoss):
-    """Of a group: the variance of the layers' mean activation, by its moments."""
+    """For a group: the square of the layers' mean activation, by its moments."""
 
     needs = frozenset({"moments", "group"})
 

@@ -1,5 +1,6 @@
 """The sampling loops: against loops written out with autograd, against diffusers' pipeline, and step by step."""
 
+import os
 from itertools import pairwise
 
 import pytest
@@ -245,6 +246,14 @@ def test_unit_gradients(size):
     unit = unit_rms(gradient)
     torch.testing.assert_close(unit[:2].square().mean((1, 2, 3)), torch.ones(2), rtol=1e-3, atol=0)
     assert (unit[2] == 0).all()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted here")
+@pytest.mark.parametrize("own", [{"cutmix_every": 2, "guidance_repeats": 2}, {"gradient": "unet", "batch": 3}])
+def test_trajectories_in_triton_are_those_in_torch(own):
+    found, expected = (latents(pipeline(**own, sampler="ddpm", kernels=kernels)) for kernels in ("triton", "torch"))
+    # float32: 1e-7 a launch, enlarged by the first step's 1/sqrt(abar) of 15, by CFG and by four guided steps
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
