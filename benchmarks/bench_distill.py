@@ -1,21 +1,19 @@
 """Steps of distillation, one way to compute them a row: images per second, share of the peak, student accuracy.
 
-    python -m benchmarks.bench_distill                          the demo's networks on a CPU, under ten minutes
-    python -m benchmarks.bench_distill --accuracy --teacher runs/demo/teacher --data runs/demo/synthetic
+    python -m benchmarks.bench_distill                          the demo's networks on a CPU, minutes
+    python -m benchmarks.bench_distill --accuracy runs/demo     after dfkd-run --preset demo: also a student a row
     python -m benchmarks.bench_distill --pairs resnet34:resnet18:32:256 --device cuda
 
-eager          float32, tensors contiguous, the teacher asked in every step: what the others are compared with
+eager          float32, tensors contiguous: what the others are compared with
 channels_last  as dfkd-distill has it: NHWC networks and images
 bf16, fp16     --amp; fp16 on a GPU alone
 compile        --compile default
 cuda graph     --cuda-graph, on a GPU alone
-cached logits  --cache-logits on: the teacher is not asked
-all            --amp bf16, compiled and cached; on a GPU as a CUDA graph too
+all            --amp bf16 and compiled; on a GPU as a CUDA graph too
 
 Rows but the first are channels_last. Images lie on the device ready: a loader's work is not in these steps. Ways run in
-turns in one process, ratios are taken within a turn. FLOP are those that the row computes: cached rows have fewer.
---accuracy distils the demo's images with each row's options (a cached row without views and mixtures, which it cannot
-have) and tests the student on the demo's test images.
+turns in one process, ratios are taken within a turn. --accuracy distils the run's images with each row's options and
+tests the student on the demo's test images.
 """
 
 import argparse
@@ -23,8 +21,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,44 +33,32 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import in_turns, matmuls, peak, reason
-from benchmarks.machine import describe, name_of
-from benchmarks.quality import DATA, call
+from benchmarks.machine import describe
+from benchmarks.recording import finish, names_of, not_measured, number, percent, ratios, spread, table, taken_on, words
 from dfkd import teachers
-from dfkd.runtime import resolve_device
-from dfkd.training.checks import AMP_DTYPES, check_computation
-from dfkd.training.settings import DistillSettings
-from dfkd.training.state import State
-from dfkd.training.step import Step
-from dfkd.training.world import World
+from dfkd.config import DistillConfig
 from dfkd.errors import UsageError
-from dfkd.files import replace_text
-from dfkd.runtime import choose_kernels
+from dfkd.runtime import resolve_device
+from dfkd.training.distill import check
+from dfkd.training.losses import KullbackLeibler, Objective
+from dfkd.training.state import State
+from dfkd.training.step import AMP_DTYPES, Step, autocast, compiled
+from dfkd.training.world import World
 
-RESULTS = Path(__file__).parent / "results"
 CLASSES = 10
-PLAIN = {"augment": "none", "mix": "none", "cache_logits": "on"}
+WAYS: Mapping[str, Mapping[str, Any]] = {  # what a row changes in the settings
+    "eager": {},
+    "channels_last": {},
+    "bf16": {"amp": "bf16"},
+    "fp16": {"amp": "fp16"},
+    "compile": {"compile": "default"},
+    "cuda graph": {"cuda_graph": True},
+    "all": {"amp": "bf16", "compile": "default"},
+}
 
 
-@dataclass(frozen=True)
-class Way:
-    """changes: of DistillSettings; layout: of networks and images."""
-
-    changes: dict[str, Any] = field(default_factory=dict)
-    layout: torch.memory_format = torch.channels_last
-
-
-def ways(device: torch.device) -> dict[str, Way]:
-    graph = {"cuda_graph": True} if device.type == "cuda" else {}
-    return {
-        "eager": Way(layout=torch.contiguous_format),
-        "channels_last": Way(),
-        "bf16": Way({"amp": "bf16"}),
-        "fp16": Way({"amp": "fp16"}),
-        "compile": Way({"compile": "default"}),
-        "cuda graph": Way({"cuda_graph": True}),
-        "cached logits": Way(PLAIN),
-        "all": Way({"amp": "bf16", "compile": "default", **PLAIN, **graph}),
-    }
+def changes(way: str, device: torch.device) -> dict[str, Any]:
+    return {**WAYS[way], **({"cuda_graph": True} if way == "all" and device.type == "cuda" else {})}
 
 
 @dataclass(frozen=True)
@@ -84,41 +70,55 @@ class Pair:
     size: int
     batch: int
 
+    @classmethod
+    def of(cls, text: str) -> "Pair":
+        """From TEACHER:STUDENT:SIZE:BATCH; raises ArgumentTypeError."""
+        try:
+            teacher, student, size, batch = text.split(":")
+            for name in (teacher, student):
+                teachers.check(name)
+            return cls(teacher, student, int(size), int(batch))
+        except (ValueError, UsageError) as error:
+            raise argparse.ArgumentTypeError(f"{text}: want TEACHER:STUDENT:SIZE:BATCH ({error})") from None
+
     def __str__(self) -> str:
-        return f"{self.teacher} to {self.student}, {self.size}x{self.size}, {self.batch} images a step"
+        return f"{self.teacher} to {self.student}, {self.size}"
 
 
-def pair(text: str) -> Pair:
-    try:
-        teacher, student, size, batch = text.split(":")
-        found = Pair(teacher, student, int(size), int(batch))
-        for name in (teacher, student):
-            teachers.check(name)
-    except (ValueError, UsageError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: want TEACHER:STUDENT:SIZE:BATCH ({error})") from None
-    return found
+def step_of(
+    config: DistillConfig, teacher: str, device: torch.device, order: torch.memory_format = torch.channels_last
+) -> Step:
+    """A step of dfkd-distill on networks with random weights, their weights in this order.
+
+    Raises UsageError where the settings cannot be had on the device.
+    """
+    world, compute = World(device), config.train.compute
+    kernels = check(config, world).name
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: list[nn.Module] = [teachers.build(name, CLASSES) for name in (teacher, config.student)]
+    theirs, ours = (n.to(device).to(memory_format=order) for n in made)  # type: ignore[call-overload]
+    losses = [KullbackLeibler(temperature=config.temperature, kernels=kernels)]
+    call_teacher = compiled(theirs.eval(), compute.compile)
+    objective = Objective(theirs, ours, losses, autocast(compute.amp, device), call_teacher)
+    return Step(objective, State(ours.train(), config.train, device), config.train, world)
 
 
-def made(way: Way, of: Pair, device: torch.device) -> Callable[[], Tensor]:
+def made(way: str, of: Pair, device: torch.device) -> Callable[[], Tensor]:
     """A call that makes one step, on weights and images of its own. Raises UsageError where it cannot be had here."""
-    settings = DistillSettings(batch_size=of.batch, lr=1e-3, temperature=4.0, **{"augment": "none", **way.changes})
-    world = World(device)
-    check_computation(settings, world)
-    torch.manual_seed(0)
-    networks: list[nn.Module] = [teachers.build(name, CLASSES) for name in (of.teacher, of.student)]
-    teacher, student = (n.to(device).to(memory_format=way.layout) for n in networks)  # type: ignore[call-overload]
-    images = torch.randn(of.batch, 3, of.size, of.size, device=device).to(AMP_DTYPES[settings.amp])
-    images = images.contiguous(memory_format=way.layout)
+    order = torch.contiguous_format if way == "eager" else torch.channels_last
+    config = DistillConfig.of(
+        student=of.student, batch_size=of.batch, steps=1, lr=1e-3, temperature=4.0, **changes(way, device)
+    )
+    step = step_of(config, of.teacher, device, order)
+    images = torch.randn(of.batch, 3, of.size, of.size, device=device).to(AMP_DTYPES[config.train.compute.amp])
     labels = torch.randint(CLASSES, (of.batch,), device=device)
-    state = State(student.train(), settings, device)
-    step = Step(teacher.eval(), state, settings, world, of.batch, choose_kernels("auto", device).name)
-    wanted = torch.randn(of.batch, CLASSES, device=device) if settings.cache_logits == "on" else None
-    return partial(step, images, labels, wanted, 1e-3)
+    return partial(step, images.contiguous(memory_format=order), labels, 1e-3)
 
 
-def flop(of: Pair, cached: bool) -> int:
-    """Of one step: the student's forward and backward pass, and the teacher's forward unless it is cached."""
-    step = made(Way(PLAIN if cached else {}), replace(of, batch=2), torch.device("cpu"))
+def flop(of: Pair) -> int:
+    """Of one step: the teacher's forward pass, and the student's forward and backward pass."""
+    step = made("channels_last", replace(of, batch=2), torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() * of.batch // 2
@@ -129,116 +129,78 @@ def several(step: Callable[[], Tensor], count: int) -> None:
         step()
 
 
-def bench(of: Pair, device: torch.device, steps: int, turns: int, names: list[str]) -> dict[str, Any]:
+def bench(of: Pair, device: torch.device, steps: int, turns: int, names: Sequence[str]) -> dict[str, Any]:
     """Rows of one pair, and why of what could not run."""
     calls: dict[str, Callable[[], object]] = {}
-    compile_seconds, failures = {}, {}
-    for name, way in ways(device).items():
-        if name not in names:
-            continue
+    compiling, failures = {}, {}
+    for name in names:
         try:
-            step = made(way, of, device)
+            step = made(name, of, device)
             started = time.perf_counter()
             several(step, 5)  # compiles, and captures after three
-            if way.changes.get("compile"):
-                compile_seconds[name] = time.perf_counter() - started
+            if "compile" in WAYS[name]:
+                compiling[name] = time.perf_counter() - started
             calls[name] = partial(several, step, steps)
         except Exception as error:  # such as no compiler: the other ways are measured still
             failures[name] = str(error) if isinstance(error, UsageError) else reason(error)
         print(f"{of} {name}: {failures.get(name, 'ready')}", file=sys.stderr, flush=True)
-    ceilings = matmuls(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     ceiling = "bfloat16" if device.type == "cuda" else "float32"
-    seconds, failed = in_turns({**calls, "matmul": ceilings[ceiling][0]}, turns, device)
-    limit = [ceilings[ceiling][1] / s for s in seconds.pop("matmul")]
-    most = peak(device, torch.bfloat16)
-    work = {cached: flop(of, cached) * steps for cached in (False, True)}
+    matmul, work = matmuls(device, getattr(torch, ceiling))[ceiling]
+    seconds, failed = in_turns({**calls, "matmul": matmul}, turns, device)
+    limit, most, whole = [work / s for s in seconds.pop("matmul")], peak(device, torch.bfloat16), flop(of) * steps
     rows = {}
     for name, spent in seconds.items():
-        speeds = [work["logits" in name or name == "all"] / s for s in spent]
-        base = seconds.get("eager")
         rows[name] = {
-            "images_per_second": of.batch * steps / median(spent),
-            "slowest": of.batch * steps / max(spent),
-            "fastest": of.batch * steps / min(spent),
-            "ratio": median(b / s for b, s in zip(base, spent, strict=True)) if base else None,
-            "flop_per_second": median(speeds),
-            "share_of_matmul": median(speed / top for speed, top in zip(speeds, limit, strict=True)),
-            "share_of_peak": median(speeds) / most if most else None,
-            "compile_seconds": compile_seconds.get(name),
+            "images_per_second": spread([of.batch * steps / s for s in spent]),
+            "ratio": ratios(seconds.get("eager"), spent),
+            "flop_per_second": whole / median(spent),
+            "share_of_matmul": median(whole / s / top for s, top in zip(spent, limit, strict=True)),
+            "share_of_peak": whole / median(spent) / most if most else None,
+            "compile_seconds": compiling.get(name),
         }
     return {"pair": vars(of), "rows": rows, "matmul": ceiling, "failures": {**failures, **failed}}
 
 
-def accuracies(a: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, float | None]:
-    """Test accuracy of a student of the demo per row; None for eager, which dfkd-distill has no option for."""
-    teacher, data = a.teacher, a.data
-    if teacher is None:
-        teacher = folder / "teacher"
-        call("dfkd-train-teacher", "--preset", "demo", "--seed", a.seed, "--out", teacher)
-    common = ["--preset", "demo", "--teacher-checkpoint", teacher, "--seed", a.seed, "--device", device]
-    if data is None:
-        data = folder / "synthetic"
-        call("dfkd-generate", *common, "--out", data)
-    found: dict[str, float | None] = {}
-    for name, way in ways(device).items():
-        if name == "eager" or name not in a.ways or (device.type == "cpu" and name in ("fp16", "cuda graph")):
+def accuracies(run: Path, names: Sequence[str], device: torch.device, folder: Path) -> dict[str, float]:
+    """Test accuracy of a student of a dfkd-run of the demo by way; none for eager, which dfkd-distill is not."""
+    from dfkd.evaluation import evaluate
+    from dfkd.training.distill import distill
+
+    teacher, found = teachers.Classifier.from_pretrained(run / "teacher"), {}
+    for name in (name for name in names if name != "eager"):
+        try:
+            config = DistillConfig.preset("demo", device=str(device), **changes(name, device))
+            student = distill(run / "synthetic", teacher, config, folder / name)
+        except UsageError:  # for the reason that its row has
             continue
-        words: list[object] = []
-        for key, value in way.changes.items():
-            words += ["--" + key.replace("_", "-"), *([] if value is True else [value])]
-        out, test = folder / name.replace(" ", "-"), ["--test", DATA, "--test-split", a.split]
-        found[name] = float(call("dfkd-distill", *common, "--data", data, "--out", out, *test, *words)["accuracy"])
+        found[name] = evaluate(student, "digits-on-photos").accuracy
     return found
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of a recorded result."""
-    heads = [
-        "networks",
-        "way",
-        "img/s: median (min to max)",
-        "ratio",
-        "of matmul",
-        "of peak",
-        "compile s",
-        "demo's student",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    missing = []
-    for part in result["pairs"]:
+    heads = ["networks", "way", "img/s: median (min to max)", "ratio", "of matmul", "MFU", "compile s", "student"]
+    cells, missing = [], []
+    for number_of, part in enumerate(result["pairs"]):
         of = Pair(**part["pair"])
-        for name, row in part["rows"].items():
-            accuracy = result["student_accuracy"].get(name) if part is result["pairs"][0] else None
-            cells = [
-                f"{of.teacher} to {of.student}, {of.size}", name,
-                f"{row['images_per_second']:.0f} ({row['slowest']:.0f} to {row['fastest']:.0f})",
-                *(_or_dash(row["ratio"], "{:.2f}"), _percent(row["share_of_matmul"]), _percent(row["share_of_peak"])),
-                *(_or_dash(row["compile_seconds"], "{:.0f}"), _or_dash(accuracy and 100 * accuracy, "{:.1f} %")),
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-        where = f"{of.teacher} to {of.student}, {of.size}"
-        missing += [f"- {name} ({where}): {why}" for name, why in part["failures"].items()]
-    machine = result["machine"]
-    matmul = result["pairs"][0]["matmul"]
-    lines += [
-        "",
-        f"A step of {', '.join(str(p['pair']['batch']) for p in result['pairs'])} images; ratio: to eager; matmul: a "
-        f"square {matmul} one here; student: of the demo in this way, with cached logits without views and mixtures. "
-        f"{result['turns']} turns, {machine['device']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}, {machine['date']}: `python -m benchmarks.bench_distill --accuracy`.",
-    ]
-    return "\n".join([*lines, *(["", "Not measured:", "", *missing] if missing else [])])
+        for name, r in part["rows"].items():
+            seconds, accuracy = r["compile_seconds"], None if number_of else result["student_accuracy"].get(name)
+            cells.append([
+                of, name, words(r["images_per_second"]), r["ratio"] and number(r["ratio"]["median"]),
+                percent(r["share_of_matmul"]), percent(r["share_of_peak"]), seconds and number(seconds),
+                accuracy and f"{100 * accuracy:.1f} %",
+            ])  # fmt: skip
+        missing += [(f"{name} ({of})", why) for name, why in part["failures"].items()]
+    batches = ", ".join(str(part["pair"]["batch"]) for part in result["pairs"])
+    under = (
+        f"A step of {batches} images; ratio: to eager; matmul: a square {result['pairs'][0]['matmul']} one here; "
+        f"student: of the demo in this way. {result['turns']} turns, "
+    )
+    command = "python -m benchmarks.bench_distill --accuracy runs/demo"
+    return "\n".join([*table(heads, cells), "", under + taken_on(result["machine"], command), *not_measured(missing)])
 
 
-def _percent(value: float | None) -> str:
-    return _or_dash(value and 100 * value, "{:.0f} %")
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def defaults(device: torch.device, quick: bool) -> list[Pair]:
+def defaults(device: torch.device, quick: bool = False) -> list[Pair]:
     if quick:
         return [Pair("resnet8_half", "resnet8_half", 32, 8)]
     if device.type == "cpu":
@@ -246,53 +208,33 @@ def defaults(device: torch.device, quick: bool) -> list[Pair]:
     return [Pair("resnet34", "resnet18", 32, 256), Pair("resnet34_imagenet", "resnet18_imagenet", 224, 256)]
 
 
-def way_names(text: str) -> list[str]:
-    known = list(ways(torch.device("cpu")))
-    found = text.split(",")
-    if unknown := [name for name in found if name not in known]:
-        raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known are {', '.join(known)}")
-    return found
-
-
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=pair, nargs="+", help="TEACHER:STUDENT:SIZE:BATCH of the zoo")
-    parser.add_argument("--ways", type=way_names, default=list(ways(torch.device("cpu"))), help="default all")
+    parser.add_argument("--pairs", type=Pair.of, nargs="+", help="TEACHER:STUDENT:SIZE:BATCH of the zoo")
+    parser.add_argument("--ways", type=names_of(WAYS), default=list(WAYS), help="default all")
     parser.add_argument("--steps", type=int, default=4, help="of a turn (default 4)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="one turn of one small step: proves that it runs")
-    parser.add_argument("--accuracy", action="store_true", help="also distil and test a student per row")
-    parser.add_argument("--teacher", type=Path, help="folder of dfkd-train-teacher --preset demo; trained when absent")
-    parser.add_argument("--data", type=Path, help="folder of dfkd-generate --preset demo; made when absent")
-    parser.add_argument("--split", choices=["test", "validation"], default="test")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--accuracy", type=Path, metavar="RUN", help="also distil and test a student per row")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/distill-<device>.json")
     return parser
 
 
 def main() -> None:
     a = arguments_parser().parse_args()
-    try:
-        device = resolve_device(a.device)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
-    machine = describe(device)
-    if a.quick:
-        a.steps = a.repeats = 1
-    pairs = a.pairs or defaults(device, a.quick)
-    result: dict[str, Any] = {"machine": machine, "turns": a.repeats, "pairs": [], "student_accuracy": {}}
-    for of in pairs:
-        result["pairs"].append(bench(of, device, a.steps, a.repeats, a.ways))
+    if a.quick and a.record:
+        sys.exit("error: a rehearsal is not recorded")
+    device = resolve_device(a.device)
+    turns, steps = (1, 1) if a.quick else (a.repeats, a.steps)
+    result: dict[str, Any] = {"machine": describe(device), "turns": turns, "pairs": [], "student_accuracy": {}}
+    for of in a.pairs or defaults(device, a.quick):
+        result["pairs"].append(bench(of, device, steps, turns, a.ways))
         print(json.dumps(result), flush=True)  # for who stops it; the last line is the whole
     if a.accuracy:
         with tempfile.TemporaryDirectory() as folder:
-            result["student_accuracy"] = accuracies(a, device, Path(folder))
-    print(markdown(result), file=sys.stderr)
-    if a.record:
-        kind = "cpu" if device.type == "cpu" else name_of(machine)
-        replace_text(RESULTS / f"distill-{kind}.json", json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+            result["student_accuracy"] = accuracies(a.accuracy, a.ways, device, Path(folder))
+    finish(result, markdown(result), "distill" if a.record else "")
 
 
 if __name__ == "__main__":
