@@ -126,19 +126,13 @@ class GuidanceConfig(Config):
     def validate(self) -> None:
         if self.start > self.stop:
             raise ValueError(f"--guide-from {self.start} lies after --guide-to {self.stop}")
-        if self.noise_edit_steps and not self.acts:
-            raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0 and a loss of weight above 0")
-        if self.refine_steps and self.step > 0 and not self.acts:
-            raise ValueError("--refine-steps needs a loss of weight above 0")
+        if self.noise_edit_steps and not self.step:
+            raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0")
 
     @property
     def acts(self) -> bool:
         """Whether a teacher guides at all."""
         return self.step > 0 and bool(max(self.bn_weight, self.cls_weight, self.adv_weight) > 0 or self.losses)
-
-    def repeats_at(self, step: int, steps: int) -> int:
-        """Guidance steps at denoising step `step` of `steps`, counted from 0."""
-        return self.repeats if self.acts and self.start <= step / steps < self.stop else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +259,3 @@ class GenerateConfig(Config):
             raise ValueError(
                 f"--quantise {self.compute.quantise} needs --gradient latent: rounding to 8 bits has no gradient"
             )
-
-    @property
-    def images_interact(self) -> bool:
-        """Whether an image depends on others of its group."""
-        shared = self.guidance.acts and self.guidance.bn_weight > 0 and self.guidance.bn_stats == "group"
-        return self.cutmix.every > 0 or shared

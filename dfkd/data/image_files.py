@@ -84,7 +84,7 @@ class ImageFiles:
         return [np.frombuffer(_bytes(self.listing.images[i]), np.uint8) for i in positions.tolist()]
 
     def fitted(self, size: int) -> "ImageFiles":
-        """These images in another size, each made from its file in one step."""
+        """A view of the listing in another size: each image is made from its file in one step."""
         return ImageFiles(self.listing, size, "fitted", self.ids, self.left_out, self.digest)
 
 

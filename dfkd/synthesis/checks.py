@@ -2,10 +2,11 @@
 
 import copy
 import shlex
+from collections.abc import Sequence
 
 import torch
 
-from dfkd.config import GenerateConfig
+from dfkd.config import GenerateConfig, GuidanceConfig
 from dfkd.errors import UsageError
 from dfkd.synthesis.guidance import Guidance
 from dfkd.teachers import Classifier
@@ -63,6 +64,15 @@ def copy_student(student: Classifier, teacher: Classifier) -> Classifier:
     return student.replace(module=copy.deepcopy(student.module)).freeze(teacher.device)
 
 
+def require_losses(config: GuidanceConfig, losses: Sequence[object]) -> None:
+    """Raise UsageError for steps that would descend no loss."""
+    for flag, steps in (("refine", config.refine_steps), ("noise-edit", config.noise_edit_steps)):
+        if steps and config.step > 0 and not losses:
+            raise UsageError(
+                f"--{flag}-steps {steps} without a loss", "they follow its gradient", "give a loss a weight"
+            )
+
+
 @torch.no_grad()
 def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> None:
     """Show the teacher, and the guidance losses, two grey images of this side.
@@ -81,9 +91,9 @@ def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> No
             raise UsageError(what, "a loss is one number for every image", "reduce over all other dimensions")
 
 
-def build_command(config: GenerateConfig, prior: Prior) -> str:
+def build_command(config: GenerateConfig, prior: Prior, teacher: Classifier) -> str:
     """The command that builds the engines of a run with these settings."""
-    words = ["--prior", prior.source, "--teacher-checkpoint", "TEACHER"]
+    words = ["--prior", prior.source, *_teacher_words(teacher)]
     for name, value in config.changed().items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -92,3 +102,15 @@ def build_command(config: GenerateConfig, prior: Prior) -> str:
             words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     own = [] if config.compute.backend == "auto" else ["--backend", config.compute.backend]
     return shlex.join(["dfkd-engines", "build", *own, "--engines", str(config.compute.engines), "--", *words])
+
+
+def _teacher_words(teacher: Classifier) -> list[str]:
+    """The flags that load a teacher again; TEACHER stands for one that was made from a module in Python."""
+    if not teacher.source or ":" in teacher.source.partition("/")[0]:
+        return ["--teacher", teacher.source] if teacher.source else ["--teacher-checkpoint", "TEACHER"]
+    words = ["--teacher-checkpoint", teacher.source]
+    if not teacher.source.endswith((".pth", ".pt", ".safetensors")):  # a folder, which knows the rest
+        return words
+    numbers = {"mean": teacher.mean, "std": teacher.std}
+    words += ["--teacher", teacher.architecture, "--classes", ",".join(teacher.class_names)]
+    return words + [w for name, values in numbers.items() for w in (f"--teacher-{name}", ",".join(map(str, values)))]

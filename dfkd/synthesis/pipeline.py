@@ -20,11 +20,12 @@ from dfkd.data import Record
 from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
-from dfkd.synthesis.batching import Pack, cuts
-from dfkd.synthesis.checks import build_command, copy_student, latent_size, prepare_prior, try_teacher
+from dfkd.synthesis.batching import cuts
+from dfkd.synthesis.checks import build_command, copy_student, latent_size, prepare_prior, require_losses, try_teacher
 from dfkd.synthesis.functions import EngineGuidance, functions_of
 from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
+from dfkd.synthesis.pack import Pack
 from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of
 from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
@@ -90,6 +91,7 @@ class GuidedPipeline:
         self.image_size = self.latent_size[0] * prior.vae_scale_factor
         self.table = build_table(prior.scheduler_config, sampling.sampler, sampling.steps)
         self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
+        require_losses(config.guidance, self.losses)
         self.choices: tuple[Choice, ...] = ()
         self._engines: dict[str, Engine] | None = None
         self.student = student and copy_student(student, self.teacher)
@@ -289,5 +291,9 @@ class GuidedPipeline:
     def _choose(self, before: Mapping[str, str] | None) -> tuple[Choice, ...]:
         compute = self.config.compute
         return choose(
-            self.functions(), compute, EngineStore(compute.engines), before, build_command(self.config, self.prior)
+            self.functions(),
+            compute,
+            EngineStore(compute.engines),
+            before,
+            build_command(self.config, self.prior, self.teacher),
         )

@@ -60,7 +60,7 @@ class Plan:
         return max(self.call_size // self.group, 1) * self.group
 
     def bytes(self, network: str) -> int:
-        """Of a call at its peak, without weights."""
+        """Memory of one call at its peak, in bytes, without weights."""
         return self.needs[network].bytes(self.rows[network])
 
     def describe(self) -> str:
@@ -230,7 +230,7 @@ def _timed(call: Call, rows: int, device: torch.device) -> float:
 
 
 def _write_seconds(side: int, image_format: str) -> float:
-    """Of one image's encoding; its size counts, and how much there is in it, here as in a photo."""
+    """Seconds that encoding one image takes; size and detail count, and these are a photo's."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (-(-side // 8), -(-side // 8), 3), dtype=np.uint8)
     smooth = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:side, :side]
@@ -259,7 +259,7 @@ def table(plan: Plan, timings: Mapping[str, Timing], images: int) -> list[str]:
 
 
 def seconds_of(plan: Plan, timings: Mapping[str, Timing], images: int) -> float:
-    """Of so many images, in whole passes."""
+    """Predicted seconds for `images` images, in whole passes."""
     return -(-images // plan.images) * sum(timing.seconds * timing.calls for timing in timings.values())
 
 
@@ -284,7 +284,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 4.2 s, 3 min 20 s, 2 h 5 min, 12 d 3 h."""
+    """Seconds for people: 4.2 s, 3 min 20 s, 2 h 5 min, 12 d 3 h."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

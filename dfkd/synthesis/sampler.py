@@ -1,4 +1,4 @@
-"""Guided sampling: the two loops. Networks, gradients, noise and mixing arrive as functions (batching.Pack has them).
+"""Guided sampling: the two loops. Networks, gradients, noise and mixing arrive as functions (pack.Pack has them).
 
     latent   m = UNet(z);  z0hat = z0_z z + z0_model m;  g = dL/dz0hat through decoder and teacher
              z0hat <- z0hat - rho g with eps held, then the sampler's step                     one UNet call

@@ -8,7 +8,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -36,6 +36,7 @@ class Classifier:
     module        normalised images [B, 3, input_size, input_size] -> logits
     mean, std     per channel, of images in 0..1
     architecture  the name that `build` takes; "" for a module of your own, which can be saved but not built again
+    source        what it was loaded from, "" for a module of your own
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class Classifier:
     std: Channels
     input_size: int
     architecture: str = ""
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
@@ -82,6 +84,7 @@ class Classifier:
         if class_names is not None and len(class_names) != (count := len(found["class_names"])):
             what = f"{len(class_names)} class names for a {found['architecture']} of {count} classes"
             raise UsageError(what, "every logit has one name")
+        given |= {"source": str(source)}
         return cls(**(found | {key: value for key, value in given.items() if value is not None}))
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
@@ -91,7 +94,11 @@ class Classifier:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "module"}
+        known = {
+            spec.name: getattr(self, spec.name)
+            for spec in dataclasses.fields(self)
+            if spec.name not in ("module", "source")
+        }
         config = {**facts, **known, "num_classes": len(self.class_names)}
         # contiguous(): safetensors keeps no strides, and training leaves weights channels-last.
         weights = {key: value.detach().cpu().contiguous() for key, value in self.module.state_dict().items()}

@@ -1,0 +1,169 @@
+"""A pack of images, sampled at once, and the functions of the sampler's loop for it.
+
+A pack is whole groups where images of a group interact, and as many of them as a call holds.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dfkd.data import Record
+from dfkd.synthesis import cutmix
+from dfkd.synthesis.batching import calling, cuts
+from dfkd.synthesis.guidance import Guidance
+from dfkd.synthesis.sampler import ToLatent, unit_rms
+from dfkd.synthesis.synthesizer import rounded
+from dfkd_kernels.guided_step import Mix, Noise, clean_estimate
+from dfkd_kernels.philox import philox_normal
+
+if TYPE_CHECKING:
+    from dfkd.synthesis.pipeline import Callback, GuidedPipeline
+
+INITIAL_NOISE = 0  # Philox stream of z_T; step i draws from stream 1 + i
+
+
+class Pack:
+    """The images of one pass of the sampler, and the functions that it takes: denoise, guide, noise, mix, after.
+
+    ids, labels: int64 [B], given on the CPU and held on the device; whole groups in turn where images interact.
+    losses: filled by `guide`, {step: {name: [B]}}, taken before the last guidance step of each denoising step.
+    plans: Latent CutMix by step, partners as positions in the pack.
+    """
+
+    def __init__(
+        self,
+        pipe: "GuidedPipeline",
+        ids: Tensor,
+        labels: Tensor,
+        prompts: Sequence[str],
+        seed: int,
+        callback: "Callback | None" = None,
+    ) -> None:
+        self.pipe, self.callback, self.batch, device = pipe, callback, pipe.call_size, pipe.device
+        self.seed, self.prompts, self.ids, self.labels = seed, prompts, ids.to(device), labels.to(device)
+        sampling, table = pipe.config.sampling, pipe.table
+        self.conditional = pipe.prior.encode_prompts(prompts).to(device)
+        self.unconditional = pipe.prior.encode_prompts([sampling.negative_prompt]).to(device)
+        self.cfg_rows = [1 + (sampling.cfg_at(i) != 1) for i in range(len(table))]
+        self.times = table.timesteps.to(device, torch.float32)
+        self.noisy = [noise != 0 for noise in table.step_noise.tolist()]
+        self.losses: dict[int, dict[str, Tensor]] = {}
+        self.plans = self._cutmix_plans(ids, labels)
+        self._mixes = {i: (plan.partner.to(device), plan.box.to(device)) for i, plan in self.plans.items()}
+
+    def start(self) -> Tensor:
+        """z_T: the images' own noise, float32 [B, C, h, w]."""
+        shape = (self.pipe.prior.latent_channels, *self.pipe.latent_size)
+        return self.pipe.table.init_scale * philox_normal(self.seed, self.ids, INITIAL_NOISE, shape)
+
+    def denoise(self, z: Tensor, i: int, images: Tensor | None = None) -> Tensor:
+        """The UNet's output [K, B, C, h, w] at step i, as `sampler.Denoise`: K = 2 where classifier-free guidance acts.
+
+        Both rows of an image are in one call.
+        """
+        conditional = self.conditional if images is None else self.conditional[images]
+        outputs = []
+        with calling("unet"):
+            for cut in cuts(len(z), self.batch):
+                rows, context = z[cut], conditional[cut]
+                if self.cfg_rows[i] == 2:
+                    rows, context = torch.cat([rows] * 2), torch.cat([self.unconditional.expand_as(context), context])
+                output = self.pipe.denoise(rows, self.times[i], context)
+                outputs.append(torch.unflatten(output, 0, (self.cfg_rows[i], -1)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def gradient(
+        self, guidance: Guidance, point: Tensor, to_latent: ToLatent | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Guidance gradient in `point` [B, ...] and losses {name: [B]}: a group at a time where its images interact."""
+        size = self.pipe.group if "group" in guidance.needs else len(point)
+        found = []
+        with calling("gradient"):
+            for cut in cuts(len(point), size):
+                way = to_latent and partial(_shifted, to_latent, cut.start)
+                found.append(guidance.gradient(point[cut], self.labels[cut], self.batch, way))
+        if len(found) == 1:
+            return found[0]
+        gradients, records = zip(*found, strict=True)
+        return torch.cat(gradients), {name: torch.cat([record[name] for record in records]) for name in records[0]}
+
+    def guide(self, point: Tensor, i: int, to_latent: ToLatent | None = None) -> Tensor:
+        """The guidance step rho g at step i, as `sampler.Guide`."""
+        assert self.pipe.guidance is not None
+        config = self.pipe.config.guidance
+        gradient, self.losses[i] = self.gradient(self.pipe.guidance, point, to_latent)
+        return config.step * (unit_rms(gradient) if config.norm == "rms" else gradient)
+
+    def noise(self, i: int) -> Noise | None:
+        return (self.seed, self.ids, 1 + i) if self.noisy[i] else None
+
+    def mix(self, i: int) -> Mix | None:
+        return self._mixes.get(i)
+
+    def after(self, i: int, z: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
+        if self.callback is None:
+            return z, z0
+        timestep = float(self.pipe.table.timesteps[i])
+        found = self.callback(self.pipe, i, timestep, {"latents": z, "clean": z0}) or {}
+        return found.get("latents", z), found.get("clean", z0)
+
+    def noise_gradient(self, rows: Tensor, guidance: Guidance) -> Callable[[Tensor], Tensor]:
+        """Gradient of the losses in z_T, along the path that the settings name; rows as of `sampler.sample`."""
+        through = self.pipe.config.guidance.gradient == "unet"
+
+        def to_latent(z: Tensor, images: Tensor) -> Tensor:
+            with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+                model = self.denoise(z, 0, images)
+            return clean_estimate(z, model, rows[0])
+
+        return lambda z: self.gradient(guidance, z, to_latent)[0]
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> images in 0..1, float32 [B, 3, H, W]."""
+        with calling("decode"):
+            return torch.cat([self.pipe.decode(z[cut]).float() for cut in cuts(len(z), self.batch)])
+
+    def records(self, probability: Tensor) -> list[Record]:
+        """What is known of each image. probability: the teacher's for the label, [B]."""
+        guided = [self.losses[i] for i in sorted(self.losses)]
+        names = list(guided[0]) if guided else []
+        curves = {name: torch.stack([values[name] for values in guided], 1).tolist() for name in names}
+        last = self.plans[max(self.plans)] if self.plans else None
+        ids, labels, found = self.ids.tolist(), self.labels.tolist(), []
+        for n, sure in enumerate(probability.tolist()):
+            curve = {name: [rounded(value) for value in values[n]] for name, values in curves.items()}
+            found.append(
+                Record(
+                    id=ids[n],
+                    label=labels[n],
+                    class_name=self.pipe.class_names[labels[n]],
+                    seed=self.seed,
+                    prompt=self.prompts[n],
+                    partner=ids[int(last.partner[n])] if last else None,
+                    box=tuple(last.box[n].tolist()) if last else None,
+                    losses={name: values[-1] for name, values in curve.items()},
+                    loss_curve=curve,
+                    teacher_probability=rounded(sure),
+                )
+            )
+        return found
+
+    def _cutmix_plans(self, ids: Tensor, labels: Tensor) -> dict[int, cutmix.CutMixPlan]:
+        """The Latent CutMix after each step that one is due after, of every group by itself; none follows the last."""
+        config, group = self.pipe.config.cutmix, self.pipe.group
+        steps = range(len(self.pipe.table) - 1)
+
+        def planned(step: int, cut: slice) -> cutmix.CutMixPlan:
+            return cutmix.plan(self.seed, ids[cut], labels[cut], step, config.alpha, *self.pipe.latent_size)
+
+        due = [step for step in steps if config.every and (step + 1) % config.every == 0]
+        return {step: cutmix.packed([planned(step, cut) for cut in cuts(len(ids), group)]) for step in due}
+
+
+def _shifted(to_latent: ToLatent, start: int, z: Tensor, images: Tensor) -> Tensor:
+    """`to_latent` for images that are counted from `start` on."""
+    return to_latent(z, images + start)
