@@ -1,197 +1,138 @@
-"""The whole job, judged: teacher, synthesis, student, and what the student is worth beside baselines.
+"""The whole job, judged: what a student of guided images is worth beside every control, over several seeds.
 
-    python -m benchmarks.quality demo --seeds 3                     prints one JSON line at the end
-    python -m benchmarks.quality demo --seeds 1 --baselines prior_data,unguided --out runs/demo        `make demo`
+    python -m benchmarks.quality demo --seeds 3 --out runs/quality --record benchmarks/results/quality-demo-cpu.json
 
-Every stage is a command that a user would type, in a process of its own: synthesis and distillation never load the
-module that reads real images. All students get equal image counts, distillation steps and augmentation. Settings are
-those of the `demo` preset, tuned on the validation split alone (--split validation); the test split is for the end.
+A seed is `dfkd-run benchmarks/quality_demo.toml --seed N --out OUT/seed-N`: a teacher, and for guided images and each
+control a student with as many images, steps and views, tested once on real images. Stopped and started again it goes
+on. Settings were tuned on the validation split alone (--split validation); the test split is for the end. The last line
+of output is {"student": [by seed], "teacher": [by seed], "baselines": {name: [by seed]}, "seconds", "machine", ...}.
 """
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
-import torch
-
-from benchmarks import baselines
 from benchmarks.machine import describe
+from benchmarks.recording import finish, table, taken_on
+from dfkd.data import read_manifest
 from dfkd.files import replace_text
-from dfkd.presets import PRESETS
-from dfkd.teachers import checkpoint
+from dfkd.run import Job, read_job, run_job
+from dfkd.runtime import resolve_device
+from dfkd.synthesis.command import quieten_libraries
+from dfkd.training.folder import RESULT
 
-DATA = "digits-on-photos"
-BASELINES = ("prior_data", "unguided", "unguided_sharpened", "deepinversion", "noise")
-
-
-def call(command: str, *arguments: object) -> dict[str, Any]:
-    """Run one of the installed commands, show it, and return the JSON object of its last line."""
-    words = [str(a) for a in arguments]
-    print("$ " + shlex.join([command, *words]), file=sys.stderr, flush=True)
-    module = "dfkd.cli." + command.removeprefix("dfkd-").replace("-", "_")
-    program = f"import sys; sys.argv[0] = {command!r}; from {module} import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, *words], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-class Run:
-    """One seed's folder and the seconds of its stages."""
-
-    def __init__(
-        self,
-        folder: Path,
-        seed: int,
-        split: str,
-        teacher: Path | None,
-        generate: Sequence[str] = (),
-        distill: Sequence[str] = (),
-    ) -> None:
-        self.folder, self.seed, self.split = folder, seed, split
-        self.teacher = teacher or folder / "teacher"
-        self.generate, self.distill = list(generate), list(distill)
-        self.seconds: dict[str, float] = {}
-
-    def stage(self, name: str, command: str, *arguments: object) -> dict[str, Any]:
-        started = time.perf_counter()
-        result = call(command, *arguments)
-        self.seconds[name] = round(time.perf_counter() - started, 1)
-        return result
-
-    def train_teacher(self) -> float:
-        out = self.teacher
-        result = self.stage("teacher", "dfkd-train-teacher", "--preset", "demo", "--out", out, "--seed", self.seed)
-        return float(result["accuracy" if self.split == "test" else "validation_accuracy"])
-
-    def synthesise(self, name: str, out: Path, *more: object) -> dict[str, Any]:
-        return self.stage(
-            name, "dfkd-generate", "--preset", "demo", "--teacher-checkpoint", self.teacher, "--seed", self.seed,
-            "--out", out, *self.generate, *more,
-        )  # fmt: skip
-
-    def distilled(self, name: str, data: Path, out: Path, *more: object) -> dict[str, Any]:
-        return self.stage(
-            name, "dfkd-distill", "--preset", "demo", "--data", data, "--teacher-checkpoint", self.teacher,
-            "--out", out, "--seed", self.seed, "--test", DATA, "--test-split", self.split, *self.distill, *more,
-        )  # fmt: skip
-
-    def student(self, name: str, data: Path, out: Path) -> float:
-        return float(self.distilled(name, data, out)["accuracy"])
-
-    def baseline(self, name: str, count: int, guided_seconds: float) -> float:
-        folder = self.folder / "baselines" / name
-        data = folder / "synthetic"
-        started = time.perf_counter()
-        if name == "unguided":
-            self.synthesise("unguided synthesis", data, "--guidance-step", 0)
-        elif not (data / "manifest.json").exists():
-            images, labels = self._images(name, count, guided_seconds)
-            baselines.write_shards(data, images, labels, self.seed, name)
-            self.seconds[f"{name} images"] = round(time.perf_counter() - started, 1)
-        return self.student(f"{name} student", data, folder / "student")
-
-    def _images(self, name: str, count: int, guided_seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
-        if name == "prior_data":
-            return baselines.prior_data(count, self.seed)
-        if name == "noise":
-            return baselines.noise(count, self.seed)
-        if name == "unguided_sharpened":
-            unguided = self.folder / "baselines" / "unguided" / "synthetic"
-            if not (unguided / "manifest.json").exists():
-                self.synthesise("unguided synthesis", unguided, "--guidance-step", 0)
-            return baselines.unguided_sharpened(unguided)
-        teacher = checkpoint.load(None, self.teacher)
-        teacher.module.requires_grad_(False)
-        return baselines.deepinversion(teacher, count, self.seed, guided_seconds)
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    "guided": "**guided images**",
+    "unguided": "unguided samples of the prior",
+    "unguided_pixels": "unguided samples, their pixels refined by the teacher (40 steps)",
+    "guided_without_pixels": "guided samples, pixels not refined",
+    "deepinversion": "DeepInversion, about equal seconds",
+    "noise": "uniform noise",
+    "prior_data": "the prior's own training data",
+}
+REHEARSAL: Mapping[str, Mapping[str, Any]] = {
+    "teacher": {"epochs": "none", "steps": 4},
+    "generate": {"count": 20, "group": 10, "batch": 10, "shard-size": 0, "steps": 3, "refine-steps": 1},
+    "distill": {"steps": 2, "batch-size": 8, "warmup": 0},
+    "evaluate": {"limit": 50},
+}
 
 
-def whole_run(run: Run, names: Sequence[str]) -> dict[str, Any]:
-    """Teacher, synthesis, student, baselines; writes summary.json and the report beside them."""
-    trained_here = run.teacher == run.folder / "teacher"
-    summary: dict[str, Any] = {"seed": run.seed, "split": run.split}
-    if trained_here:
-        summary["teacher_accuracy"] = run.train_teacher()
-    made = run.synthesise("synthesis", run.folder / "synthetic")
-    summary["student_accuracy"] = run.student("student", run.folder / "synthetic", run.folder / "student")
-    summary["images"] = made["images"]
-    summary["backends"] = made["backends"]
-    guided_seconds = json.loads((run.folder / "synthetic" / "manifest.json").read_text())["shards"]
-    spent = sum(shard["seconds"] for shard in guided_seconds)
-    summary["baselines"] = {name: run.baseline(name, made["images"], spent) for name in names}
-    summary["seconds"] = run.seconds
-    replace_text(run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    report = run.stage("report", "dfkd-report", "--run", run.folder)
-    return {**summary, "seconds": run.seconds, "report": report}
+def read_file(name: str, split: str = "test", rehearse: bool = False) -> dict[str, Any]:
+    """A file of dfkd-run, benchmarks/quality_NAME.toml, as it is judged. split: of the real images."""
+    file = tomllib.loads((ROOT / "benchmarks" / f"quality_{name}.toml").read_text(encoding="utf-8"))
+    for of, changes in (REHEARSAL if rehearse else {}).items():
+        file[of] = {**file.get(of, {}), **changes}
+    file["evaluate"] = {**file.get("evaluate", {}), "split": split}
+    if rehearse:
+        file["baselines"]["deepinversion"]["method"] = "deepinversion(steps=2)"
+        file["baselines"]["unguided_pixels"]["refine-steps"] = 2
+    return file
 
 
-def table(summary: dict[str, Any]) -> str:
-    """Accuracies as a small table for people."""
-    rows = [("student on guided images", summary["student_accuracy"])]
-    rows += [(f"student on {name}", value) for name, value in summary["baselines"].items()]
-    if "teacher_accuracy" in summary:
-        rows.append(("teacher", summary["teacher_accuracy"]))
-    return "\n".join(f"{name:<36}{100 * value:6.1f} %" for name, value in rows)
+def judged(job: Job) -> dict[str, Any]:
+    """Accuracies of one seed's run, {"student", "teacher", "baselines"}, and the seconds of its parts by name."""
+    found = run_job(job, say=lambda line: print(line, file=sys.stderr, flush=True))
+    seconds: dict[str, Any] = {}
+    if job.teacher is not None:
+        seconds["teacher"] = json.loads((job.teacher.out / RESULT).read_text())["seconds"]
+    for variant in job.variants:
+        images = sum(shard["seconds"] for shard in read_manifest(variant.generate.out)[1])
+        student = json.loads((variant.distill.out / RESULT).read_text())["seconds"]
+        seconds[variant.name or "guided"] = {"images": round(images, 1), "student": round(student, 1)}
+    accuracies = {"student": found["accuracy"], "teacher": found["teacher_accuracy"], "baselines": found["baselines"]}
+    return {**accuracies, "seconds": seconds}
 
 
-def demo(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = [name for name in arguments.baselines.split(",") if name]
-    if unknown := [name for name in names if name not in BASELINES]:
-        sys.exit(f"error: unknown baseline {unknown[0]!r}; known are {', '.join(BASELINES)}")
-    results = []
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        folder = arguments.out / f"seed-{seed}" if arguments.seeds > 1 else arguments.out
-        more = shlex.split(arguments.generate), shlex.split(arguments.distill)
-        run = Run(folder, seed, arguments.split, arguments.teacher, *more)
-        results.append(whole_run(run, names))
-        print(table(results[-1]), file=sys.stderr, flush=True)
-    first = results[0]
-    across = {name: mean(r["baselines"][name] for r in results) for name in names}
+def together(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every seed's numbers side by side."""
+    names = seeds[0]["baselines"]
     return {
-        "student_accuracy": mean(r["student_accuracy"] for r in results),
-        "student_accuracy_seeds": [r["student_accuracy"] for r in results],
-        "teacher_accuracy": mean(r["teacher_accuracy"] for r in results) if "teacher_accuracy" in first else None,
-        "teacher_accuracy_seeds": [r["teacher_accuracy"] for r in results if "teacher_accuracy" in r],
-        "baselines": across,
-        "baselines_seeds": {name: [r["baselines"][name] for r in results] for name in names},
-        "images": first["images"],
-        "split": arguments.split,
-        "backends": first["backends"],
-        "preset": {k: dict(getattr(PRESETS["demo"], k)) for k in ("train_teacher", "generate", "distill")},
-        "seconds": first["seconds"] if len(results) == 1 else [r["seconds"] for r in results],
-        "report": first["report"] if len(results) == 1 else [r["report"] for r in results],
+        "student": [seed["student"] for seed in seeds],
+        "teacher": [seed["teacher"] for seed in seeds],
+        "baselines": {name: [seed["baselines"][name] for seed in seeds] for name in names},
+        "seconds": [seed["seconds"] for seed in seeds],
     }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Accuracies on real images: mean and every seed, the best first, and seconds of the images."""
+    students = {"guided": result["student"], **result["baselines"]}
+    ranked = sorted(students, key=lambda name: -sum(students[name]))
+    rows = [(NAMES.get(name, name), students[name], _seconds(result, name)) for name in ranked]
+    cells = [[name, _mean(values), _every(values), spent] for name, values, spent in rows]
+    cells.append(["(the teacher itself)", _mean(result["teacher"]), _every(result["teacher"]), None])
+    under = (
+        f"{result['images']} images and {result['steps']} distillation steps each, real images of the {result['split']}"
+        " split. "
+    )
+    lines = table(["student distilled on", "accuracy", "seeds", "s for the images"], cells)
+    return "\n".join([*lines, "", under + taken_on(result["machine"], "python -m benchmarks.quality demo")])
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{100 * sum(values) / len(values):.1f} %"
+
+
+def _every(values: Sequence[float]) -> str:
+    return " ".join(f"{100 * value:.1f}" for value in values)
+
+
+def _seconds(result: Mapping[str, Any], name: str) -> str | None:
+    spent = [seed[name]["images"] for seed in result["seconds"] if name in seed]
+    return f"{median(spent):.0f}" if spent else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=["demo"], help="which preset to judge")
+    parser.add_argument("job", choices=["demo"], help="which file to judge: benchmarks/quality_JOB.toml")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--baselines", default=",".join(BASELINES), help="comma-separated, default all")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/quality"), help="folder of the runs (default runs/quality)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder (default runs/quality)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="real images to judge on")
-    parser.add_argument("--teacher", type=Path, help="use this teacher instead of training one per seed")
-    parser.add_argument("--generate", default="", help="more options of dfkd-generate, as one string")
-    parser.add_argument("--distill", default="", help="more options of dfkd-distill, as one string")
-    parser.add_argument("--record", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
-    machine = describe(torch.device("cpu"))  # before the work: what fails here must not lose it
-    result = {**demo(arguments), "machine": machine}
-    if arguments.record:
-        kept = {name: value for name, value in result.items() if name != "report"}  # it is of paths on this machine
-        replace_text(arguments.record, json.dumps(kept, indent=1) + "\n")
-    print(json.dumps(result))
+    parser.add_argument("--record", type=Path, metavar="FILE", help="also write the JSON to this file")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, seconds: proves that it runs, no more")
+    a = parser.parse_args()
+    if a.record and a.rehearse:
+        parser.error("a rehearsal is not recorded")
+    quieten_libraries()
+    machine = describe(resolve_device("auto"))  # before the work: what fails here must not lose it
+    file = read_file(a.job, a.split, a.rehearse)
+    jobs = [read_job(file, a.out / f"seed-{seed}", seed) for seed in range(a.first_seed, a.first_seed + a.seeds)]
+    ours = jobs[0].variants[0]
+    result = {
+        **together([judged(job) for job in jobs]),
+        "machine": machine, "split": a.split, "images": ours.generate.count, "steps": ours.distill.distill.train.steps,
+    }  # fmt: skip
+    if a.record:
+        replace_text(a.record, json.dumps(result, indent=1) + "\n")
+    finish(result, markdown(result))
 
 
 if __name__ == "__main__":

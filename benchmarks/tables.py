@@ -11,17 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_distill import markdown as distill_table
-from benchmarks.bench_engines import markdown as engines_table
-from benchmarks.bench_loader import markdown as loader_table
 from benchmarks.cost_model import markdown as cost_table
 from benchmarks.guidance_paths import markdown as guidance_table
 from benchmarks.msarc import markdown as msarc_table
 from benchmarks.quantised_unet import markdown as quantised_table
-from benchmarks.sd15_engines import markdown as sd15_engines_table
 from benchmarks.suite.table import markdown as suite_table
 from benchmarks.waterfall_table import document as waterfall_table
 from benchmarks.waterfall_table import sentence as waterfall_sentence
+
+from benchmarks.bench_distill import markdown as distill_table
+from benchmarks.bench_engines import markdown as engines_table
+from benchmarks.bench_loader import markdown as loader_table
+from benchmarks.sd15_engines import markdown as sd15_engines_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

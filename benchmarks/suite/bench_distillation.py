@@ -5,26 +5,19 @@ from functools import partial
 
 import torch
 
-from benchmarks.bench_distill import Pair, defaults, made, ways
-from benchmarks.suite.case import Absent, Group, Place, Work
-from dfkd_engine.backends import get
-
-SLOW_TO_MAKE = ("compile", "all")  # the quick suite leaves them out: compilers take a quarter of a minute each
+from benchmarks.bench_distill import WAYS, Pair, defaults, made
+from benchmarks.suite.case import Group, Place, Work
 
 
-def step(name: str, of: Pair, place: Place) -> Work:
-    if name in SLOW_TO_MAKE and (why := get("inductor").unusable(place.device, "float32")):
-        raise Absent(why)
-    return Work(made(ways(place.device)[name], of, place.device), of.batch)
+def step(way: str, of: Pair, place: Place) -> Work:
+    return Work(made(way, of, place.device), of.batch)
 
 
 def groups(device: torch.device, quick: bool) -> list[Group]:
-    names = [name for name in ways(device) if not (quick and name in SLOW_TO_MAKE)]
+    names = [name for name, own in WAYS.items() if not (quick and "compile" in own)]  # a quarter of a minute each
     return [
-        Group(
-            f"distillation, {of.teacher} to {of.student}", "eager", {n: partial(step, n, of) for n in names}, "images"
-        )
-        for of in defaults(device, False)[: 1 if quick else None]
+        Group(f"distillation, {of}", "eager", {name: partial(step, name, of) for name in names}, "images")
+        for of in defaults(device)[: 1 if quick else None]
     ]
 
 

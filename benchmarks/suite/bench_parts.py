@@ -10,10 +10,9 @@ import torch
 
 from benchmarks.suite import plain
 from benchmarks.suite.case import Group, Place, Work
-from dfkd.data.loader import KINDS, draw
-from dfkd.data.loader.views import apply
-from dfkd.data.shards import Record, ShardFolder, read_folder
+from dfkd.data import KINDS, Record, ShardFolder, apply_views, draw, read_folder
 from dfkd.synthesis import cutmix
+from dfkd_kernels.guided_step import paste
 
 IMAGES, SIZE = 256, 32
 LATENT = (8, 8, 8)
@@ -33,7 +32,8 @@ def our_cutmix(place: Place) -> Work:
     ids, latents = torch.arange(IMAGES), torch.randn(IMAGES, *LATENT)
 
     def mix() -> torch.Tensor:
-        return cutmix.apply(latents, cutmix.plan(0, ids, ids % CLASSES, 0, 1.0, *LATENT[1:]))
+        plan = cutmix.plan(0, ids, ids % CLASSES, 0, 1.0, *LATENT[1:])
+        return paste(latents, plan.partner, plan.box)
 
     return Work(mix, IMAGES)
 
@@ -44,7 +44,7 @@ def plain_views(place: Place) -> Work:
 
 def our_views(kind: str, place: Place) -> Work:
     images, generator = torch.rand(IMAGES, 3, SIZE, SIZE), torch.Generator().manual_seed(0)
-    return Work(lambda: apply(images, draw(kind, IMAGES, SIZE, SIZE, generator)), IMAGES)
+    return Work(lambda: apply_views(images, draw(kind, IMAGES, SIZE, SIZE, generator)), IMAGES)
 
 
 def plain_written(place: Place) -> Work:
@@ -57,8 +57,8 @@ def our_folder(place: Place) -> ShardFolder:
 
 
 def our_shard() -> tuple[np.ndarray, list[Record]]:
-    losses: dict[str, float] = {"bn": 1.0, "cls": 1.0}
-    return pixels(), [Record(i, 0, "zero", 0, "a photo", None, None, losses, {}, 0.5) for i in range(IMAGES)]
+    losses = {"bn": 1.0, "cls": 1.0}
+    return pixels(), [Record(i, 0, "zero", 0, "a photo", losses=losses) for i in range(IMAGES)]
 
 
 def written(place: Place) -> Work:

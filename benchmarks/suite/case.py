@@ -29,9 +29,6 @@ class Work:
     calls: int = 1
 
 
-Make = Callable[[Place], Work]
-
-
 @dataclass(frozen=True)
 class Group:
     """Rows by name, each made when its turn comes; making one may take long, and is not timed.
@@ -42,7 +39,7 @@ class Group:
 
     name: str
     baseline: str
-    rows: Mapping[str, Make]
+    rows: Mapping[str, Callable[[Place], Work]]
     unit: str = ""
 
     def __post_init__(self) -> None:
@@ -71,6 +68,6 @@ def cases(groups: Iterable[Group]) -> list[Case]:
     for group in groups:
         if group.name in found:
             raise ValueError(f"two groups are called {group.name}")
-        names = [group.baseline, *(name for name in group.rows if name != group.baseline)]
+        names = dict.fromkeys([group.baseline, *group.rows])
         found[group.name] = [Case(group, name) for name in names]
     return [case for of_group in found.values() for case in of_group]

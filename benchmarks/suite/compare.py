@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recording import words
+
 SUITES = ("quick", "full")
 FEW = 5  # rows of one result alone that are named
 
@@ -40,7 +42,7 @@ class Change:
         return self.after["median"] / self.before["median"]
 
     def __str__(self) -> str:
-        before, after = in_words(self.before), in_words(self.after)
+        before, after = words(self.before), words(self.after)
         return f"{self.group}: {self.name} is {self.verdict}: ratio {before} before, {after} now"
 
 
@@ -88,20 +90,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def printed(value: float) -> float:
     return float(f"{value:.3g}")
-
-
-def in_words(spread: dict[str, float]) -> str:
-    """Median (min to max), three digits each."""
-    return f"{number(spread['median'])} ({number(spread['min'])} to {number(spread['max'])})"
-
-
-def number(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:.{max(0, 2 - _magnitude(value))}f}"
-
-
-def _magnitude(value: float) -> int:
-    return int(f"{value:.2e}".partition("e")[2])
 
 
 def main() -> None:

@@ -15,14 +15,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.machine import name_of
+from benchmarks.recording import RESULTS
 from benchmarks.suite.case import Case, Place, cases
 from benchmarks.suite.compare import compare, read, report
-from benchmarks.suite.session import TURNS, Session
-from benchmarks.suite.table import terminal
+from benchmarks.suite.session import TURNS, Session, markdown
 from dfkd.files import replace_text
 
 SUITE = Path(__file__).parent
-RESULTS = SUITE.parent / "results"
 SESSION = pytest.StashKey[Session]()
 BEFORE = pytest.StashKey[dict[str, Any] | None]()
 
@@ -87,9 +86,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if not session.measured and not session.skipped:
         return
     result = session.result()
-    lines = terminal(result, before)
-    if before:
-        lines += ["", *report(before, result)[0]]
+    lines = ["", *markdown(result).splitlines()] + (["", *report(before, result)[0]] if before else [])
     written = [option.json] if option.json else []
     if option.record and exitstatus == pytest.ExitCode.OK:
         kind = "cpu" if session.place.device.type == "cpu" else name_of(result["machine"])

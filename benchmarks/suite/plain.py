@@ -1,7 +1,4 @@
-"""What one would write without this project: the baselines of its launches and of the parts around the networks.
-
-The three functions of PLAIN take what those of kernels/guided_step.py take, and do the same by one operation a line.
-"""
+"""What one would write without this project: the baselines of its kernels and of the parts around the networks."""
 
 import io
 import json
@@ -16,75 +13,21 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.loader_ways import viewed
-from dfkd_kernels.guided_step import GuidedStep
-from dfkd_kernels.rows import NetworkInput
 
 
-def combined(model: Tensor, row: Tensor) -> Tensor:
-    free, prompted = model.float().chunk(2)
-    return free + row[7] * (prompted - free)
+def guided_step(z: Tensor, model: Tensor, row: Tensor, *, push: Tensor, noise: Any = None) -> tuple[Tensor, Tensor]:
+    """The step of a loop over a diffusers scheduler: classifier-free guidance, the step, then noise of torch.randn."""
+    free, prompted = model.float()
+    predicted = free + row[7] * (prompted - free)
+    clean = row[0] * z + row[1] * predicted + push
+    after = row[2] * z + row[3] * predicted + row[6] * push
+    return (after if noise is None else after + row[5] * torch.randn_like(after)), clean
 
 
-def taken(latents: Tensor, network: NetworkInput) -> Tensor:
-    return (latents / network.scale + network.shift).to(network.dtype)
-
-
-def unit(gradient: Tensor) -> Tensor:
-    g = gradient.float()
-    return g / g.square().mean((1, 2, 3), keepdim=True).sqrt()
-
-
-def clean(
-    z: Tensor, model: Tensor, row: Tensor, micro: int, copies: int, decoder: NetworkInput, keep: bool
-) -> tuple[Tensor, None]:
-    z0 = row[0] * z + row[1] * combined(model, row)
-    return taken(z0, decoder), None
-
-
-def push(
-    before: Tensor,
-    gradient: Tensor,
-    length: Tensor,
-    norm: str,
-    unit_of_gradient: float,
-    base: Tensor,
-    decoder: NetworkInput,
-    micro: int,
-    copies: int,
-) -> tuple[Tensor, Tensor]:
-    after = before - length[:, None, None, None] * unit(gradient)
-    return after, taken(base + after, decoder)
-
-
-def update(
-    z: Tensor,
-    model: Tensor,
-    row: Tensor,
-    micro: int,
-    copies: int,
-    *,
-    gradient: Tensor,
-    length: Tensor,
-    network: NetworkInput,
-    next_copies: int,
-    noise: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """As a loop over a diffusers scheduler: the step, then the guidance, then noise of torch.randn."""
-    after = row[2] * z + row[3] * combined(model, row)
-    after = after - row[6] * length[:, None, None, None] * unit(gradient)
-    if noise is not None:
-        after = after + row[5] * torch.randn_like(after)
-    return after, taken(torch.cat([after] * next_copies), network)
-
-
-PLAIN = GuidedStep(clean, push, update)
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, labels: Tensor, ce_weight: float) -> Tensor:
+def soft_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """As tutorials have it."""
     q, p = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
-    soft = temperature**2 * F.kl_div(q, p, reduction="batchmean")
-    return soft + ce_weight * F.cross_entropy(student, labels)
+    return temperature**2 * F.kl_div(q, p, reduction="batchmean")
 
 
 def cutmix(latents: Tensor, labels: Tensor, random: np.random.Generator) -> Tensor:

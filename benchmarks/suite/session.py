@@ -1,41 +1,51 @@
 """One run of the suite: what is measured, row by row, and what is not, with the reason.
 
-The suite is gone through in TURNS, and every row made anew in each: half of its rounds are minutes from the others, in
-other memory, and so its spread has in it what would differ between two runs.
+A round times the baseline and then the row, so that both see the same machine. The suite is gone through in TURNS, and
+every row made anew in each: half of its rounds are minutes from the others, in other memory, and so its spread has in
+it what would differ between two runs.
 """
 
+import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import median
 from typing import Any
 
 from benchmarks import flops
 from benchmarks.bandwidth import repeated
-from benchmarks.flops import reason
 from benchmarks.machine import describe
+from benchmarks.recording import not_measured, number, scaled, spread, table, taken_on, words
 from benchmarks.suite.case import Absent, Case, Group, Place, Work
-from benchmarks.suite.pairing import Pairing, repeats, spread
 from dfkd.errors import UsageError
 from dfkd_engine.errors import EngineError
 
 NOT_HERE = (Absent, ImportError, UsageError, EngineError)
-WARM_UP = 1  # rounds that are not counted
+TURNS, WARM_UP = 2, 1  # WARM_UP: rounds that are not counted
+ROUNDS = {"quick": 5, "full": 8}  # of every row in a turn
+LEAST = {"quick": 0.05, "full": 0.1}  # seconds that a round's calls last at least
 
 
-TURNS = 2
+class Rounds:
+    """For pytest-benchmark's `pedantic`: `before` is its setup, the object itself what it times.
 
+    found: seconds of the baseline (of the row again where there is none) and of the row, the warm-up among them.
+    """
 
-@dataclass(frozen=True)
-class Effort:
-    """rounds: of every row in a turn. least: seconds that a round's calls last at least."""
+    def __init__(self, baseline: Callable[[], object] | None, row: Callable[[], object], timed: Any) -> None:
+        self.baseline, self.row, self.timed, self._base = baseline, row, timed, 0.0
+        self.found: list[tuple[float, float]] = []
 
-    rounds: int
-    least: float
+    def before(self) -> None:
+        if self.baseline is not None:
+            time.sleep(flops.PAUSE)
+            self._base = self.timed(self.baseline)
+        time.sleep(flops.PAUSE)
 
-
-QUICK, FULL = Effort(5, 0.05), Effort(8, 0.1)
+    def __call__(self) -> None:
+        seconds = self.timed(self.row)
+        self.found.append((self._base if self.baseline is not None else seconds, seconds))
 
 
 @dataclass
@@ -54,7 +64,7 @@ class Measured:
             self.per_second.append(work.amount / own)
 
     def row(self, case: Case) -> dict[str, Any]:
-        """As it is recorded."""
+        """The row as it is recorded."""
         found: dict[str, Any] = {
             "group": case.group.name,
             "name": case.name,
@@ -76,8 +86,8 @@ class Session:
     _held: tuple[str, Work | None] = ("", None)  # the baseline of the group in hand
 
     @property
-    def effort(self) -> Effort:
-        return QUICK if self.place.quick else FULL
+    def suite(self) -> str:
+        return "quick" if self.place.quick else "full"
 
     def measure(self, case: Case, pedantic: Callable[..., object]) -> list[float] | str:
         """A turn of a row: its ratio in every round; or why it cannot be had.
@@ -87,30 +97,29 @@ class Session:
         try:
             base, work = self._works(case)
         except NOT_HERE as error:
-            why = reason(error) if isinstance(error, ImportError) else str(error)
+            why = flops.reason(error) if isinstance(error, ImportError) else str(error)
             self.skipped[str(case)] = case, why
             return why
-        pairing = Pairing(None if case.is_baseline else base.call, work.call, partial(flops.timed, device=self._device))
-        pedantic(pairing, setup=pairing.before, rounds=self.effort.rounds, warmup_rounds=WARM_UP, iterations=1)
+        rounds = Rounds(None if case.is_baseline else base.call, work.call, self._timed)
+        pedantic(rounds, setup=rounds.before, rounds=ROUNDS[self.suite], warmup_rounds=WARM_UP, iterations=1)
         _, measured = self.measured.setdefault(str(case), (case, Measured()))
-        measured.add(pairing.rounds[WARM_UP:], base, work)
-        return measured.ratios[-self.effort.rounds :]
+        measured.add(rounds.found[WARM_UP:], base, work)
+        return measured.ratios[-ROUNDS[self.suite] :]
 
     def result(self) -> dict[str, Any]:
         """What is recorded."""
         absent = [{"group": case.group.name, "name": case.name, "why": why} for case, why in self.skipped.values()]
         return {
-            "machine": describe(self._device),
-            "suite": "quick" if self.place.quick else "full",
-            "rounds": TURNS * self.effort.rounds,
+            "machine": describe(self.place.device),
+            "suite": self.suite,
+            "rounds": TURNS * ROUNDS[self.suite],
             "load": round(self.load, 2),
             "rows": [measured.row(case) for case, measured in self.measured.values()],
             "skipped": absent,
         }
 
-    @property
-    def _device(self) -> Any:
-        return self.place.device
+    def _timed(self, call: Callable[[], object]) -> float:
+        return flops.timed(call, self.place.device)
 
     def _works(self, case: Case) -> tuple[Work, Work]:
         """The baseline's work and the row's. A group's baseline is made once."""
@@ -124,5 +133,40 @@ class Session:
     def _made(self, group: Group, name: str) -> Work:
         """A row's work, as often as a round wants it."""
         work = group.rows[name](self.place)
-        times = repeats(work.call, partial(flops.timed, device=self._device), self.effort.least)
+        times = repeats(work.call, self._timed, LEAST[self.suite])
         return replace(work, call=repeated(work.call, times), amount=work.amount * times, calls=times)
+
+
+def repeats(call: Callable[[], object], timed: Callable[[Any], float], least: float) -> int:
+    """How many calls last `least` seconds, by the quickest of three after the first, which may compile or fill caches.
+
+    Of a call that lasts much longer one is enough to say so.
+    """
+    timed(call)
+    seconds = timed(call)
+    if seconds < 10 * least:
+        seconds = min(seconds, timed(call), timed(call))  # one alone may have waited for another process
+    return max(1, math.ceil(least / max(seconds, 1e-9)))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One table, and below it what was not measured."""
+    cells = [
+        [r["group"], r["name"], words(r["milliseconds"]), "baseline" if r["baseline"] else words(r["ratio"]), _rate(r)]
+        for r in result["rows"]
+    ]
+    command = "make bench" if result["suite"] == "full" else "make bench ARGS=--quick"
+    under = (
+        f"Ratio: times as fast as the group's baseline in the same rounds. {result['suite'].capitalize()} suite, "
+        f"{result['rounds']} rounds a row, load {result['load']} before it began, "
+    )
+    lines = table(["group", "row", "ms: median (min to max)", "ratio", "a second"], cells)
+    lines += ["", under + taken_on(result["machine"], command)]
+    absent = [(f"{s['group']}: {s['name']}", s["why"]) for s in result["skipped"]]
+    return "\n".join(lines + not_measured(absent))
+
+
+def _rate(row: dict[str, Any]) -> str | None:
+    if "images_per_second" in row:
+        return f"{number(row['images_per_second'])} images"
+    return scaled(row["bytes_per_second"], "B") if "bytes_per_second" in row else None
