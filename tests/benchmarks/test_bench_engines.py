@@ -8,13 +8,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from dfkd.cli.generate_options import GenerateOptions
+from dfkd.cli.options import parse
+from dfkd.compiled.sources import load_sources
 
 from benchmarks import flops
 from benchmarks.bench_engines import arguments_parser, bench, markdown, row
 from benchmarks.machine import describe
-from dfkd.cli.generate_options import GenerateOptions
-from dfkd.cli.options import parse
-from dfkd.compiled.sources import load_sources
 from dfkd.presets import PRESETS
 from dfkd_engine.backends import BACKENDS
 from tests.cli.small_generate import save_classifier

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import bench_loader as bench
 from benchmarks.loader_ways import OTHERS, OURS, epoch_of
-from dfkd.errors import UsageError
 from dfkd.data.loader import dali
+from dfkd.errors import UsageError
 
 CPU = torch.device("cpu")
 

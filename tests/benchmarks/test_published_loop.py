@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-
 from benchmarks.guidance_paths import ROWS, options_of
-from benchmarks.published_loop import PublishedLoop
 from dfkd.cli.prepare import prepare
+
+from benchmarks.published_loop import PublishedLoop
 from dfkd.synthesis import sampler
 from dfkd_kernels.philox import philox_normal
 from tests.cli.small_generate import save_classifier

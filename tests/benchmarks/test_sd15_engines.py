@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dfkd_engine.targets import family
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import fx
 
 from benchmarks import sd15, sd15_engines
 from dfkd_engine.backends import get
 from dfkd_engine.errors import EngineError
-from dfkd_engine.targets import family
 from tests.engine import small_graphs
 
 

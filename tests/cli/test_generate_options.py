@@ -10,7 +10,7 @@ import torch
 from dfkd.config import leaves
 from dfkd.config.commands import GenerateCommand
 from dfkd.data import read_folder, read_manifest
-from dfkd.synthesis import pipeline
+from dfkd.synthesis import checks
 from tests.cli.small_generate import save_classifier
 
 LOSS = """
@@ -102,7 +102,7 @@ def generated(call, places, earlier, tmp_path_factory, monkeypatch):
     Networks keep their group norms: interpreted, this prior's 32 groups would take minutes. Those of a smaller one are
     in tests/engine/test_group_norms.py.
     """
-    monkeypatch.setattr(pipeline, "set_group_norms", lambda network, name: None)
+    monkeypatch.setattr(checks, "set_group_norms", lambda network, name: None)
 
     def make(*argv):
         words = tuple(str(places.get(word, word)) for word in argv)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd.config import GenerateConfig
-from dfkd.synthesis import pack
+from dfkd.synthesis import pack as pack_module
 from dfkd.synthesis.losses import GuidanceLoss
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.teachers import Classifier
@@ -154,8 +154,8 @@ def pipeline(
 
 def doubled(pipe: GuidedPipeline, monkeypatch: Any) -> GuidedPipeline:
     """The pipeline turned to float64, with the noise of float32."""
-    draw = pack.philox_normal
-    monkeypatch.setattr(batching, "philox_normal", lambda *key: draw(*key).double())
+    draw = pack_module.philox_normal
+    monkeypatch.setattr(pack_module, "philox_normal", lambda *key: draw(*key).double())
     pipe.prior.cast(torch.float64)
     pipe.teacher.module.double()
     return pipe
