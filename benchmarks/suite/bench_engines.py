@@ -1,4 +1,4 @@
-"""The demo's networks as they run: eager, channels_last, and compiled (benchmarks/bench_engines.py has what each is)."""
+"""The demo's networks as they run: eager, channels_last, and compiled (benchmarks/bench_engines.py has the ways)."""
 
 from collections.abc import Callable
 from functools import cache, partial
