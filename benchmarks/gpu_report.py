@@ -1,17 +1,22 @@
-"""Everything that only a GPU can tell, by one command: kernels, engines, sampling, training steps and loaders.
+"""Everything that only a GPU can tell, by one command: sampling, engines, training steps, kernels and loaders.
 
     python -m benchmarks.gpu_report                 on a CUDA device: at most --minutes 8, no network needed
     python -m benchmarks.gpu_report --only soft_kl,engines
     python -m benchmarks.gpu_report --rehearse      the same code on tiny sizes on a CPU: proves that it runs, no more
 
 Each section is a benchmark of its own in a process of its own, so that one that fails, hangs or lacks a package costs
-its rows and no others; the reason stands in the report. Sections that a spent --minutes does not reach are named too.
-Launches, engines and distill tell their rows as they come: stopped or broken off they keep those until then.
+its rows and no others; the reason stands in the report. The most telling come first; sections that a spent --minutes
+does not reach are named too, and --only measures them later. Kernels, engines and distill tell their rows as they come:
+stopped or broken off they keep those until then.
 
 Writes benchmarks/results/gpu-report-<device>.json with what every section measured, and the same as tables in .md. What
 is on record there of other sections stays, each with its own commit, date and versions. A section that measures nothing
 now, or is stopped where a whole result is on record, leaves that result and is named beside it. To begin anew, delete
 the files. A rehearsal writes nothing. The last line of stdout is this run's JSON.
+
+A section on record is {"machine", "seconds"} with "result", what it measured, or "why" it measured nothing; with both
+it was stopped, and the result has the rows until then. "again" is a later try that the result outlived: {"machine",
+"seconds", "why"}. The record's own "machine" is that of the last run.
 """
 
 import argparse
@@ -30,11 +35,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_record import RecordError, made_with, merged, read
 from benchmarks.machine import describe, name_of
+from benchmarks.recording import RESULTS, names_of
 from dfkd.files import replace_text
 
-RESULTS = Path(__file__).parent / "results"
 REHEARSAL = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
@@ -53,84 +57,63 @@ class Section:
     seconds: int
 
 
-# Those that need torch and Triton alone come first; what each may take leaves room for all of them in eight minutes.
+def _kernel(title: str, name: str, given: str, rehearsed: str) -> Section:
+    own = f"--rehearse --repeats 1 {rehearsed}"
+    return Section(title, f"bench_{name}", "bandwidth", f"--no-resources {given}", own, 60)
+
+
 SECTIONS: Mapping[str, Section] = {
-    "guided_step": Section(
-        "Launches of a guided step",
-        "bench_guided_step",
-        "bandwidth",
-        "--no-resources",
-        "--rehearse --batches 2 --repeats 1",
-        60,
-    ),
-    "soft_kl": Section(
-        "Distillation's loss",
-        "bench_soft_kl",
-        "bandwidth",
-        "--no-resources --batches 256,65536 --classes 100,1000",
-        "--rehearse --batches 2 --classes 10 --repeats 1",
-        60,
-    ),
-    "group_norm_silu": Section(
-        "Group normalisation with SiLU",
-        "bench_group_norm_silu",
-        "bandwidth",
-        "--no-resources --maps 512x64,128x512,1280x8 --batches 4",
-        "--rehearse --maps 64x2 --batches 1 --repeats 1",
-        70,
-    ),
-    "batch_norm_tap": Section(
-        "A frozen teacher's BatchNorm with its ReLU and moments",
-        "bench_batch_norm_tap",
-        "bandwidth",
-        "--no-resources --maps 64x32,64x112,256x56,512x28 --batches 64",
-        "--rehearse --maps 8x4 --batches 2 --repeats 1",
-        70,
+    "sampling": Section(
+        "Sampling of Stable Diffusion 1.5, ours beside the published loop and diffusers",
+        "bench_sampling",
+        "bench_sampling",
+        "--prior sd15 --device cuda --repeats 3 --compile-mode reduce-overhead",  # max-autotune compiles for minutes
+        "--prior sd15 --thin --size 64 --device cpu --dtype fp32 --images 2 --repeats 1",
+        180,
     ),
     "distill": Section(
         "Steps of distillation",
         "bench_distill",
         "bench_distill",
         "--device cuda",
-        "--quick --device cpu --ways 'eager,channels_last,bf16,compile,cached logits,all'",
-        120,
-    ),
-    "loader": Section(
-        "Loaders, and what they cost a step",
-        "bench_loader",
-        "bench_loader",
-        "--device cuda --turns 3",
-        "--quick --device cpu --workers 0",
-        90,
-    ),
-    "sampling": Section(
-        "Sampling of Stable Diffusion 1.5, ours beside the published loop and diffusers",
-        "sd15_sampling",
-        "sd15_sampling",
-        "--device cuda --compile-mode reduce-overhead",  # max-autotune compiles for minutes
-        "--thin --size 64 --device cpu --dtype fp32 --batches 2 --steps 2 --repeats 1",
-        180,
+        "--quick --device cpu --ways eager,channels_last,bf16,compile,all",
+        100,
     ),
     "engines": Section(
         "Networks of Stable Diffusion 1.5 at 512x512, random weights",
         "bench_engines",
         "bench_engines",
-        "--sd15 512 --device cuda --dtype fp16 --rows 4,16 --networks unet,decode,gradient --repeats 3"
+        "--sd15 512 --device cuda --dtype fp16 --rows 16 --networks unet,gradient,decode --repeats 3"
         " --backends eager,channels_last,torch.compile,tensorrt",
-        "--sd15 64 --thin --device cpu --rows 2 --networks unet,decode,gradient --backends eager,channels_last"
+        "--sd15 64 --thin --device cpu --rows 2 --networks unet,gradient,decode --backends eager,channels_last"
         " --repeats 1",
-        240,
+        200,
     ),
-    "paths": Section(
-        "Guidance paths of the demo",
-        "guidance_paths",
-        "guidance_paths",
-        "--device cuda",
-        "--rehearse --repeats 1 --singles 1",
-        120,
+    "guided_step": _kernel("A guided step", "guided_step", "--batches 64,512", "--batches 2"),
+    "soft_kl": _kernel(
+        "Distillation's loss", "soft_kl", "--batches 256,65536 --classes 1000", "--batches 2 --classes 10"
     ),
-}
-DIFFUSION = ("sampling", "engines", "paths")  # their networks are diffusers'
+    "group_norm_silu": _kernel(
+        "Group normalisation with SiLU", "group_norm_silu", "--maps 512x64,128x512 --batches 4",
+        "--maps 64x2 --batches 1",
+    ),
+    "bn_moments": _kernel(
+        "A frozen teacher's BatchNorm with its ReLU and moments", "bn_moments", "--maps 64x32,256x56 --batches 64",
+        "--maps 8x4 --batches 2",
+    ),
+    "loader": Section(
+        "Loaders, and what they cost a step",
+        "bench_loader",
+        "bench_loader",
+        "--device cuda --repeats 3",
+        "--quick --device cpu --workers 0",
+        90,
+    ),
+}  # fmt: skip
+
+
+class RecordError(ValueError):
+    """What lies there is no record that could be kept."""
 
 
 def run(section: Section, rehearse: bool, seconds: float) -> dict[str, Any]:
@@ -152,14 +135,11 @@ def run(section: Section, rehearse: bool, seconds: float) -> dict[str, Any]:
     if done.returncode:
         why = reason(done.stderr) or f"it ended with exit status {done.returncode}"
         return {**spent, "why": why, **until_then(done.stdout)}
-    try:
-        return {**spent, "result": json.loads(done.stdout.strip().splitlines()[-1])}
-    except (IndexError, ValueError):
-        return {**spent, "why": "its last line is no JSON"}
+    return {**spent, **(until_then(done.stdout) or {"why": "its output has no line of JSON"})}
 
 
 def until_then(stdout: str) -> dict[str, Any]:
-    """{"result"} of the last whole line of JSON that a process told which did not come to its end, or nothing."""
+    """{"result"} of the last whole line of JSON that a process told, or nothing."""
     for line in reversed(stdout.splitlines()):
         try:
             found = json.loads(line)
@@ -199,7 +179,42 @@ def report(names: Sequence[str], rehearse: bool, minutes: float) -> dict[str, An
     return found
 
 
-def markdown(result: dict[str, Any]) -> str:
+def read(path: Path) -> dict[str, Any]:
+    """By section what is on record, nothing where there is no file. Raises RecordError."""
+    if not path.exists():
+        return {}
+    try:
+        sections: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["sections"]
+        unknown = [name for name, found in sections.items() if name not in SECTIONS or "machine" not in found]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecordError(f"{path} is no record of a gpu-report: move it away") from None
+    if unknown:
+        raise RecordError(f"{path} has a section {unknown[0]!r} of another version of gpu-report: move it away")
+    return sections
+
+
+def merged(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with what was found now, in the order of SECTIONS: nothing on record gives way to less.
+
+    A whole result gives way to a whole one, that of a stopped section to any; else it stays, the later try noted.
+    """
+    found = dict(record)
+    for name, own in now.items():
+        before = record.get(name, {})
+        if "result" in before and ("result" not in own or ("why" in own and "why" not in before)):
+            found[name] = {**before, "again": {key: own[key] for key in ("machine", "seconds", "why")}}
+        else:
+            found[name] = own
+    return {name: found[name] for name in SECTIONS if name in found}
+
+
+def made_with(machine: Mapping[str, Any]) -> str:
+    """Versions, commit and date of `benchmarks.machine.describe`."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return f"{versions}; Python {machine['python']}, commit {machine['commit']}, {machine['date']}"
+
+
+def markdown(result: Mapping[str, Any]) -> str:
     """The report for people: a table a section, or its reason."""
     machine = result["machine"]
     parts = [f"# {machine['device']}", f"{made_with(machine)}: `make gpu-report`."]
@@ -224,17 +239,10 @@ def table(section: Section, result: Any) -> str:
     return str(module.markdown(result)).strip()
 
 
-def sections(text: str) -> list[str]:
-    found = text.split(",")
-    if unknown := [name for name in found if name not in SECTIONS]:
-        raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known are {', '.join(SECTIONS)}")
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = f"of {', '.join(SECTIONS)} (default all); the others stay on record"
-    parser.add_argument("--only", type=sections, default=list(SECTIONS), help=text)
+    parser.add_argument("--only", type=names_of(SECTIONS), default=list(SECTIONS), help=text)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU; writes nothing")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together (default 8)")
     a = parser.parse_args()
@@ -243,18 +251,18 @@ def main() -> None:
     machine = describe(torch.device("cpu" if a.rehearse else "cuda"))
     path = RESULTS / f"gpu-report-{name_of(machine)}.json"
     try:
-        record = {} if a.rehearse else read(path, SECTIONS)  # before the work: what fails here must not lose it
+        record = {} if a.rehearse else read(path)  # before the work: what fails here must not lose it
     except RecordError as error:
         sys.exit(f"error: {error}")
     found = {name: {"machine": machine, **own} for name, own in report(a.only, a.rehearse, a.minutes).items()}
     result = {"machine": machine, "sections": found}
     if not a.rehearse:
-        kept = {"machine": machine, "sections": merged(record, found, SECTIONS)}
+        kept = {"machine": machine, "sections": merged(record, found)}
         replace_text(path, json.dumps(kept, indent=1) + "\n")
         replace_text(path.with_suffix(".md"), markdown(kept))
     print("", markdown(result), sep="\n", file=sys.stderr)
     print(json.dumps(result))
-    if not any("result" in found for found in result["sections"].values()):
+    if not any("result" in own for own in found.values()):
         sys.exit(1)
 
 
