@@ -16,14 +16,13 @@ PY := $(VENV)/bin/python
 SETUP := $(INSTALLED)
 endif
 
-.PHONY: help demo test check fix engines bench tables guidance-paths waterfall gpu-test gpu-report clean
+.PHONY: help demo test check fix engines bench tables quality gpu-test gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(SETUP) ## teacher, synthesis, student and report on two CPU cores, in minutes (runs/demo)
-	@$(PY) -m benchmarks.quality demo --seeds 1 --baselines prior_data,unguided --out runs/demo \
-	  --distill "$$($(PY) -c 'from dfkd.data.loader import dali; print("--loader dali" * dali.installed())')"
+demo: $(SETUP) ## the whole job on two CPU cores, in minutes: teacher, images, student, baseline, report (runs/demo)
+	@$(PY) -m dfkd run --preset demo $(ARGS)
 
 # One torch thread a worker: two that share cores wait for one another.
 test: $(SETUP) ## run the tests (ARGS="-k shards" for some)
@@ -38,10 +37,10 @@ fix: $(SETUP) ## put lint and formatting right where that can be done safely
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks and its guidance gradient, for this machine and for GPUs (build/engines)
-	@$(PY) -c "from dfkd.cli.engines import main; main()" build --set demo $(ARGS)
+engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks, for this machine and for GPUs (build/engines)
+	@$(PY) -m dfkd engines build --set demo $(ARGS)
 	@if $(PY) -c "import sys, importlib.util as u; sys.exit(u.find_spec('tensorrt_rtx') is None)"; then \
-	  $(PY) -c "from dfkd.cli.engines import main; main()" build --set demo-rtx; \
+	  $(PY) -m dfkd engines build --set demo-rtx; \
 	else echo "demo-rtx, plans for GPUs: left out, tensorrt_rtx is not installed" >&2; fi
 
 bench: $(SETUP) ## time every part beside a baseline (ARGS="--quick" for minutes, --record, --against FILE)
@@ -50,17 +49,12 @@ bench: $(SETUP) ## time every part beside a baseline (ARGS="--quick" for minutes
 tables: $(SETUP) ## write the documents' tables anew from benchmarks/results
 	@$(PY) -m benchmarks.tables
 
-guidance-paths: $(SETUP) ## the latent and the unet gradient and the published loop in one table
-	@$(PY) -m benchmarks.guidance_paths
-
-waterfall: $(SETUP) $(DEMO_TEACHER)/result.json ## from the published loop to the demo on engines, one technique a row
-	@$(PY) -m benchmarks.waterfall --teacher $(DEMO_TEACHER) --out runs/waterfall $(ARGS)
+quality: $(SETUP) ## students of guided images and of every control over three seeds, half an hour (runs/quality)
+	@$(PY) -m benchmarks.quality demo $(ARGS)
 
 gpu-test: $(SETUP) ## the tests that need a CUDA device
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
 	  || { echo "error: torch finds no CUDA device: gpu-test needs one (driver, and a CUDA build of torch)." >&2; exit 2; }
-	@$(PY) -c "import importlib.util as u; u.find_spec('diffusers') or print('diffusers is not installed: files that import it end with an error, the others run')" >&2
-	@$(PY) -c "import importlib.util as u; u.find_spec('triton') or print('triton is not installed: tests of kernels are skipped, the others run')" >&2
 	@$(PY) -m pytest -m gpu --continue-on-collection-errors $$(grep -rl --include='*.py' 'mark\.gpu' tests) $(ARGS)
 
 gpu-report: $(SETUP) ## measure all that only a CUDA device can tell, record it in benchmarks/results (at most eight minutes)
@@ -72,7 +66,7 @@ clean: ## remove the environment, caches and the demo's output
 
 $(DEMO_TEACHER)/result.json: | $(SETUP)
 	@echo "training the demo's teacher first, about a minute: the gradient engine holds it" >&2
-	@$(PY) -c "from dfkd.cli.train_teacher import main; main()" --preset demo --seed 0 --out $(DEMO_TEACHER) >&2
+	@$(PY) -m dfkd train-teacher --preset demo --seed 0 --out $(DEMO_TEACHER) >&2
 
 $(INSTALLED): pyproject.toml build/constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" \

@@ -132,7 +132,7 @@ class Distillation:
 
     def __init__(self, training: Training, folder: Path, workers: int, device: torch.device, amp: str) -> None:
         self.config = training.config.replace(amp=amp, device=str(device))
-        self.step_of_run = step_of(self.config, training.teacher, device)
+        self.descend = step_of(self.config, training.teacher, device)
         self.pool, self.workers = open_folder(folder), workers
         self.order = Order(0, len(self.pool.ids), self.config.train.batch_size, 2**40)
         self.form = Form(self.pool.image_size, MEAN, STD, device, AMP_DTYPES[amp])
@@ -151,10 +151,10 @@ class Distillation:
         one = next(found)
         return iter(lambda: one, None)
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch) -> torch.Tensor:
         assert batch.random is not None
         images = mix(batch.images, self.config.mix, self.config.mix_alpha, batch.random, len(batch.images))
-        self.step_of_run(images.contiguous(memory_format=torch.channels_last), batch.labels, 1e-3)
+        return self.descend(images.contiguous(memory_format=torch.channels_last), batch.labels, 1e-3)
 
 
 def step_rows(work: Distillation, name: str, turns: int, count: int) -> list[dict[str, Any]]:

@@ -165,7 +165,8 @@ def plain_diffusers(networks: Networks, images: int, mode: str | None = None) ->
 def flop_per_image(row: str, networks: Networks) -> int:
     """Of all calls of networks for an image, but for the teacher's last look."""
     pipe = networks.pipeline("unguided" if row in PEERS else row, **PLAIN)
-    needs = {name: footprint(call, without_data=True).flop for name, call in network_calls(pipe).items()}
+    large = pipe.image_size > 64  # below that a network is run sooner than it is traced without data
+    needs = {name: footprint(call, without_data=large).flop for name, call in network_calls(pipe).items()}
     rows, repeats = pipe.pack(torch.arange(1), SEED).cfg_rows, sum(map(pipe.repeats_at, range(len(pipe.table))))
     counts = {"unet": sum(rows) / max(rows), "gradient": repeats, "pixel_gradient": pipe.config.guidance.refine_steps}
     return round(sum(flop * counts.get(name, 1) for name, flop in needs.items()))

@@ -89,6 +89,7 @@ class PublishedLoop:
         numbers = [given[name] for name in ("cfg", "guidance_step", "bn_weight", "cls_weight", "bn_loss")]
         return cls(unet, vae, scheduler, teacher, mean, std, pipe.teacher.input_size, *numbers)
 
+    @torch.enable_grad()
     def __call__(self, noise: Tensor, label: int, prompt: Tensor, negative: Tensor) -> Tensor:
         """noise [1, C, h, w], the class, and embeddings [1, L, D] of both prompts -> the image [1, 3, H, W] in 0..1."""
         embeddings = torch.cat([negative, prompt])

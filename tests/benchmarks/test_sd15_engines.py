@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dfkd_engine.targets import family
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import fx
 
 from benchmarks import sd15, sd15_engines
+from benchmarks.machine import describe
 from dfkd_engine.backends import get
+from dfkd_engine.devices import family
 from dfkd_engine.errors import EngineError
 from tests.engine import small_graphs
 
@@ -26,43 +27,34 @@ def test_the_sizes_are_the_published_ones():
     with torch.device("meta"):
         assert parameters(UNet2DConditionModel(**sd15.UNET)) == 859_520_964
         assert parameters(AutoencoderKL(**sd15.VAE)) == 83_653_863
-    teacher = sd15.teacher({}, seed=0)
+    teacher = sd15.make_teacher()
     assert parameters(teacher.module) == 21_797_672
     assert len(teacher.batch_norms()) == 36 and teacher.input_size == 224
 
 
-@pytest.fixture(scope="module")
-def sources():
-    return sd15.make_sources(64, thin=True)
-
-
-def test_random_weights_keep_half_precision_finite(sources):
+def test_random_weights_keep_half_precision_finite():
+    prior, teacher = sd15.make_prior(64, thin=True), sd15.make_teacher(thin=True)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        decoded = sources.prior.vae.decode(z.half()).sample
-        predicted = sources.prior.denoise(z, torch.tensor([500.0]), sources.prior.encode_prompts(["", ""]))
-        logits = sources.teacher.logits(sources.prior.decode(z))
+        decoded = prior.vae.decode(z.half()).sample
+        predicted = prior.denoise(z, torch.tensor([500.0]), prior.encode_prompts(["a photo", ""]))
+        logits = teacher.logits(prior.decode(z))
     for result in (decoded, predicted, logits):
         assert result.isfinite().all() and 0.01 < result.float().std() < 100
     assert decoded.dtype == torch.float16 and logits.dtype == torch.float32
-
-
-def test_weights_follow_from_the_seed(sources):
-    weights, again = (s.prior.vae.state_dict() for s in (sources, sd15.make_sources(64, thin=True)))
-    other = sd15.make_sources(64, thin=True, seed=9).prior.vae.state_dict()
+    weights, again, other = (sd15.make_prior(64, thin=True, seed=s).vae.state_dict() for s in (0, 0, 9))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert not torch.equal(weights["decoder.conv_in.weight"], other["decoder.conv_in.weight"])
 
 
-def test_a_rehearsal():
-    *_, row = sd15_engines.measure("decode", 64, [2], True, 300)
-    assert row["backward_operations"] == [] and row["nodes"] > 300
-    assert row["onnx_bytes"] > row["weight_bytes"] > 1e6 and row["export_memory_bytes"] > 1e8
+def test_both_stages(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFKD_TENSORRT_WORKSPACE_GIB", "")  # which a stage sets
+    row = {name: value for found in sd15_engines.export("decode", 64, tmp_path, True) for name, value in found.items()}
+    assert row["backward_operations"] == [] and row["nodes"] > 300 and row["onnx_bytes"] > row["weight_bytes"] > 1e6
     if (why := get("tensorrt-rtx").unusable(family(sd15_engines.TARGETS), "float16")) is not None:
-        assert "tensorrt_rtx" in row["failure"]
         pytest.skip(f"no plan: {why}")
-    assert "failure" not in row
-    assert row["plan_bytes"] > row["weight_bytes"] and row["build_seconds"] > 0 and row["build_memory_bytes"] > 1e8
+    (made,) = sd15_engines.build(2, tmp_path)
+    assert made["plan_bytes"] > row["weight_bytes"] and made["build_seconds"] > 0
 
 
 def test_a_process_that_takes_too_long_or_fails_is_a_row():
@@ -91,7 +83,7 @@ def test_the_workspace_grows_until_it_is_enough(monkeypatch, tmp_path):
     asked = []
 
     def refuse(model, spec, needed=12, why="Error Code 2: OutOfMemory"):
-        asked.append((int(os.environ["DFKD_TENSORRT_WORKSPACE_GIB"]), spec.batch))
+        asked.append((int(os.environ["DFKD_TENSORRT_WORKSPACE_GIB"]), spec.rows))
         if asked[-1][0] < needed:
             raise EngineError("decode cannot be compiled", why, "use another")
         return memoryview(b"plan")
@@ -126,9 +118,8 @@ def test_rows_replace_their_earlier_ones_and_the_table_says_what_failed():
         rows, one | {"plan_bytes": 2_000_000_000, "workspace_gib": 8, "failure": "killed, as where memory runs out"}
     )
     assert len(rows) == 2
-    machine = {"device": "a CPU", "threads": 2, "date": "2026-11-24"}
-    used = {"torch": "2.13.0", "tensorrt-rtx": "1.7"}
-    lines = sd15_engines.markdown({"rows": rows, "machine": machine, "versions": used}).splitlines()
+    found = {"rows": rows, "machine": describe(torch.device("cpu")), "versions": {"tensorrt-rtx": "1.7"}}
+    lines = sd15_engines.markdown(found).splitlines()
     assert lines[2] == "| unet | 512x512 | 2 | 60 | 3000 | 0 | - | - | - | - | 2.00 | - | 8 |"
     assert lines[3] == "| decode | 256x256 | 2 | 5 | - | - | - | - | - | - | - | - | - |"
-    assert lines[-1] == "- unet at 512x512, 2 rows: killed, as where memory runs out"
+    assert lines[-1] == "- unet, 2 rows: killed, as where memory runs out"
