@@ -1,6 +1,6 @@
 """The repository as a whole: what is tracked, what is installed, what make offers, what `import dfkd` gives."""
 
-import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -120,3 +120,8 @@ def test_make_gpu_test_needs_torch_triton_and_pytest() -> None:
     marked = {str(path.relative_to(ROOT)) for path in tests if MARK in path.read_text(encoding="utf-8")}
     assert set(re.findall(r"^(tests/\S+)::", listed, re.MULTILINE)) == marked - lacking
     assert len(lacking) < len(marked)
+
+
+def test_the_makefile_runs_modules_that_exist() -> None:
+    modules = set(re.findall(r"-m ((?:dfkd|benchmarks)[\w.]*)", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert modules and all(importlib.util.find_spec(name) for name in modules)
