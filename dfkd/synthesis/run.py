@@ -58,7 +58,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Written:
-    """What a run did.
+    """The images and shards that a run made, and the seconds that it took.
 
     images, shards: written now, by all processes. before: shards that were whole already. seconds: of this process,
     the wait for the others included.
@@ -210,6 +210,7 @@ def identity_of(synthesizer: Synthesizer, seed: int) -> dict[str, Any]:
             values = {field.name: getattr(synthesizer, field.name) for field in fields(synthesizer)}
             found |= {name: v for name, v in values.items() if v is None or isinstance(v, int | float | str | tuple)}
         found["source"] = described(cls)["source"]
+        found |= {"settings": given} if (given := getattr(synthesizer, "method_settings", None)) else {}
     identity: dict[str, Any] = plain({**found, **synthesizer.identity(), "seed": seed})
     return identity
 
