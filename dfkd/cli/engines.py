@@ -256,10 +256,7 @@ _COMMANDS: dict[str, tuple[type[Config], Callable[[Any, Sequence[str]], dict[str
 def _functions(chosen: EngineSet) -> "tuple[Function, ...]":
     from dfkd.synthesis.command import pipeline_of
 
-    # a pipeline in 8 bits takes engines from the start, and these are to be built
-    pipeline: Any = pipeline_of(chosen.run.replace(quantise="none"), backend="eager")
-    pipeline.config = chosen.run.generate
-    found: tuple[Function, ...] = getattr(pipeline, "functions", tuple)()
+    found: tuple[Function, ...] = getattr(pipeline_of(chosen.run), "functions", tuple)()
     return found
 
 

@@ -160,7 +160,12 @@ def reasons(differences: Sequence[Difference]) -> list[str]:
             return [phrase]
     if "engine" in fields:
         return [f"it is damaged: {fields['engine'][0]}"]
-    return [f"{field} was {_short(there)} and is {_short(here)}" for field, (there, here) in fields.items()]
+    return changes(differences)
+
+
+def changes(differences: Sequence[Difference]) -> list[str]:
+    """Each field with what it was and what it is; digests are cut short."""
+    return [f"{field} was {_short(there)} and is {_short(here)}" for field, there, here in differences]
 
 
 def _short(value: str) -> str:

@@ -28,14 +28,12 @@ IMAGE_FOLDER = "imagefolder"
 Say = Callable[[str], object]
 
 
-def pipeline_of(asked: GenerateCommand, backend: str | None = None) -> Synthesizer:
+def pipeline_of(asked: GenerateCommand) -> Synthesizer:
     """The synthesizer that the settings name, its networks loaded and on their device.
 
-    backend: instead of the settings'. Raises UsageError or EngineError: a network is absent or damaged, or does not fit
-    the others.
+    Raises UsageError or EngineError: a network is absent or damaged, or does not fit the others.
     """
-    rank = own_rank()
-    config = asked.generate if backend is None else asked.generate.replace(backend=backend)
+    rank, config = own_rank(), asked.generate
     device = resolve_device(config.compute.device, rank)
     teacher, student, prior = load_teacher(asked.teacher).freeze(device), None, None
     if asked.student_checkpoint is not None:

@@ -99,8 +99,6 @@ class GuidedPipeline:
         self.group = config.batching.group if self._images_interact() else 1
         self.call_size = config.batching.batch
         try_teacher(self.teacher, self.guidance, self.image_size)
-        if compute.backend != "eager":
-            self.choices = self._choose(None)
 
     @torch.no_grad()
     def __call__(
@@ -197,10 +195,11 @@ class GuidedPipeline:
         """Load the engines that `config.compute` and the store come to.
 
         before: those that a folder of images was begun with, {network: key}; None: as chosen here.
-        Returns {network: key} of those in use. Raises UsageError: one is gone. EngineError: one is damaged.
+        Returns {network: key} of those in use. Raises UsageError: one is gone, or is not what the settings ask for.
+        EngineError: one is damaged.
         """
         if before is not None or self.config.compute.backend != "eager":
-            self.choices = self._choose(before)  # again: the call size may have been set since
+            self.choices = self._choose(before)
         store = EngineStore(self.config.compute.engines)
         self._engines = load_engines(self.choices, store, self.device) if self.choices else {}
         if self._engines:

@@ -91,21 +91,22 @@ def open_run(
     facts = {"call_size": call_size, "threads": before.get("threads") or cpu_threads(config.compute.threads)}
     if hasattr(synthesizer, "call_size"):
         synthesizer.call_size = call_size
-    if hasattr(synthesizer, "use_engines"):
-        facts["engines"] = dict(synthesizer.use_engines(before.get("engines") if before else None))
-    folder = ShardFolder.create_or_open(
-        out,
-        identity_of(synthesizer, seed),
-        synthesizer.class_names,
-        synthesizer.image_size,
-        config.shards.image_format,
-        count,
-        shard_size(synthesizer, config, out, call_size),
-        rank,
-        facts,
-    )
-    with folder, threads(int(folder.run["threads"])):
-        yield Run(synthesizer, seed, folder, plan, say if say is not None and rank.first else _silent)
+    with threads(int(facts["threads"])):
+        if hasattr(synthesizer, "use_engines"):  # with the run's threads, which an engine takes over as it is loaded
+            facts["engines"] = dict(synthesizer.use_engines(before.get("engines") if before else None))
+        folder = ShardFolder.create_or_open(
+            out,
+            identity_of(synthesizer, seed),
+            synthesizer.class_names,
+            synthesizer.image_size,
+            config.shards.image_format,
+            count,
+            shard_size(synthesizer, config, out, call_size),
+            rank,
+            facts,
+        )
+        with folder, threads(int(folder.run["threads"])):
+            yield Run(synthesizer, seed, folder, plan, say if say is not None and rank.first else _silent)
 
 
 class Run:

@@ -172,6 +172,17 @@ def test_auto_goes_on_with_what_it_chose(own, tmp_path, capsys):
     assert "this folder cannot be continued: its unet was begun with the engine" in error and "dfkd-engines" in error
 
 
+@pytest.mark.parametrize("batch", [4, 200])
+def test_a_folder_is_continued_with_its_engines_whatever_the_batch(place, tmp_path, batch):
+    """4 alone would cut the groups of six; 200 would be another engine's."""
+    out, words = tmp_path / "out", ("--backend", BACKEND)
+    assert place.generate(out, *words) == 0
+    before = shards_of(out)
+    next(out.glob("shard-*.tar")).unlink()
+    assert place.generate(out, *words, "--batch", batch) == 0
+    assert shards_of(out) == before and recorded(out) == place.keys()
+
+
 def test_a_folder_of_eager_networks_stays_so(own, eager, tmp_path, capsys):
     """Engines that were built in between do not get into it, by `auto`; by name they are refused."""
     own.measured(unet=(1.0, 2.0), decode=(1.0, 2.0), gradient=(1.0, 2.0))

@@ -71,6 +71,26 @@ def test_auto_takes_what_was_measured_quicker_by_five_percent(store, built, engi
         assert describe(choices)[0] == f"decode: onnxruntime (1.89 ms a call, eager 2.0: {when})"
 
 
+class TestRows:
+    """An engine that was built for other calls is taken where the run's calls fit it."""
+
+    @pytest.fixture
+    def built_for(self, store, monkeypatch):
+        monkeypatch.setitem(BACKENDS, "onnxruntime", Unchanged("onnxruntime", fixed_rows=True))
+        return {rows: build(decode(rows=rows), "onnxruntime", store)[1].key for rows in (12, 8, 6)}
+
+    @pytest.mark.parametrize("rows, taken", [(8, 8), (12, 12), (7, 8), (2, 6), (9, 12)])
+    def test_its_own_first_then_the_smallest_that_holds_a_call(self, store, built_for, rows, taken):
+        choices = chosen(store, (decode(rows=rows),), "onnxruntime")
+        assert by_name(choices) == {"decode": ("onnxruntime", built_for[taken])}
+
+    def test_none_holds_the_call(self, store, built_for):
+        with pytest.raises(UsageError, match=r"there is no onnxruntime engine .*rows\.planned was"):
+            chosen(store, (decode(rows=13, largest=13),), "onnxruntime")
+        with pytest.raises(UsageError, match="there is no onnxruntime engine"):
+            chosen(store, (decode(rows=7, one_shape=True),), "onnxruntime")
+
+
 @pytest.mark.parametrize("inductor, winner", [(1.5, "inductor"), (2.5, "onnxruntime")])
 def test_auto_takes_the_quickest_of_several(store, built, inductor, winner):
     keys, functions = built
@@ -152,6 +172,12 @@ class TestContinued:
                 set(keys.values()) if before else {None}
             )
 
+    def test_by_a_named_backend_with_what_had_no_engine(self, store, built):
+        """Short memory cut the calls after the folder was begun: functions of cut groups ran eagerly since."""
+        keys, functions = built
+        choices = chosen(store, functions, "onnxruntime", before={"decode": keys["decode"]})
+        assert by_name(choices) == {"decode": ("onnxruntime", keys["decode"]), "gradient": ("eager", None)}
+
     def test_not_when_they_are_gone(self, store, built):
         keys, functions = built
         store.prune({keys["decode"]})
@@ -159,7 +185,30 @@ class TestContinued:
             chosen(store, functions, before=keys)
         text = str(caught.value)
         assert "this folder cannot be continued" in text and f"the engine {keys['gradient']}" in text
-        assert "do not lead to now" in text and COMMAND in text and "--out" in text
+        assert f"{store.root} does not hold it" in text and COMMAND in text and "--out" in text
+
+    @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+    def test_whatever_calls_fit_the_engine(self, store, built, backend):
+        """Other --batch plans other rows, and may enter the key that a new engine would have."""
+        keys, _ = built
+        for own in ({"rows": 2}, {"rows": 9, "largest": 24}):
+            choices = chosen(store, (decode(**own), gradient()), backend, before=keys)
+            assert by_name(choices) == {name: ("onnxruntime", key) for name, key in keys.items()}
+        with pytest.raises(UsageError, match="it takes up to 12 rows and a call has 13"):
+            chosen(store, (decode(rows=13, largest=24),), backend, before=keys)
+        with pytest.raises(UsageError, match="it takes up to 12 rows and a call has 6"):
+            chosen(store, (decode(one_shape=True),), backend, before=keys)
+
+    def test_not_where_a_field_contradicts(self, store, built):
+        with pytest.raises(UsageError, match=r"components.network was \w{12} and is \w{12}; others differ"):
+            chosen(store, (decode(seed=1),), before=built[0])
+        with pytest.raises(UsageError, match="backend was onnxruntime and is inductor"):
+            chosen(store, (decode(),), "inductor", before=built[0])
+
+    def test_eager_by_name_is_no_reason_to_build(self, store, built):
+        with pytest.raises(UsageError, match="and now --backend eager;") as caught:
+            chosen(store, built[1], "eager", before=built[0])
+        assert COMMAND not in str(caught.value)
 
 
 class TestEightBits:

@@ -122,6 +122,21 @@ def test_threads_are_set_for_the_run_alone(tmp_path):
     assert read_folder(tmp_path).images[0, 2, 0, 0] == before + 1
 
 
+def test_engines_are_loaded_with_the_runs_threads(tmp_path):
+    """ONNX Runtime takes the number over as it loads an engine; a continued folder has it on record."""
+    found = []
+
+    class WithEngines(Tinted):
+        def use_engines(self, before):
+            found.append((torch.get_num_threads(), before))
+            return {"unet": "key"}
+
+    threads = torch.get_num_threads() + 1
+    made(tmp_path, 4, synthesizer=WithEngines(), config=CONFIG.replace(threads=threads))
+    made(tmp_path, 4, synthesizer=WithEngines(), config=CONFIG.replace(threads=threads + 1))
+    assert found == [(threads, None), (threads, {"unet": "key"})]
+
+
 @pytest.mark.parametrize(
     "cuts, fits, sizes, calls",
     [
@@ -156,6 +171,11 @@ def test_other_errors_are_not_taken_for_short_memory(tmp_path):
 
     with pytest.raises(RuntimeError, match="another"):
         made(tmp_path, synthesizer=Tinted(before=broken))
+
+
+def test_a_run_has_an_image(tmp_path):
+    with pytest.raises(UsageError, match="count is 0: it must be at least 1"):
+        generate(Tinted(), tmp_path, 0)
 
 
 def test_a_folder_takes_images_of_one_identity(tmp_path):
