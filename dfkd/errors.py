@@ -19,6 +19,10 @@ class UsageError(Exception):
         return " ".join(f"{part}." for part in (first, self.todo) if part)
 
 
+class SettingError(ValueError):
+    """A value that a settings class of `dfkd.config` refuses; the commands print it and exit with status 2."""
+
+
 class Stopped(Exception):
     """A run that a signal ended once its state was on disk; the commands print it and exit with 128 + signum.
 

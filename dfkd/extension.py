@@ -12,7 +12,8 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from dfkd.config import plain
 from dfkd.errors import UsageError
+from dfkd_engine.errors import EngineError, first_line
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
@@ -44,7 +46,8 @@ def resolve(text: str, known: Mapping[str, Any], what: str) -> tuple[Any, dict[s
     name, settings = split(text)
     if ".py:" not in name:
         if name not in known:
-            raise UsageError(f"unknown {what} {name!r}", f"known are {', '.join(known)}, or FILE.py:NAME")
+            why = f"known are {', '.join(known)}, or FILE.py:NAME" if known else "wanted is FILE.py:NAME"
+            raise UsageError(f"unknown {what} {name!r}", why)
         return known[name], settings
     file, _, wanted = name.rpartition(":")
     module = load_file(Path(file))
@@ -57,10 +60,30 @@ def make(text: str, known: Mapping[str, Any], what: str) -> Any:
     """The object that `text` names, called with the settings in its parentheses. Raises UsageError as `resolve`, and
     for settings that it does not take."""
     found, settings = resolve(text, known, what)
-    try:
+    with settings_of(f"{what} {text!r}"):
         return found(**settings)
+
+
+@contextmanager
+def settings_of(what: str) -> Iterator[None]:
+    """Inside, settings are bound to a signature or checked: TypeError and ValueError become a UsageError on `what`."""
+    try:
+        yield
+    except EngineError:  # a ValueError with words of its own
+        raise
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{what} {text!r}", str(error), "correct its settings") from None
+        raise UsageError(what, str(error), "correct its settings") from None
+
+
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """Inside, code of the user's own runs: whatever it raises becomes a UsageError that names it."""
+    try:
+        yield
+    except (UsageError, EngineError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} fails", f"{type(error).__name__}: {first_line(error)}", "correct it") from error
 
 
 def load_file(file: Path) -> Any:

@@ -1,12 +1,12 @@
-"""Folders that can be written and have one writer, and the settings.json in them."""
+"""Folders that can be written and have one writer; JSON objects of a known shape, and the settings.json of a run."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import dfkd
 from dfkd.config import Config, plain
@@ -18,6 +18,7 @@ __all__ = [
     "folder_lock",
     "locked",
     "make_writable",
+    "read_object",
     "remove_partials",
     "replace_file",
     "replace_text",
@@ -49,6 +50,53 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     with locked(folder / ".lock", refuse):
         yield
+
+
+def read_object(path: Path, shape: Mapping[str, Any], todo: str) -> dict[str, Any]:
+    """A JSON object from a file, each of whose entries, where it is there, has the shape that is given for its key.
+
+    shape: by key, such as {"images": int, "class_names": [str], "baselines": {...: {"accuracy": (float, None)}}}: str,
+    int, float (also of whole numbers), [shape] for a list, {key: shape} for an object, with ... for every key that is
+    not named, None for null, and a tuple for one of several. Keys of other names hold anything.
+    Raises UsageError, which ends with `todo`: the file cannot be read, is not JSON, or is of another shape.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}", error.strerror or str(error), todo) from None
+    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
+        raise UsageError(f"{path} is not JSON", str(error), todo) from None
+    if fault := _misfit(value, shape, ""):
+        raise UsageError(f"{path} cannot be used", fault, todo)
+    found: dict[str, Any] = value
+    return found
+
+
+_KINDS = {str: "text", int: "a whole number", float: "a number"}
+
+
+def _misfit(value: Any, shape: Any, where: str) -> str:
+    """The first place in `value` that is of another shape, in words; "" where there is none."""
+    parts: list[tuple[Any, Any, str]] = []
+    if isinstance(shape, tuple):
+        faults = [_misfit(value, one, where) for one in shape]
+        return faults[0] if all(faults) else ""
+    if isinstance(shape, list):
+        wanted, fits = "a list", isinstance(value, list)
+        parts = [(item, shape[0], f"{where}[{place}]") for place, item in enumerate(value if fits else ())]
+    elif isinstance(shape, dict):
+        wanted, fits = "an object", isinstance(value, dict)
+        named = {key: shape.get(key, shape.get(...)) for key in (value if fits else ())}
+        parts = [(value[key], one, f"{where}.{key}".lstrip(".")) for key, one in named.items() if one is not None]
+    elif shape is None:
+        wanted, fits = "null", value is None
+    else:
+        wanted = _KINDS[shape]
+        fits = isinstance(value, int | float if shape is float else shape) and not isinstance(value, bool)
+    if not fits:
+        shown = json.dumps(value)
+        return f"{where or 'it'} is {shown if len(shown) <= 40 else shown[:37] + '...'}, wanted is {wanted}"
+    return next((fault for part in parts if (fault := _misfit(*part))), "")
 
 
 def save_settings(config: Config, folder: Path, command: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from dfkd.cli.parse import command
 from dfkd.cli.progress import progress, say
 from dfkd.config import EvaluateCommand, plain
+from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 
 COMMAND = "dfkd-evaluate"
@@ -21,10 +22,13 @@ def run(asked: EvaluateCommand) -> dict[str, Any]:
     from dfkd.runtime import resolve_device
     from dfkd.teachers import Classifier, load_teacher
 
+    given = asked.classifier.replace(teacher_checkpoint=asked.checkpoint or asked.classifier.checkpoint)
+    if given.checkpoint is None and given.teacher is None:
+        todo = "give --checkpoint FOLDER, or --teacher timm:NAME"
+        raise UsageError("no classifier is given", "it is what is tested", todo)
     device = resolve_device(asked.device)
     check_data("--data", asked.data)
     named = open_images(asked.data, asked.split, 32).class_names
-    given = asked.classifier.replace(teacher_checkpoint=asked.checkpoint or asked.classifier.checkpoint)
     classifier = load_teacher(given, named).freeze(device)
     teacher = Classifier.from_pretrained(asked.reference).freeze(device) if asked.reference else None
     if asked.out is not None:

@@ -9,8 +9,10 @@ run), flags. A file may hold the options themselves, or the command's section of
 import argparse
 import inspect
 import json
+import os
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -19,9 +21,9 @@ from typing import Any, NoReturn, TypeVar, get_origin
 import dfkd
 from dfkd.config.fields import Config, Leaf, leaves, merged, plain, presets, section, split_optional
 from dfkd.config.words import dashed, nearest
-from dfkd.errors import Stopped, UsageError
+from dfkd.errors import SettingError, Stopped, UsageError
 from dfkd.files import save_settings
-from dfkd_engine.errors import EngineError
+from dfkd_engine.errors import EngineError, first_line
 
 __all__ = ["command", "parse", "save_settings"]
 
@@ -33,12 +35,13 @@ def command(
 ) -> int:
     """Parse, run, print the result as one line of JSON, the last of stdout; returns the exit status.
 
-    0: done. 2: UsageError or EngineError, printed as `error: ...` on stderr. 130: interrupted. 128 + n: stopped by
-    signal n with its state saved. A result of None (of a process that is not the first of its run) is not printed.
+    0: done. 2: UsageError, EngineError or SettingError, printed as `error: ...` on stderr. 1: any other exception, in
+    one line too, with its traceback before it where DFKD_DEBUG=1 is set. 130: interrupted. 128 + n: stopped by signal n
+    with its state saved. A result of None (of a process that is not the first of its run) is not printed.
     """
     try:
         result = run(parse(cls, sys.argv[1:] if argv is None else argv, name))
-    except (UsageError, EngineError) as error:
+    except (UsageError, EngineError, SettingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -47,6 +50,12 @@ def command(
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
+    except Exception as error:
+        if os.environ.get("DFKD_DEBUG") == "1":
+            traceback.print_exc()
+        fault = "This is a fault of the program or of an extension: set DFKD_DEBUG=1 for the traceback."
+        print(f"error: {type(error).__name__}: {first_line(error)}. {fault}", file=sys.stderr)
+        return 1
     if result is not None:
         print(json.dumps(plain(result), allow_nan=False), flush=True)
     return 0
@@ -62,7 +71,11 @@ def parse(cls: type[C], argv: Sequence[str], name: str) -> C:
     parser = _parser(cls, name)
     given, unknown = parser.parse_known_args([dashed(word) for word in argv])
     if unknown:
-        raise UsageError(f"unknown argument {unknown[0]}", nearest(unknown[0], known, "--"), f"See {name} --help")
+        if cls.POSITIONAL and unknown[0].partition("=")[0] == _flag(cls.POSITIONAL):
+            why = f"the {cls.POSITIONAL} is given without a flag"
+        else:
+            why = nearest(unknown[0], known, "--")
+        raise UsageError(f"unknown argument {unknown[0]}", why, f"See {name} --help")
     flags = vars(given)
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if "preset" in flags and "preset" not in known:

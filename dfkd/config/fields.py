@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from dfkd.config.words import nearest
+from dfkd.errors import SettingError
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -85,7 +86,10 @@ class Leaf:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of every group of settings: checked when it is made, read and replaced by flat names."""
+    """Base of every group of settings: checked when it is made, read and replaced by flat names.
+
+    Raises SettingError, a ValueError, for a value that it refuses.
+    """
 
     SECTION: ClassVar[str] = ""  # of a preset or run file
     EXAMPLE: ClassVar[str] = ""  # a line of flags for --help
@@ -99,8 +103,11 @@ class Config:
                 try:
                     object.__setattr__(self, leaf.path[0], leaf.convert(value))
                 except ValueError as error:
-                    raise ValueError(f"{leaf.name} is {value!r}: {error}") from None
-        self.validate()
+                    raise SettingError(f"{leaf.name} is {value!r}: {error}") from None
+        try:
+            self.validate()
+        except ValueError as error:
+            raise SettingError(str(error)) from None
 
     def validate(self) -> None:
         """Raise ValueError for settings that do not fit together."""
@@ -111,7 +118,7 @@ class Config:
         known = leaves(cls)
         if unknown := sorted(values.keys() - known.keys()):
             near = nearest(unknown[0], known).replace("-", "_")
-            raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}" + (f": {near}" if near else ""))
+            raise SettingError(f"{cls.__name__} has no setting {unknown[0]!r}" + (f": {near}" if near else ""))
         defaults = {name: leaf.default for name, leaf in known.items()}
         return _build(cls, (), merged(cls, defaults, values))  # type: ignore[no-any-return]
 
@@ -206,7 +213,7 @@ def _build(cls: type[Any], before: tuple[str, ...], values: Mapping[str, Any]) -
             continue
         name = spec.metadata["flag"] or spec.name
         if values[name] is MISSING:
-            raise ValueError(f"{name} is missing: {spec.metadata['help']}")
+            raise SettingError(f"{name} is missing: {spec.metadata['help']}")
         arguments[spec.name] = values[name]
     return cls(**arguments)
 
@@ -225,7 +232,7 @@ def presets() -> dict[str, Mapping[str, Any]]:
 def read_preset(name: str) -> Mapping[str, Any]:
     """The TOML of one preset. Raises ValueError where there is none of that name."""
     if name not in (known := presets()):
-        raise ValueError(f"there is no preset {name!r}: known are {', '.join(known)}")
+        raise SettingError(f"there is no preset {name!r}: known are {', '.join(known)}")
     return known[name]
 
 

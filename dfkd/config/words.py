@@ -41,14 +41,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "enable_xformers_memory_efficient_attention": ("attention",),
     "generator": ("seed",),
     # timm
-    "model": ("architecture", "teacher"),
-    "pretrained": ("teacher_checkpoint", "checkpoint", "teacher"),
-    "pretrained_path": ("teacher_checkpoint", "checkpoint"),
-    "initial_checkpoint": ("teacher_checkpoint", "checkpoint"),
-    "weights": ("teacher_checkpoint", "checkpoint"),
-    "ckpt": ("teacher_checkpoint", "checkpoint"),
+    "model": ("architecture", "student", "teacher", "checkpoint"),
+    "pretrained": ("checkpoint", "teacher_checkpoint", "teacher"),
+    "pretrained_path": ("checkpoint", "teacher_checkpoint"),
+    "initial_checkpoint": ("checkpoint", "teacher_checkpoint"),
+    "weights": ("checkpoint", "teacher_checkpoint"),
+    "ckpt": ("checkpoint", "teacher_checkpoint"),
     "checkpoint": ("teacher_checkpoint",),
-    "checkpoint_path": ("teacher_checkpoint", "checkpoint"),
+    "checkpoint_path": ("checkpoint", "teacher_checkpoint"),
     "arch": ("architecture", "student", "teacher"),
     "num_classes": ("classes",),
     "mean": ("teacher_mean",),
@@ -111,10 +111,12 @@ def dashed(word: str) -> str:
 def nearest(given: str, known: Iterable[str], prefix: str = "") -> str:
     """The known names that `given` may mean: by another program's word for one, else by spelling, else all of a few.
 
-    given: a name or a flag, with or without its value. known: flat names. prefix: of the names as they are shown.
+    given: a name or a flag, with or without its value. known: flat names. prefix: of the names as they are shown. A
+    word of another program for something that is not known here is not matched by spelling: it means something else.
     """
     key, names = given.partition("=")[0].lstrip("-").replace("-", "_"), list(known)
     close = [name for name in ALIASES.get(key, ()) if name in names][:1]
-    close = close or difflib.get_close_matches(key, names, n=3, cutoff=0.6)
+    if key not in ALIASES:
+        close = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
     words = [prefix + name.replace("_", "-") for name in close or names]
     return "did you mean " + " or ".join(words) if close else "known are " + ", ".join(words) if len(words) < 10 else ""

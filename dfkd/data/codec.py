@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 def encode(image: NDArray[np.uint8], image_format: str) -> bytes:
@@ -38,6 +38,8 @@ def decode(data: bytes, image_format: str = "", size: int | None = None) -> NDAr
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
+    except UnidentifiedImageError:  # it names the buffer
+        raise ValueError("the bytes are no image that Pillow knows") from None
     except (SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:  # beside OSError, of damage
         raise ValueError(str(error)) from None
     if size is not None and image.size != (size, size):

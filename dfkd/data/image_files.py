@@ -126,11 +126,15 @@ def list_file(file: Path) -> Listing:
     images: list[Path] = []
     labels: list[int] = []
     folders: dict[int, set[str]] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is no list of images", str(error), "give a text file of lines `path label`") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdigit():
+        if not path or not label.isdecimal():
             raise UsageError(f"{file}, line {number}: '{line}'", "a line is `path label`, the label a number from 0")
         images.append(file.parent / path)
         labels.append(int(label))
@@ -159,7 +163,10 @@ def list_parquet(path: Path) -> Listing:
     labels: list[int] = []
     names: list[str] = []
     for file in files:
-        table = parquet.read_table(file)
+        try:
+            table = parquet.read_table(file)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{file} is no Parquet file", str(error).partition("\n")[0]) from None
         missing = {"image", "label"} - set(table.column_names)
         if missing:
             raise UsageError(f"{file} has no column {sorted(missing)[0]}", "wanted: image{bytes, path} and label")

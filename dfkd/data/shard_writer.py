@@ -54,8 +54,10 @@ class ShardFolder:
         settings: what identifies the images. run: how they will be computed (call size, threads, engines); a folder
         that has begun keeps what it has on record, which `.run` gives. Both are plain JSON values.
         Raises UsageError when the folder cannot be written, is in use, or belongs to other settings (naming each field
-        with both values).
+        with both values), and for a count below 1.
         """
+        if count < 1:
+            raise UsageError(f"count is {count}", "it must be at least 1")
         if image_format not in IMAGE_FORMATS:
             raise UsageError(f"image format {image_format!r} is unknown", f"known are {', '.join(IMAGE_FORMATS)}")
         layout = Layout(

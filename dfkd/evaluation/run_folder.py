@@ -8,9 +8,29 @@ from typing import Any
 
 from dfkd.config import TeacherConfig, leaves
 from dfkd.data import MANIFEST, Record, ShardPool, open_folder, read_manifest
-from dfkd.errors import UsageError
+from dfkd.errors import SettingError, UsageError
+from dfkd.files import read_object
 
 RESULT, SETTINGS, LOG, EVALUATION = "result.json", "settings.json", "log.jsonl", "evaluation.json"
+
+# Shapes of these files, as `read_object` takes them.
+_NUMBER = (float, None)
+_TEST = {
+    **dict.fromkeys(("accuracy", "teacher_accuracy", "agreement", "calibration"), _NUMBER),
+    "confusion": ([[int]], None),
+}
+_SETTINGS: dict[str, Any] = {"options": {}}
+_RESULT = {
+    **_TEST,
+    "class_names": [str],
+    "test": (str, None),
+    "test_images": int,
+    "test_split": str,
+    "steps": int,
+    "seconds": _NUMBER,
+    "run": {"student": (str, None), "data": str},
+}
+_EVALUATION = {"data": str, "split": str, "images": int, "student": _TEST, "baselines": {...: _TEST}}
 
 
 @dataclass(frozen=True)
@@ -81,7 +101,10 @@ def read_run(
         "teacher": _read_trained(teacher or (run / "teacher" if run else None)),
         "student": _read_trained(student or (run / "student" if run else None)),
     }
-    guide = _guide(found.settings.get("options", {}), parts["teacher"])
+    try:
+        guide = _guide(found.settings.get("options", {}), parts["teacher"])
+    except SettingError as error:
+        raise UsageError(f"{images / SETTINGS} describes no teacher", str(error), "give --teacher") from None
     baselines = _read_baselines(run / "baselines") if run else {}
     wanted = (
         ("teacher", guide, "run dfkd-train-teacher, or give --teacher"),
@@ -98,7 +121,7 @@ def read_run(
                 f"give the {part} of these images",
             )
     title = (run or images.parent).resolve().name
-    evaluation = _json(run / EVALUATION) if run else {}
+    evaluation = _json(run / EVALUATION, _EVALUATION) if run else {}
     return RunFolder(title, found, parts["teacher"], parts["student"], baselines, evaluation, guide, missing)
 
 
@@ -117,14 +140,15 @@ def _read_synthetic(path: Path) -> Synthetic:
     pool = open_folder(path)
     seconds = [float(shard["seconds"]) for shard in read_manifest(path)[1]]
     took = sum(seconds) if all(seconds) else 0.0
-    return Synthetic(path, pool, tuple(pool.records()), took, _json(path / SETTINGS))
+    return Synthetic(path, pool, tuple(pool.records()), took, _json(path / SETTINGS, _SETTINGS))
 
 
 def _read_trained(path: Path | None) -> Trained | None:
     """None where there is no such folder; a bare checkpoint file has neither result nor log."""
     if path is None or not path.exists():
         return None
-    return Trained(path, _json(path / RESULT), _json(path / SETTINGS), _lines(path / LOG))
+    result, settings = _json(path / RESULT, _RESULT), _json(path / SETTINGS, _SETTINGS)
+    return Trained(path, result, settings, _lines(path / LOG))
 
 
 def _read_baselines(folder: Path) -> dict[str, Baseline]:
@@ -136,17 +160,9 @@ def _read_baselines(folder: Path) -> dict[str, Baseline]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where the file is absent."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON", str(error), "run again the command that wrote it") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object", todo="run again the command that wrote it")
-    return value
+def _json(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object of that shape, {} where the file is absent."""
+    return read_object(path, shape, "run again the command that wrote it") if path.is_file() else {}
 
 
 def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -156,8 +172,8 @@ def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
     entries, lines = [], path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            entries.append(json.loads(line))
-        except ValueError as error:
+            entries.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             if number < len(lines):
-                raise UsageError(f"{path}, line {number} is not JSON", str(error)) from None
+                raise UsageError(f"{path}, line {number} is not JSON of an object", str(error)) from None
     return tuple(entries)

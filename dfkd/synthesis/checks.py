@@ -8,6 +8,7 @@ import torch
 
 from dfkd.config import GenerateConfig, GuidanceConfig
 from dfkd.errors import UsageError
+from dfkd.extension import running
 from dfkd.synthesis.guidance import Guidance
 from dfkd.teachers import Classifier
 from dfkd_engine.attention import choose_attention, set_attention
@@ -78,16 +79,22 @@ def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> No
     """Show the teacher, and the guidance losses, two grey images of this side.
 
     Raises UsageError: BatchNorm layers that are not used once, a number of logits that is not that of the class names,
-    or a loss that is not one number for every image.
+    or a loss that fails or is not one number for every image.
     """
     grey = torch.full((2, 3, side, side), 0.5, device=teacher.device)
     logits = guidance.judge(grey)[0] if guidance else teacher.logits(grey)
     if logits.shape != (2, len(teacher.class_names)):
         what, names = f"teacher {teacher.architecture} gives {logits.shape[-1]} logits", len(teacher.class_names)
         raise UsageError(what, f"there are {names} class names", "name every logit with --classes")
-    for name, values in (guidance.values(grey, logits.argmax(1)) if guidance else {}).items():
-        if values.shape != (2,):
-            what = f"the guidance loss {name} has the shape {list(values.shape)} for two images"
+    if guidance is None:
+        return
+    seen = guidance.seen(grey, logits.argmax(1))
+    for loss in guidance.losses:
+        with running(f"the guidance loss {loss.name}"):
+            values = loss(seen)
+        if not isinstance(values, torch.Tensor) or values.shape != (2,):
+            shape = f"the shape {list(values.shape)}" if isinstance(values, torch.Tensor) else "no tensor"
+            what = f"the guidance loss {loss.name} has {shape} for two images"
             raise UsageError(what, "a loss is one number for every image", "reduce over all other dimensions")
 
 

@@ -92,11 +92,15 @@ class Guidance:
 
     def values(self, images: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None) -> dict[str, Tensor]:
         """The unweighted losses {name: [B]} of images [B, 3, H, W]; averages as of `of_call`."""
+        seen = self.seen(images, labels, averages)
+        return {loss.name: loss(seen) for loss in self.losses}
+
+    def seen(self, images: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None) -> Seen:
+        """What the losses are functions of, for images [B, 3, H, W] of labels [B]; averages as of `of_call`."""
         logits, moments = self.judge(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         student = self.student.logits(images).to(logits) if self.student and "student" in self.needs else None
-        seen = Seen(images, logits, labels, moments, self.layers, averages, student, self.kernels)
-        return {loss.name: loss(seen) for loss in self.losses}
+        return Seen(images, logits, labels, moments, self.layers, averages, student, self.kernels)
 
     def of_call(
         self, latents: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None, to_latent: Decode = identity

@@ -7,13 +7,14 @@ file:PATH.py:FUNCTION   FUNCTION(num_classes) -> nn.Module, in a Python file of 
 """
 
 import importlib
+import importlib.util
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from dfkd.errors import UsageError
-from dfkd.extension import resolve
+from dfkd.extension import resolve, running
 
 PREFIXES = ("timm", "torchvision", "transformers", "file")
 Channels = tuple[float, float, float]
@@ -50,12 +51,26 @@ def handles(name: str) -> bool:
     return prefix in PREFIXES and bool(rest)
 
 
+def check(name: str) -> None:
+    """Raise UsageError for a library that is not installed, without importing it, and for a file without the function.
+
+    The file is executed.
+    """
+    prefix, _, rest = name.partition(":")
+    if prefix == "file":
+        resolve(rest, {}, "network")
+    elif importlib.util.find_spec(prefix) is None:
+        raise _absent(prefix, prefix)
+
+
 def build(name: str, num_classes: int) -> nn.Module:
-    """An untrained network with num_classes logits. Raises UsageError: library absent, model or file unknown."""
+    """An untrained network with num_classes logits. Raises UsageError: library absent, model or file unknown, or
+    a function that fails."""
     prefix, _, rest = name.partition(":")
     if prefix == "file":
         function, settings = resolve(rest, {}, "network")
-        return _module(function(num_classes, **settings), name)
+        with running(f"architecture '{name}'"):
+            return _module(function(num_classes, **settings), name)
     library = _library(prefix)
     try:
         if prefix == "timm":
@@ -118,9 +133,13 @@ def _library(prefix: str) -> ModuleType:
     try:
         return importlib.import_module(prefix)
     except ModuleNotFoundError as error:
-        raise UsageError(f"'{prefix}:' needs {error.name}", "it is not installed", f"pip install {prefix}") from error
+        raise _absent(prefix, error.name) from error
     except (ImportError, RuntimeError) as error:  # torchvision's, built for another torch
         raise UsageError(f"{prefix} is installed but does not load", str(error), f"reinstall {prefix}") from error
+
+
+def _absent(prefix: str, package: str | None) -> UsageError:
+    return UsageError(f"'{prefix}:' needs {package}", "it is not installed", f"pip install {prefix}")
 
 
 def _module(value: object, name: str) -> nn.Module:

@@ -6,7 +6,6 @@ config.json: architecture, num_classes, class_names, input_size, mean, std, and 
 import dataclasses
 import hashlib
 import json
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +16,16 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dfkd.config import NORMALISATIONS, TeacherConfig
 from dfkd.errors import UsageError
-from dfkd.files import replace_file, replace_text
+from dfkd.files import read_object, replace_file, replace_text
 from dfkd.teachers import adapters, zoo
 from dfkd.teachers.adapters import Channels
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_SHAPE = {"architecture": str, "class_names": [str], "mean": [float], "std": [float], "input_size": int}
 
 
 @dataclass(frozen=True)
@@ -248,6 +247,9 @@ def _read(checkpoint: Path, architecture: str | None, given: Mapping[str, Any]) 
             raise UsageError(f"'{checkpoint}' has no weights of its own", todo="give a checkpoint beside the name")
         todo = "give a folder, a .safetensors, .pth or .pt file, or timm:NAME"
         raise UsageError(f"no checkpoint {checkpoint}", todo=todo)
+    for part in ("last", "student/last"):
+        if checkpoint.is_dir() and not (checkpoint / CONFIG).exists() and (checkpoint / part / CONFIG).exists():
+            raise UsageError(f"{checkpoint} is a run's folder", "its network lies deeper", f"give {checkpoint / part}")
     if (file := _config_of(checkpoint)) is not None:
         found, weights = _read_config(file), file.parent / WEIGHTS
         if architecture is not None and found["architecture"] not in ("", architecture):
@@ -290,9 +292,12 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(f"no file {file}", "the checkpoint is incomplete") from error
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"cannot read {file}", reason, "give tensors only: safetensors, or a state dict") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {file}", error.strerror or str(error)) from error
+    except Exception as error:  # the bytes lead torch.load anywhere; what it advises is not safe
+        kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
+        why = f"it is damaged, no {kind} file, or holds other objects than tensors"
+        raise UsageError(f"cannot read {file}", why, "give tensors only: safetensors, or a state dict") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -302,13 +307,11 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return {key: config[key] for key in ("architecture", "class_names", "mean", "std", "input_size")}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {file}", str(error), "give a folder that dfkd wrote") from error
-    except KeyError as error:
-        raise UsageError(f"{file} does not say {error}", todo="give a folder that dfkd wrote") from error
+    todo = "give a folder that dfkd wrote"
+    config = read_object(file, _SHAPE, todo)
+    if absent := [key for key in _SHAPE if key not in config]:
+        raise UsageError(f"{file} does not say '{absent[0]}'", todo=todo)
+    return {key: config[key] for key in _SHAPE}
 
 
 def _pixels(image: Image.Image, side: int) -> Tensor:

@@ -5,7 +5,7 @@ A run's identity is plain JSON values by field: everything that its result depen
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ WEIGHTS = "model.safetensors"
 
 
 @contextmanager
-def run_folder(out: Path, results: Sequence[str], resume: bool, world: World) -> Iterator[None]:
+def run_folder(
+    out: Path, results: Sequence[str], resume: bool, world: World, on_new: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Hold `out` for one run: created, locked against others, and emptied of a former run unless `resume`.
 
-    results: the files and folders that a run leaves beside checkpoint, log and result.json.
+    results: the files and folders that a run leaves beside checkpoint, log and result.json. on_new: called by the first
+    process once the folder is held, unless a run was begun in it: it may write there, such as the run's settings.
     Raises UsageError where the folder cannot be written or is in use.
     """
     with ExitStack() as held:
@@ -37,6 +40,8 @@ def run_folder(out: Path, results: Sequence[str], resume: bool, world: World) ->
             remove_partials(out)
             if not resume:
                 _clear(out, results)
+            if on_new is not None and not holds_run(out):
+                on_new()
 
         world.from_first(take)
         yield
@@ -74,7 +79,7 @@ def read_checkpoint(out: Path, identity: Mapping[str, Any], ignoring: Collection
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = content["identity"]
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        why = f"{type(error).__name__} {error}".splitlines()[0]
+        why = f"it is not the checkpoint of a training, tensors only ({type(error).__name__})"
         raise UsageError(f"{path} is damaged", why, "start over with --no-resume") from None
     refuse_other(out, found, identity, ignoring)
     return content

@@ -80,9 +80,11 @@ class Guard:
         return losses
 
     def _stop(self, step: int, what: str) -> None:
+        ids = list(self._ids(step))
+        shown = ", ".join(map(str, ids[:10])) + (f", ... ({len(ids)} in all)" if len(ids) > 10 else "")
         raise UsageError(
             what,
-            f"the run has diverged; images of step {step}: {', '.join(map(str, self._ids(step)))}",
+            f"the run has diverged; images of step {step}: {shown}",
             f"lower --lr, raise --warmup or set --clip-norm; {self._checkpoint}",
         )
 

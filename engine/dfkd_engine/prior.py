@@ -31,7 +31,7 @@ from dfkd_engine.group_norms import set_group_norms
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-__all__ = ["DTYPES", "EMBEDDED", "Prior", "component_digests"]
+__all__ = ["DTYPES", "EMBEDDED", "Prior", "check_source", "component_digests"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +39,7 @@ _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
 _CONFIGS = {**dict.fromkeys(_WEIGHTS, "config.json"), "scheduler": "scheduler_config.json"}
 _DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 _LAYOUT = "a folder in Stable Diffusion layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
+_POINT = f"point to {_LAYOUT}"
 _FETCH = "fetch the prior again"
 
 
@@ -178,20 +179,38 @@ class Prior:
         return replace(self, unet=unet, vae=vae)
 
 
-def _locate(source: str | Path) -> Path:
-    """The folder that `source` names: an embedded prior's, its own, or the hub's cached copy of the parts needed.
+def check_source(source: str | Path) -> None:
+    """Raise EngineError for a source that is none, or whose folder lacks a part, without loading or fetching any."""
+    if (folder := _local(source)) is None:
+        return
+    for part in _CONFIGS:
+        _read_config(folder, part)
+    for part in _WEIGHTS:
+        _weights(folder, part)
+    _tokenizer(folder)
 
-    Raises EngineError: no such folder, and no hub id that can be fetched.
-    """
+
+def _local(source: str | Path) -> Path | None:
+    """The folder of an embedded prior, or `source` itself; None for a hub id. Raises EngineError for none of them."""
     name, folder = str(source), Path(source).expanduser()
     if name in EMBEDDED:
         return EMBEDDED[name]
     if folder.is_dir():
         return folder
-    todo = f"point to {_LAYOUT}"
     if isinstance(source, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         known = f", embedded are {', '.join(EMBEDDED)}" if EMBEDDED else ""
-        raise EngineError(f"prior {name}", f"no such folder, and a hub id has the form owner/name{known}", todo)
+        raise EngineError(f"prior {name}", f"no such folder, and a hub id has the form owner/name{known}", _POINT)
+    return None
+
+
+def _locate(source: str | Path) -> Path:
+    """The folder that `source` names: an embedded prior's, its own, or the hub's cached copy of the parts needed.
+
+    Raises EngineError: no such folder, and no hub id that can be fetched.
+    """
+    if (folder := _local(source)) is not None:
+        return folder
+    name = str(source)
     wanted = ["*/config.json", "scheduler/*.json", "tokenizer/*"]
     wanted += [f"{part}/{stem}{end}" for part, stem in _WEIGHTS.items() for end in (".safetensors*", "-*.safetensors")]
     from huggingface_hub import snapshot_download
@@ -200,7 +219,7 @@ def _locate(source: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # the hub's errors are all of these two kinds
         why = f"no folder of that name, and it could not be fetched from the Hugging Face hub ({first_line(error)})"
-        todo = f"check the id and the network, or fetch it elsewhere and {todo}"
+        todo = f"check the id and the network, or fetch it elsewhere and {_POINT}"
         raise EngineError(f"prior {name}", why, todo) from error
 
 
@@ -211,8 +230,8 @@ def _read_config(folder: Path, part: str) -> dict[str, Any]:
         raise EngineError(f"prior {folder}", f"{part}/{_CONFIGS[part]} is missing", f"a prior is {_LAYOUT}")
     try:
         return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise EngineError(str(path), f"not JSON ({error})", _FETCH) from error
+    except (ValueError, TypeError) as error:
+        raise EngineError(str(path), f"not JSON of an object ({error})", _FETCH) from error
 
 
 def component_digests(folder: Path) -> dict[str, str]:
@@ -305,5 +324,8 @@ def _load(network: Any, folder: Path, part: str, **options: Any) -> Any:
 def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
     from transformers import CLIPTokenizer
 
-    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    try:
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except Exception as error:  # the tokenizers' library, which is not Python's, raises nothing narrower
+        raise EngineError(f"{folder / 'tokenizer'}", f"could not be loaded ({first_line(error)})", _FETCH) from error
     return tokenizer

@@ -55,7 +55,8 @@ def test_a_bare_file_is_described_by_options_and_named_by_the_images(small_teach
 def test_refusals_in_words(small_teacher, folder, tmp_path, capsys):
     other = save_classifier(tmp_path / "other", names=("a", "b", "c"))
     cases = [
-        (("--data", folder), "no teacher is given"),
+        (("--data", folder), "give --checkpoint FOLDER, or --teacher"),
+        (("--data", f"list:{small_teacher}/model.safetensors", "--checkpoint", small_teacher), "is no list of images"),
         (("--data", "mnist", "--checkpoint", small_teacher), "choose one of digits-on-photos"),
         (("--data", folder, "--checkpoint", other), "the classifier knows a, b, c"),
         (("--data", folder, "--checkpoint", small_teacher, "--teacher-checkpoint", other), "is --reference"),

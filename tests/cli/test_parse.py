@@ -9,7 +9,15 @@ import pytest
 
 from dfkd import __main__ as program
 from dfkd.cli.parse import command, parse, save_settings
-from dfkd.config import DistillCommand, GenerateCommand, TrainTeacherCommand, fields
+from dfkd.config import (
+    DistillCommand,
+    EvaluateCommand,
+    ExportCommand,
+    GenerateCommand,
+    RunCommand,
+    TrainTeacherCommand,
+    fields,
+)
 from dfkd.config.fields import Config, nested, option, plain
 from dfkd.errors import Stopped, UsageError
 
@@ -178,6 +186,11 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, words: tupl
         (GenerateCommand, "--pretrained_model_name_or_path", "--prior"),
         (GenerateCommand, "--height", "--size"),
         (DistillCommand, "--learning-rate", "--lr"),
+        (DistillCommand, "--model", "--student"),
+        (EvaluateCommand, "--weights", "--checkpoint"),
+        (EvaluateCommand, "--ckpt", "--checkpoint"),
+        (EvaluateCommand, "--checkpoint-path", "--checkpoint"),
+        (ExportCommand, "--model", "--checkpoint"),
         (DistillCommand, "--output", "--out"),
         (TrainTeacherCommand, "--model", "--architecture"),
         (TrainTeacherCommand, "--sched", "--schedule"),
@@ -188,6 +201,19 @@ def test_other_programs_words_are_pointed_to_ours(cls: type[Config], flag: str, 
     with pytest.raises(UsageError) as caught:
         parse(cls, ["--out", "x", flag, "3"], "dfkd-it")
     assert f"did you mean {meant}." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "message"),
+    [
+        (RunCommand, "--file x.toml", "unknown argument --file: the file is given without a flag. See dfkd-it --help."),
+        (DistillCommand, "--out x --height 3", "unknown argument --height. See dfkd-it --help."),
+    ],
+)
+def test_no_flag_is_suggested_where_none_is_meant(cls: type[Config], argv: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(cls, argv.split(), "dfkd-it")
+    assert str(caught.value) == message
 
 
 def test_presets_are_offered_only_where_they_set_something() -> None:
@@ -246,9 +272,22 @@ class TestCommand:
         captured = capsys.readouterr()
         assert captured.out == "" and "half baked" in captured.err
 
-    def test_a_fault_of_ours_is_not_dressed_up(self) -> None:
-        with pytest.raises(ZeroDivisionError):
-            self.run(ZeroDivisionError(), "--out", "x")
+    @pytest.mark.parametrize("debug", ["0", "1"])
+    def test_a_fault_of_ours_is_one_line_and_a_traceback_where_asked(
+        self, debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("DFKD_DEBUG", debug)
+        assert self.run(ZeroDivisionError("by zero\nmore"), "--out", "x") == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("error: ZeroDivisionError: by zero. ") and "DFKD_DEBUG=1" in lines[-1]
+        assert (len(lines) > 1) == ("Traceback (most recent call last):" in lines) == (debug == "1")
+
+    def test_a_setting_that_is_refused_late_is_the_users(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def work(asked: Cake) -> dict[str, Any]:
+            return asked.replace(filling="cream", heat=300).flat()
+
+        assert command(Cake, work, "dfkd-cake", ("--out", "x")) == 2
+        assert capsys.readouterr().err == "error: --heat is 300.0: cream curdles above 200\n"
 
     def test_arguments_come_from_the_command_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.argv", ["dfkd-cake", "--out", "seen"])

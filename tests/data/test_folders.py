@@ -72,6 +72,9 @@ def test_image_files_are_cut_and_resized_when_read(tmp_path: Path) -> None:
     assert ImageFiles(files.listing, 8).digest != digest
     with pytest.raises(UsageError, match=r"cannot read \S*two/1\.png"):
         everything(files)
+    (tmp_path / "two" / "1.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match="are no image that Pillow knows"):
+        everything(files)
 
 
 def test_one_folder_of_shards_is_that_folder(tmp_path: Path) -> None:

@@ -175,6 +175,14 @@ def no_json(folder):
     (folder / "unet/config.json").write_text("{")
 
 
+def no_object(folder):
+    (folder / "scheduler/scheduler_config.json").write_text("[1]")
+
+
+def damaged_tokenizer(folder):
+    (folder / "tokenizer/tokenizer.json").write_text('{"model": 3}')
+
+
 def pickled(folder):
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     path.rename(path.with_suffix(".bin"))
@@ -196,6 +204,8 @@ def truncated(folder):
     "spoil, message",
     [
         (no_json, "not JSON"),
+        (no_object, "not JSON of an object"),
+        (damaged_tokenizer, "tokenizer: could not be loaded"),
         (pickled, r"is missing \(unet/ holds diffusion_pytorch_model.bin\)"),
         (incomplete, "1 weights are not in its files"),
         (truncated, "could not be loaded"),

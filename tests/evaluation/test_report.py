@@ -69,7 +69,23 @@ def test_folders_named_one_by_one_take_their_place(whole: Path, tmp_path: Path) 
     ("change", "message"),
     [
         (lambda root: (root / "evaluation.json").write_text("{"), "evaluation.json is not JSON"),
-        (lambda root: (root / "evaluation.json").write_text("[]"), "no JSON object"),
+        (lambda root: (root / "evaluation.json").write_text("[]"), r"it is \[\], wanted is an object"),
+        (lambda root: write_json(root / "evaluation.json", {"student": 3}), "student is 3, wanted is an object"),
+        (
+            lambda root: write_json(root / "evaluation.json", {"baselines": {"noise": {"accuracy": "high"}}}),
+            'baselines.noise.accuracy is "high", wanted is a number',
+        ),
+        (
+            lambda root: write_json(root / "student" / "result.json", {"confusion": [[1], [2.5]]}),
+            r"confusion\[1\]\[0\] is 2.5, wanted is a whole number",
+        ),
+        (lambda root: write_json(root / "student" / "result.json", {"class_names": 3}), "class_names is 3, wanted"),
+        (lambda root: write_json(root / "synthetic" / "settings.json", {"options": []}), r"options is \[\], wanted"),
+        (
+            lambda root: write_json(root / "synthetic" / "settings.json", {"options": {"teacher_mean": [1]}}),
+            "settings.json describes no teacher",
+        ),
+        (lambda root: (root / "student" / "log.jsonl").write_text("3\n{}\n"), "line 1 is not JSON of an object"),
         (lambda root: (root / "synthetic" / "manifest.json").unlink(), "dfkd-generate"),
         (lambda root: (root / "synthetic" / "shard-00000.tar").write_bytes(b""), "shard-00000.tar was altered"),
         (lambda root: write_json(root / "student" / "result.json", {"class_names": ["a"]}), "do not belong together"),

@@ -9,7 +9,9 @@ from dfkd.config import GenerateConfig
 from dfkd.errors import UsageError
 from dfkd.runtime import generator
 from dfkd.synthesis.methods import METHODS, make_method, needs_prior
+from dfkd.synthesis.run import identity_of
 from dfkd.synthesis.synthesizer import Synthesizer
+from dfkd_engine.errors import EngineError
 from dfkd_kernels.philox import philox_uniform
 from tests.synthesis.small_networks import CLASS_NAMES, bn_inputs, classifier, plain_bn_loss
 
@@ -109,7 +111,10 @@ def test_settings_enter_the_identity(teacher):
     "text, words",
     [
         ("deepinversion(steps=-1)", "steps is -1: it must be at least 0. correct its settings"),
+        ("deepinversion(steps=2.5)", "steps is 2.5: it must be a whole number"),
+        ("deepinversion(lr=fast)", "lr is 'fast': it must be a number"),
         ("deepinversion(speed=3)", "speed"),
+        ("noise(grey=dark)", "it must be a number"),
         ("noise(grey=2)", "grey is 2: it must be at least 0 and at most 1"),
         ("FILE:Missing", "has no 'Missing'"),
         ("FILE:NoSynthesizer", "it lacks image_size, group, identity"),
@@ -122,8 +127,17 @@ def test_methods_that_cannot_be_made(teacher, own_method, text, words):
         method(teacher, text.replace("FILE", str(own_method)))
 
 
+@pytest.mark.parametrize("name", ["Fails", "Refuses", "Cannot"])
+def test_what_a_method_raises_itself_comes_through(teacher, own_method, name):
+    kind = {"Fails": TypeError, "Refuses": UsageError, "Cannot": EngineError}[name]
+    with pytest.raises(kind, match="its own words"):
+        method(teacher, f"{own_method}:{name}")
+
+
 OWN = """
 import torch
+from dfkd.errors import UsageError
+from dfkd_engine.errors import EngineError
 from dfkd.synthesis.synthesizer import Sample, records_of
 
 
@@ -147,6 +161,18 @@ class NoSynthesizer:
 
     def __init__(self, prior, teacher, config):
         pass
+
+
+def Fails(prior, teacher, config):
+    raise TypeError("its own words")
+
+
+def Refuses(prior, teacher, config):
+    raise UsageError("its own words")
+
+
+def Cannot(prior, teacher, config):
+    raise EngineError("its own words", "why", "what to do")
 """
 
 
@@ -161,4 +187,5 @@ def test_a_method_in_a_file_of_ones_own(teacher, own_method):
     config = GenerateConfig.of(method=f"{own_method}:Constant(level=0.25)")
     assert not needs_prior(config) and needs_prior(GenerateConfig()) and tuple(METHODS) == NAMES
     made = make_method(config, None, teacher)
+    assert identity_of(made, 0)["settings"] == {"level": 0.25}
     assert made([4, 5]).images.unique().tolist() == [63] and made.class_names == CLASS_NAMES

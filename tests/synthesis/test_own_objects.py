@@ -21,6 +21,10 @@ class Entropy(GuidanceLoss):
         logits = self.sharp * seen.logits
         return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
+class Broken(GuidanceLoss):
+    def __call__(self, seen):
+        return seen.images.mean(9)
+
 class Scalar(GuidanceLoss):
     def __call__(self, seen):
         return seen.images.mean()
@@ -85,6 +89,10 @@ def test_a_loss_as_an_object_is_one_in_a_file(files):
 def test_a_loss_that_is_no_number_an_image_is_refused(files):
     with pytest.raises(UsageError, match=r"the guidance loss scalar has the shape \[\] for two images"):
         pipeline(loss=(f"{files}/losses.py:Scalar(weight=1.0)",))
+    with pytest.raises(UsageError, match="the guidance loss broken fails: IndexError: Dimension out of range"):
+        pipeline(loss=(f"{files}/losses.py:Broken(weight=1.0)",))
+    with pytest.raises(UsageError, match=r"unknown guidance loss 'Entropy': wanted is FILE\.py:NAME"):
+        pipeline(loss=("Entropy",))
     with pytest.raises(UsageError, match="unexpected keyword argument 'blunt'"):
         pipeline(loss=(f"{files}/losses.py:Entropy(weight=1.0, blunt=1)",))
 

@@ -125,8 +125,9 @@ class Gadget:
 def test_what_does_not_fit_is_refused(trained, tmp_path):
     file = tmp_path / "t.pth"
     torch.save({"state_dict": Gadget()}, file)
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match=r"cannot read.*tensors only") as caught:
         Classifier.from_pretrained(file, **DESCRIBED)
+    assert "weights_only" not in str(caught.value)
     state = dict(trained.state_dict())
     torch.save(state, file)
     with pytest.raises(UsageError, match=r"fc\.weight is \(3, 64\), wanted \(2, 64\)"):
@@ -149,6 +150,28 @@ def test_errors_before_work(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UsageError, match="cannot read"):
+        Classifier.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[]", "wanted is an object"),
+        ("{}", "does not say 'architecture'"),
+        ('{"architecture": "resnet8", "class_names": 3}', "class_names is 3, wanted is a list"),
+        ('{"architecture": "resnet8", "class_names": ["a"], "mean": ["x"]}', r'mean\[0\] is "x", wanted is a number'),
+    ],
+)
+def test_a_config_of_another_shape_is_refused(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UsageError, match=words):
+        Classifier.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["last", "student/last"])
+def test_the_folder_of_a_run_is_pointed_to_its_student(trained, tmp_path, part):
+    trained.save_pretrained(tmp_path / part)
+    with pytest.raises(UsageError, match=f"give {tmp_path / part}"):
         Classifier.from_pretrained(tmp_path)
 
 

@@ -91,6 +91,8 @@ def test_network_from_a_file(tmp_path):
     source = tmp_path / "nets.py"
     source.write_text("from torch import nn\ndef tiny(n, bias=True):\n    return nn.Linear(3, n, bias=bias)\n")
     assert teachers.build(f"file:{source}:tiny(bias=False)", 4).state_dict().keys() == {"weight"}
+    with pytest.raises(UsageError, match=r"fails: TypeError: .*'wide'"):
+        teachers.build(f"file:{source}:tiny(wide=1)", 4)
     with pytest.raises(UsageError, match="no 'huge'"):
         teachers.build(f"file:{source}:huge", 4)
     with pytest.raises(UsageError, match="no file"):

@@ -36,6 +36,13 @@ def test_the_guard_means_what_came_since_and_names_what_is_no_number() -> None:
         own.pending()
 
 
+def test_of_a_large_batch_that_diverged_some_images_are_named() -> None:
+    own = Guard(lambda x: x, lambda step: range(128), "a checkpoint")
+    own.add(1, torch.tensor(math.nan))
+    with pytest.raises(UsageError, match=r"images of step 1: 0, 1, .*, 9, \.\.\. \(128 in all\)\."):
+        own.report(0)
+
+
 def test_weights_that_are_no_numbers_never_become_a_checkpoint() -> None:
     network = nn.Linear(4, 3)
     guard().check_weights(7, network)

@@ -4,9 +4,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from dfkd.config import GenerateConfig
+from dfkd.config import GenerateConfig, plain
 from dfkd.errors import UsageError
-from dfkd.extension import resolve
+from dfkd.extension import resolve, settings_of
 from dfkd.synthesis.methods.deepinversion import DeepInversion
 from dfkd.synthesis.methods.noise import Noise
 from dfkd.synthesis.pipeline import GuidedPipeline
@@ -49,17 +49,19 @@ def make_method(
                 images = torch.full((len(ids), 3, self.image_size, self.image_size), int(255 * self.level)).byte()
                 return Sample(images, labels, records_of(ids, labels, self.class_names, seed))
 
-    Raises UsageError: an unknown name, settings that it does not take, or an object that is no synthesizer.
+    The settings are kept as its `method_settings`, which `dfkd.synthesis.run.identity_of` adds to the identity of a
+    method of one's own. Raises UsageError: an unknown name, settings that it does not take, or an object that is no
+    synthesizer; what the factory raises itself comes through.
     """
     factory, settings = resolve(config.method, METHODS, "method")
     given: dict[str, Any] = settings if student is None else {"student": student, **settings}
-    try:
+    with settings_of(f"method {config.method!r}"):
         inspect.signature(factory).bind(prior, teacher, config, **given)
-        made = factory(prior, teacher, config, **given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"method {config.method!r}", str(error), "correct its settings") from error
+    made = factory(prior, teacher, config, **given)
     if not isinstance(made, Synthesizer):
         lacking = [name for name in (*Synthesizer.__annotations__, "identity") if not hasattr(made, name)]
         what = f"method {config.method!r} makes a {type(made).__name__}, which is no synthesizer"
         raise UsageError(what, f"it lacks {', '.join(lacking) or '__call__'}", "see dfkd/synthesis/synthesizer.py")
+    if settings:
+        object.__setattr__(made, "method_settings", plain(settings))  # also of a frozen dataclass
     return made

@@ -7,15 +7,17 @@ step and the same for the whole group. No prior enters; guided diffusion is meas
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from dfkd.config import GenerateConfig
+from dfkd.config.fields import convert
 from dfkd.data import Record
+from dfkd.extension import settings_of
 from dfkd.runtime import choose_kernels, generator
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.losses import BatchNormLoss, CrossEntropy, GuidanceLoss, Seen
@@ -35,7 +37,7 @@ class Settings:
     steps: of Adam, with the learning rate `lr`. bn_weight, tv_weight: of the losses beside a cross-entropy of weight 1.
     shift: most pixels of the random shift. flip: mirror every second view or so; not where left and right differ, as in
     digits. group: images whose BatchNorm statistics are one loss, classes mixed; 0: --group.
-    Raises ValueError for a negative number.
+    Raises ValueError for a value of another type, and for a negative number.
     """
 
     steps: int = 500
@@ -47,9 +49,14 @@ class Settings:
     group: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not (value := getattr(self, field.name)) >= 0:
-                raise ValueError(f"{field.name} is {value}: it must be at least 0")
+        for name, kind in get_type_hints(Settings).items():
+            try:
+                value = convert(getattr(self, name), kind)
+            except ValueError as error:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: {error}") from None
+            if value < 0:
+                raise ValueError(f"{name} is {value}: it must be at least 0")
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,9 @@ class DeepInversion:
     needs_prior = False
 
     def __init__(self, prior: Prior | None, teacher: Classifier, config: GenerateConfig, **settings: Any) -> None:
-        self.settings, self.teacher = Settings(**settings), teacher
+        with settings_of(f"method {config.method!r}"):
+            self.settings = Settings(**settings)
+        self.teacher = teacher
         self.class_names, self.image_size = teacher.class_names, own_size(config, teacher)
         self.classes = chosen_classes(teacher.class_names, config.sampling.only)
         self.group, self.call_size = self.settings.group or config.batching.group, config.batching.batch

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from dfkd.config import GenerateConfig
+from dfkd.config.fields import convert
+from dfkd.extension import settings_of
 from dfkd.synthesis.prompts import chosen_classes, labels_of
 from dfkd.synthesis.synthesizer import Sample, label_probability, own_size, records_of
 from dfkd.teachers import Classifier
@@ -23,8 +25,9 @@ class Noise:
     needs_prior = False
 
     def __init__(self, prior: Prior | None, teacher: Classifier, config: GenerateConfig, grey: float = 0.5) -> None:
-        if not 0 <= grey <= 1:
-            raise ValueError(f"grey is {grey}: it must be at least 0 and at most 1")
+        with settings_of(f"method {config.method!r}"):
+            if not 0 <= convert(grey, float) <= 1:
+                raise ValueError(f"grey is {grey}: it must be at least 0 and at most 1")
         self.teacher, self.grey, self.call_size = teacher, grey, config.batching.batch
         self.class_names, self.image_size = teacher.class_names, own_size(config, teacher)
         self.classes = chosen_classes(teacher.class_names, config.sampling.only)
