@@ -199,7 +199,7 @@ class GuidedPipeline:
         EngineError: one is damaged.
         """
         if before is not None or self.config.compute.backend != "eager":
-            self.choices = self._choose(before)
+            self.choices = self.choose_engines(before)
         store = EngineStore(self.config.compute.engines)
         self._engines = load_engines(self.choices, store, self.device) if self.choices else {}
         if self._engines:
@@ -287,12 +287,13 @@ class GuidedPipeline:
         shared = any("group" in guidance.needs for guidance in (self.guidance, self.statistics) if guidance)
         return shared or self.config.cutmix.every > 0
 
-    def _choose(self, before: Mapping[str, str] | None) -> tuple[Choice, ...]:
+    def choose_engines(self, before: Mapping[str, str] | None = None) -> tuple[Choice, ...]:
+        """What would compute each function, nothing loaded. Arguments and errors as of `use_engines`."""
         compute = self.config.compute
         return choose(
             self.functions(),
             compute,
             EngineStore(compute.engines),
             before,
-            build_command(self.config, self.prior, self.teacher),
+            build_command(self.config.replace(batch=self.call_size), self.prior, self.teacher),
         )

@@ -86,6 +86,8 @@ def open_run(
     """
     config, rank = config or getattr(synthesizer, "config", None) or GenerateConfig(), rank or own_rank()
     before = run_on_record(out)
+    if not before and hasattr(synthesizer, "choose_engines"):
+        synthesizer.choose_engines()  # refuses before anything is measured
     plan = None if before else make_plan(synthesizer, config, rank.neighbours)
     call_size = plan.call_size if plan else int(before["call_size"])
     facts = {"call_size": call_size, "threads": before.get("threads") or cpu_threads(config.compute.threads)}

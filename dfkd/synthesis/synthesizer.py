@@ -44,6 +44,7 @@ class Synthesizer(Protocol):
         use_engines(before)         choose compiled engines before the first image: `before` holds those that the
                                     folder was begun with, {network: key}, or is None in a new folder. Returns
                                     {network: key} of those in use
+        choose_engines()            raise where a new folder's `use_engines` would find none, before calls are planned
         update(student)             take a newer student, for methods that go by what it does not know yet
     """
 

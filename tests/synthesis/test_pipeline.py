@@ -8,6 +8,7 @@ from torch import nn
 
 from dfkd.errors import UsageError
 from dfkd.synthesis.batching import ShortMemory
+from dfkd.synthesis.run import generate
 from dfkd.synthesis.synthesizer import Synthesizer
 from tests.synthesis.small_networks import CLASS_NAMES, SmallPrior, classifier, doubled, pipeline
 
@@ -196,14 +197,29 @@ class TwoLogits(nn.Module):
         ({"teacher": classifier(norm=False), "bn_weight": 0, "noise_edit_steps": 1}, "has no BatchNorm layer"),
         ({"teacher": classifier().replace(class_names=("a", "b"))}, "gives 3 logits: there are 2 class names"),
         ({"adv_weight": 1.0}, "has no student"),
-        ({"backend": "onnxruntime"}, "build it: dfkd-engines build --backend onnxruntime"),
-        ({"backend": "onnxruntime", "gradient": "unet"}, "cannot be used"),
     ],
 )
-def test_refusals_before_any_work(tmp_path, change, message):
+def test_refusals_before_any_work(change, message):
     prior = SmallPrior()
     with pytest.raises(UsageError, match=message):
-        pipeline(prior, engines=tmp_path, **change)
+        pipeline(prior, **change)
+    assert not prior.calls
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, "build it: dfkd-engines build --backend onnxruntime .*--batch 5"),
+        ({"gradient": "unet"}, "cannot be used"),
+    ],
+)
+def test_a_run_without_its_engines_is_refused_before_it_is_planned(tmp_path, change, message):
+    prior = SmallPrior()
+    pipe = pipeline(prior, engines=tmp_path, backend="onnxruntime", batch=5, **change)
+    with pytest.raises(UsageError, match=message):
+        pipe([0])
+    with pytest.raises(UsageError, match=message):
+        generate(pipe, tmp_path / "out", 7)
     assert not prior.calls
 
 
