@@ -34,18 +34,21 @@ from dfkd.config import (
 from dfkd.config.words import nearest
 from dfkd.data import MANIFEST, open_folder
 from dfkd.errors import UsageError
-from dfkd.evaluation import check_data, evaluate, open_images
+from dfkd.evaluation import check_data, class_names_of, evaluate, open_images
 from dfkd.evaluation.accuracy import match_classes
 from dfkd.evaluation.run_folder import EVALUATION
 from dfkd.files import make_writable, replace_text, save_settings, sha256
 from dfkd.runtime import own_rank, resolve_device
 from dfkd.synthesis import command as synthesis
-from dfkd.synthesis.methods import needs_prior
+from dfkd.synthesis.prompts import chosen_classes
 from dfkd.teachers import Classifier, load_teacher
 from dfkd.teachers.classifier import WEIGHTS
+from dfkd.training.distill import check as check_distill
 from dfkd.training.distill import distill
-from dfkd.training.folder import RESULT, holds_run
+from dfkd.training.folder import RESULT
+from dfkd.training.step import check_training
 from dfkd.training.teacher import train_teacher
+from dfkd.training.world import World
 
 C = TypeVar("C", bound=Config)
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
@@ -90,7 +93,8 @@ def read_job(file: Section, out: Path, seed: int = 0) -> Job:
     """The run that a file describes. seed: of every stage whose section names none.
 
     Raises UsageError, naming the section: an unknown section or option, a value that does not fit, a teacher, data set,
-    architecture or method that does not exist.
+    architecture or method that does not exist; and UsageError or EngineError for what a stage would refuse later, as
+    far as it is known without a teacher.
     """
     try:
         files = [read_preset(file["preset"]), file] if "preset" in file else [file]
@@ -134,7 +138,6 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
     progress, say = progress or (lambda stage, done, total: None), say or (lambda text: None)
     make_writable(job.out)
     if (training := job.teacher) is not None:
-        _save_once(training, "dfkd-train-teacher")
         train_teacher(
             training.data,
             training.training,
@@ -143,6 +146,7 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
             input_size=training.input_size,
             progress=partial(progress, "teacher"),
             say=say,
+            on_new=partial(save_settings, training, training.out, "dfkd-train-teacher"),
         )
     teacher = load_teacher(job.classifier)
     say(f"teacher: {teacher.described()}")
@@ -155,9 +159,9 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
             say(f"baseline {variant.name}")
         synthesis.run(variant.generate, say, partial(progress, f"{words}images"))
         pool, asked = open_folder(variant.generate.out), variant.distill
-        _save_once(asked, "dfkd-distill")
-        watch = partial(progress, f"{words}student")
-        students[variant.name] = distill(pool, teacher, asked.distill, asked.out, progress=watch, say=say)
+        watch, save = partial(progress, f"{words}student"), partial(save_settings, asked, asked.out, "dfkd-distill")
+        student = distill(pool, teacher, asked.distill, asked.out, progress=watch, say=say, on_new=save)
+        students[variant.name] = student
     tests = _evaluate(job, students, teacher, partial(progress, "test"))
     page = _report(job, say)
     return {
@@ -239,24 +243,35 @@ def _teacher(
 
 
 def _check(job: Job) -> None:
-    """Raise UsageError for what can be known to be absent before the first stage."""
+    """Raise UsageError or EngineError for what can be known to be absent or wrong before the first stage."""
     if job.teacher is not None:
+        train = job.teacher.training.train
         teachers.check(job.teacher.architecture)
         check_data("[teacher] data", job.teacher.data)
+        check_training(train, World(resolve_device(train.compute.device)))
     elif job.classifier.checkpoint is not None and not job.classifier.checkpoint.exists():
         raise UsageError(f"[teacher] checkpoint {job.classifier.checkpoint}", "there is no such file or folder")
+    elif job.classifier.teacher is not None:
+        teachers.check(job.classifier.teacher)
     if job.evaluate is not None:
-        check_data("[evaluate] data", job.evaluate.data)
+        check_data("[evaluate] data", job.evaluate.data, job.evaluate.split)
+        resolve_device(job.evaluate.device)
     for variant in job.variants:
-        teachers.check(variant.distill.distill.student)
-        needs_prior(variant.generate.generate)
-        resolve_device(variant.generate.generate.compute.device)
+        config = variant.distill.distill
+        teachers.check(config.student)
+        check_distill(config, World(resolve_device(config.train.compute.device)))
+        synthesis.check(variant.generate)
+    if any(named := [variant.generate.generate.sampling.only for variant in job.variants]):
+        names = _class_names(job)
+        for only in named if names else ():
+            chosen_classes(names, only)
 
 
-def _save_once(asked: DistillCommand | TrainTeacherCommand, command: str) -> None:
-    """settings.json of a training; one that was begun keeps its own, and refuses other settings itself."""
-    if not holds_run(asked.out):
-        save_settings(asked, asked.out, command)
+def _class_names(job: Job) -> tuple[str, ...]:
+    """The teacher's classes; () where they are not known before it is trained or fetched."""
+    if job.teacher is not None:
+        return class_names_of(job.teacher.data)
+    return job.classifier.classes or (load_teacher(job.classifier).class_names if job.classifier.checkpoint else ())
 
 
 def _evaluate(

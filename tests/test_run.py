@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dfkd.config import DistillConfig, GenerateConfig, presets
 from dfkd.errors import UsageError
 from dfkd.run import read_job
 from dfkd.teachers import Classifier
+from dfkd_engine.errors import EngineError
 from tests.cli.small_generate import CLASS_NAMES, last_line, save_classifier, status_of
 from tests.synthesis.small_sd import make_small_sd
 
@@ -141,8 +143,8 @@ def test_a_teacher_that_exists(tmp_path: Path) -> None:
     wanted = (tmp_path / "t.pth", "resnet8", "cifar10", 16, CLASS_NAMES)
     for config in (job.classifier, job.variants[0].generate.teacher, job.variants[0].distill.teacher):
         assert wanted == (config.checkpoint, config.teacher, config.normalisation, config.input_size, config.classes)
-    job = parsed(tmp_path / "out", teacher={"architecture": "timm:resnet50"})
-    assert (job.teacher, job.classifier.teacher) == (None, "timm:resnet50")
+    job = parsed(tmp_path / "out", teacher={"architecture": "transformers:owner/name"})
+    assert (job.teacher, job.classifier.teacher) == (None, "transformers:owner/name")
 
 
 def test_a_preset_may_be_the_start(tmp_path: Path) -> None:
@@ -160,12 +162,12 @@ def test_a_preset_may_be_the_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in presets() if name != "fedcado"])  # which trains no student
 def test_every_preset_is_a_run_once_it_has_data(name: str, tmp_path: Path) -> None:
-    job = read_job({"preset": name, "teacher": {"data": "digits-on-photos"}, **_adversary(name)}, tmp_path)
+    job = read_job({"preset": name, "teacher": {"data": "digits-on-photos"}, **_adversary(name, tmp_path)}, tmp_path)
     assert job.teacher is not None and job.variants[0].generate.teacher.checkpoint == tmp_path / "teacher"
 
 
-def _adversary(name: str) -> dict[str, Any]:
-    return {"generate": {"student-checkpoint": "runs/before/student/last"}} if name == "domainnet-sketch" else {}
+def _adversary(name: str, student: Path) -> dict[str, Any]:
+    return {"generate": {"student-checkpoint": str(student)}} if name == "domainnet-sketch" else {}
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,18 @@ def _adversary(name: str) -> dict[str, Any]:
         ({"generate": {"out": "x"}}, r"\[generate\] out: the run sets it"),
         ({"generate": {"teacher": "resnet20"}}, r"\[generate\] teacher is resnet20: \[teacher\] is resnet8"),
         ({"generate": {"method": "magic"}}, r"magic"),
+        ({"generate": {"sampler": "absent.py:Mine"}}, r"no file absent.py"),
+        ({"generate": {"prompt": "a {digit}"}}, r"prompt 'a \{digit\}' cannot be filled in"),
+        ({"generate": {"prior": "./absent"}}, r"prior ./absent: no such folder"),
+        ({"generate": {"loss": ["absent.py:Entropy"]}}, r"no file absent.py"),
+        ({"generate": {"student-checkpoint": "absent", "adv-weight": 1}}, r"--student-checkpoint absent: there is no"),
+        ({"generate": {"only": ["ten"]}}, r"unknown class 'ten'"),
+        ({"baselines": {"b": {"only": ["eleven"]}}}, r"unknown class 'eleven'"),
+        ({"distill": {"student": "resnet8", "loss": ["absent.py:Hint"]}}, r"no file absent.py"),
+        ({"distill": {"student": "resnet8", "amp": "fp16", "device": "cpu"}}, r"--amp fp16 on a CPU"),
+        ({"distill": {"student": "file:absent.py:net"}}, r"no file absent.py"),
+        ({"teacher": {"data": "digits-on-photos", "amp": "fp16", "device": "cpu"}}, r"--amp fp16 on a CPU"),
+        ({"evaluate": {"data": "digits-on-photos", "split": "all"}}, r"it has no split 'all'"),
         ({"baselines": {"b": {"guidance-stepp": 1}}}, r"\[baselines.b\] guidance-stepp.*did you mean guidance-step"),
         ({"distill": {}}, r"\[distill\] student is missing"),
         ({"distill": {"student": "resnet9"}}, r"unknown architecture 'resnet9'"),
@@ -192,10 +206,17 @@ def _adversary(name: str) -> dict[str, Any]:
     ],
 )
 def test_every_section_is_checked_before_work(sections: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises((UsageError, EngineError)) as caught:
         parsed(tmp_path / "out", **sections)
     assert re.search(words, str(caught.value)), str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_absent_library_is_told_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for sections in ({"distill": {"student": "timm:resnet50"}}, {"teacher": {"architecture": "timm:resnet50"}}):
+        with pytest.raises(UsageError, match="'timm:' needs timm: it is not installed"):
+            parsed(tmp_path, **sections)
 
 
 def test_the_command_asks_for_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dfkd.cli.parse import command, save_settings
 from dfkd.cli.progress import progress, say
 from dfkd.config import DistillCommand
-from dfkd.errors import UsageError
-from dfkd.files import make_writable
 
 if TYPE_CHECKING:
     from dfkd.teachers import Classifier
@@ -31,20 +29,21 @@ def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
     from dfkd import teachers
     from dfkd.data import open_data
     from dfkd.training.distill import check, distill
-    from dfkd.training.folder import holds_run
 
     config = asked.distill
     teachers.check(config.student)
     check(config, world)
-    _check_test(asked.test)
+    if asked.test is not None:
+        # The names of real images are looked at here; they themselves are not read before the student is trained.
+        from dfkd.evaluation import check_data
+
+        check_data("--test", asked.test, asked.test_split)
     data = open_data(asked.data, config.on_bad_sample)
     teacher = teachers.load_teacher(asked.teacher, data.class_names)
-    if world.first and not (config.train.resume and holds_run(asked.out)):
-        make_writable(asked.out)
-        save_settings(asked, asked.out, COMMAND)
+    save = partial(save_settings, asked, asked.out, COMMAND)
     speak = say if world.first else (lambda text: None)
     with progress("distilling", "img", shown=world.first) as draw:
-        student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak)
+        student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak, on_new=save)
     return tested(asked, student) if world.first else None
 
 
@@ -62,7 +61,6 @@ def tested(asked: DistillCommand, student: "Classifier") -> dict[str, Any]:
         return result
     found: dict[str, Any] = {"test_images": 0, "accuracy": None, "best_accuracy": None, "confusion": None}
     if asked.test is not None:
-        # Imported here and not above: until now nothing in this process could read real images.
         from dfkd.evaluation import evaluate
 
         best = Classifier.from_pretrained(asked.out / "best").to(student.device)
@@ -70,13 +68,6 @@ def tested(asked: DistillCommand, student: "Classifier") -> dict[str, Any]:
         found = {"test_images": last.images, "accuracy": last.accuracy, "best_accuracy": other.accuracy}
         found["confusion"] = [list(row) for row in last.confusion]
     return write_result(asked.out, result.pop("run"), {**result, **named, **found})
-
-
-def _check_test(name: str | None) -> None:
-    """Raise UsageError for what can be known of a test without reading it."""
-    path = (name or "").partition(":")[2]
-    if path and "{split}" not in path and not Path(path).exists():
-        raise UsageError(f"--test {name}", f"there is no {path}", "correct the path")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from dfkd.cli.parse import command, save_settings
 from dfkd.cli.progress import progress, say
 from dfkd.config import TrainTeacherCommand
-from dfkd.files import make_writable
 
 COMMAND = "dfkd-train-teacher"
 
@@ -15,7 +15,7 @@ COMMAND = "dfkd-train-teacher"
 def run(asked: TrainTeacherCommand) -> dict[str, Any] | None:
     """Train what is not trained yet, test, write; the result, None in all processes but the first."""
     from dfkd import teachers
-    from dfkd.training.folder import holds_run, read_result
+    from dfkd.training.folder import read_result
     from dfkd.training.step import check_training
     from dfkd.training.teacher import train_teacher
     from dfkd.training.world import join
@@ -24,9 +24,6 @@ def run(asked: TrainTeacherCommand) -> dict[str, Any] | None:
     with join(config.train.compute.device) as world:
         teachers.check(asked.architecture)
         check_training(config.train, world)
-        if world.first and not (config.train.resume and holds_run(asked.out)):
-            make_writable(asked.out)
-            save_settings(asked, asked.out, COMMAND)
         speak = say if world.first else (lambda text: None)
         with progress("training", "img", shown=world.first) as draw:
             train_teacher(
@@ -38,6 +35,7 @@ def run(asked: TrainTeacherCommand) -> dict[str, Any] | None:
                 world=world,
                 progress=draw,
                 say=speak,
+                on_new=partial(save_settings, asked, asked.out, COMMAND),
             )
         return read_result(asked.out) if world.first else None
 

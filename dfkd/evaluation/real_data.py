@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from dfkd.data import ImageFiles, Images, Listing, Pool, list_file, list_folder, list_parquet
 from dfkd.errors import UsageError
-from dfkd.evaluation.digits_on_photos import digits_on_photos
+from dfkd.evaluation.digits_on_photos import CLASS_NAMES, digits_on_photos
 from dfkd.evaluation.split import SPLITS, stratified
 
 DIGITS = "digits-on-photos"
@@ -51,14 +51,25 @@ def open_images(name: str, split: str, size: int) -> Images:
     return ImageFiles(listing, size)
 
 
-def check_data(option: str, name: str) -> None:
-    """Raise UsageError for a data set whose name or path is wrong, without reading any; `option` names it."""
+def check_data(option: str, name: str, split: str = "train") -> None:
+    """Raise UsageError for a data set whose name, path or split is wrong, without reading any; `option` names it."""
     kind, _, path = name.partition(":")
     if name != DIGITS and not Path(name).is_dir() and not (kind in READERS and path):
         known = ", ".join([DIGITS, *(f"{kind}:PATH" for kind in READERS)])
         raise UsageError(f"{option} {name}", "there is no such data", f"choose one of {known}")
-    if path and "{split}" not in path and not Path(path).exists():
-        raise UsageError(f"{option} {name}", f"there is no {path}", "correct the path")
+    if split == "all" and (name == DIGITS or "{split}" in path):
+        raise UsageError(f"{option} {name}", "it has no split 'all'", f"choose one of {', '.join(SPLITS)}")
+    parts = ("validation", "train") if split == "validation" else (split,)  # it may be held out of `train`
+    files = [path.replace("{split}", part) for part in parts]
+    if path and not any(Path(file).exists() for file in files):
+        raise UsageError(f"{option} {name}", f"there is no {files[-1]}", "correct the path")
+
+
+def class_names_of(name: str) -> tuple[str, ...]:
+    """The classes of a data set, without decoding an image; () where they cannot be known without reading all of it."""
+    if name == DIGITS:
+        return CLASS_NAMES
+    return () if name.startswith("parquet:") else open_images(name, "train", 1).class_names
 
 
 def _digits(split: str, size: int) -> Pool:

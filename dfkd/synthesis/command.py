@@ -12,20 +12,42 @@ from dfkd.config import GenerateCommand, plain
 from dfkd.data import MANIFEST, export_imagefolder, open_folder, read_manifest, require_space
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text, save_settings
-from dfkd.runtime import own_rank, resolve_device
+from dfkd.runtime import choose_kernels, own_rank, resolve_device
+from dfkd.synthesis.checks import require_losses
+from dfkd.synthesis.losses import losses_of
 from dfkd.synthesis.methods import make_method, needs_prior
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.plan import make_plan, predict, seconds_of, table
+from dfkd.synthesis.prompts import prompt_of
 from dfkd.synthesis.run import open_run, run_on_record
+from dfkd.synthesis.schedule import find_sampler
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd.teachers import Classifier, load_teacher
-from dfkd_engine.prior import Prior
+from dfkd_engine.prior import Prior, check_source
 
 COMMAND = "dfkd-generate"
 RESULT = "result.json"
 IMAGE_FOLDER = "imagefolder"
 
 Say = Callable[[str], object]
+
+
+def check(asked: GenerateCommand) -> None:
+    """Raise UsageError or EngineError for what is known to be wrong before a teacher is there and a network is loaded.
+
+    A prior on the hub is not fetched for that.
+    """
+    config, student = asked.generate, asked.student_checkpoint
+    choose_kernels(config.compute.kernels, resolve_device(config.compute.device, own_rank()))
+    if student is not None and not student.exists():
+        raise UsageError(f"--student-checkpoint {student}", "there is no such file or folder", "correct the path")
+    if not needs_prior(config):
+        return
+    find_sampler(config.sampling.sampler)
+    prompt_of(config.sampling.prompt, "any")
+    if config.guidance.step > 0:
+        require_losses(config.guidance, losses_of(config.guidance))
+    check_source(asked.prior)
 
 
 def pipeline_of(asked: GenerateCommand) -> Synthesizer:

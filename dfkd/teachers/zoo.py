@@ -52,7 +52,9 @@ def input_size(name: str) -> int:
 
 
 def check(name: str) -> None:
-    """Raise UsageError, naming the nearest known names, unless build() knows the architecture."""
+    """Raise UsageError, naming the nearest known names or the absent library, unless build() knows the architecture."""
+    if adapters.handles(name):
+        adapters.check(name)
     if name in ZOO or adapters.handles(name):
         return
     near = difflib.get_close_matches(name, ZOO, n=3) or list(ZOO)

@@ -4,7 +4,7 @@ OUT/last, OUT/best     the student as model.safetensors and config.json
 OUT/result.json        what came of it, once it is finished
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,30 @@ def distill(
     config: DistillConfig,
     out: Path | str,
     *,
-    student: nn.Module | None = None,
+    student: nn.Module | Classifier | None = None,
+    losses: Sequence[DistillLoss] = (),
     world: World | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
+    on_new: Callable[[], object] | None = None,
 ) -> Classifier:
     """Train a student on synthetic images and return it as it is after the last step, in evaluation mode.
 
     data: what `generate` returned, or one or several folders of images, whose classes are the teacher's.
     teacher: is frozen in place (`Classifier.freeze`), on the device of the run.
-    student: a network to train in place, which takes what the teacher takes; None builds config.student anew.
+    student: a network to train in place instead of config.student, alone or in a Classifier of the teacher's classes,
+    and fed what the teacher is; None builds config.student anew. Its weights before training belong to the run: whoever
+    continues a stopped run, or asks for a finished one, gives a network that starts from the same.
+    losses: losses beside those that the settings name.
     world: of dfkd.training.world.join where the run has several processes, each of which calls this with the same
     arguments; the first alone writes. Its device is then the run's.
     progress(images shown, images in all) is called before the first step and after each, say(text) with what a user
-    should know.
+    should know, on_new() by the first process once it holds `out`, unless a run was begun there: the commands write
+    settings.json so.
 
-    OUT/last is this student, OUT/best the one that agreed best with the teacher on the held-out images; OUT/result.json
-    has the numbers. A run that was stopped goes on where its last checkpoint was, with the same result (bit for bit on
-    a CPU); a finished one returns at once.
+    OUT/last is this student, OUT/best the one that agreed best with the teacher on the held-out images, both without an
+    architecture's name where `student` is a bare module; OUT/result.json has the numbers. A run that was stopped goes
+    on where its last checkpoint was, with the same result (bit for bit on a CPU); a finished one returns at once.
 
     Raises UsageError for classes that disagree, what cannot work on the device or with other settings, an `out` of
     other settings or in use, and a run that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the end
@@ -66,21 +72,21 @@ def distill(
     world = world or World(resolve_device(config.train.compute.device))
     kernels = check(config, world)
     images = match_network(_opened(data, config, say), teacher.class_names, teacher.input_size)
-    network = student if student is not None else _built(config, len(images.class_names))
-    _check_pair(images, teacher, network)
-    own = own_losses(config)
-    identity = identity_of(images, teacher, config, own)
-    teacher, pupil = teacher.freeze(world.device), _pupil(teacher, network, config, world)
-    losses = _losses(config, own, kernels, teacher, pupil)
-    with run_folder(out, ("last", "best"), config.train.resume, world):
+    untrained = _untrained(student, teacher, config, images.class_names)
+    _check_pair(images, teacher, untrained.module)
+    own = (*own_losses(config), *losses)
+    identity = identity_of(images, teacher, config, own, untrained if student is not None else None)
+    teacher, pupil = teacher.freeze(world.device), _pupil(untrained, config, world)
+    bound = _losses(config, own, kernels, teacher, pupil)
+    with run_folder(out, ("last", "best"), config.train.resume, world, on_new):
         if world.from_first(lambda: finished(out, out / "last" / WEIGHTS, identity)):
             pupil.module.load_state_dict(safetensors.torch.load_file(out / "last" / WEIGHTS))
             return pupil.eval()
         say(f"kernels: {kernels.name} ({kernels.why})")
-        say(f"losses: {', '.join(loss.describe() for loss in losses)}")
+        say(f"losses: {', '.join(loss.describe() for loss in bound)}")
         rows, held = split(images.ids, config.held_out)
         judge = HeldOut(images, held if world.first else held[:0], teacher, pupil, config.temperature, out)
-        training = _training(images, rows, teacher, pupil, losses, config, judge)
+        training = _training(images, rows, teacher, pupil, bound, config, judge)
         state = fit(training, config.train, out, identity, world, progress, say)
         pupil = pupil.replace(module=state.result.eval())
         if world.first:
@@ -104,15 +110,25 @@ def distill(
 def check(config: DistillConfig, world: World) -> KernelChoice:
     """What computes the losses. Raises UsageError for what cannot work, as far as that is known before data is read."""
     check_training(config.train, world)
+    own_losses(config)
     return choose_kernels(config.kernels, world.device)
 
 
 def identity_of(
-    images: Images, teacher: Classifier, config: DistillConfig, own: Sequence[DistillLoss]
+    images: Images,
+    teacher: Classifier,
+    config: DistillConfig,
+    own: Sequence[DistillLoss],
+    student: Classifier | None = None,
 ) -> dict[str, Any]:
-    """Everything that the student depends on: settings, and by content teacher, images and losses of one's own."""
+    """Everything that the student depends on: settings, and by content teacher, images and losses of one's own.
+
+    student: the untrained one, where it is not built from the settings: its class and weights stand for config.student.
+    """
+    given = {} if student is None else {"student": f"{type(student.module).__name__} {student.digest()[:16]}"}
     return {
         **config.identity(),
+        **given,
         "loss": [described(loss) for loss in own],
         "teacher": f"{teacher.architecture} {teacher.digest()[:16]}",
         "data": images.digest[:16],
@@ -192,11 +208,25 @@ def _opened(data: Data, config: DistillConfig, say: Say) -> Images:
     return images
 
 
-def _built(config: DistillConfig, classes: int) -> nn.Module:
-    """The untrained student, whose weights follow from the seed; torch's generators are left alone."""
+def _untrained(
+    student: nn.Module | Classifier | None, teacher: Classifier, config: DistillConfig, class_names: Sequence[str]
+) -> Classifier:
+    """The student before training, fed what the teacher is; one that is built has weights that follow from the seed.
+
+    torch's generators are left alone. Raises UsageError for a Classifier of other classes.
+    """
+    if isinstance(student, nn.Module):
+        return teacher.replace(module=student, architecture="", source="")
+    if student is not None:
+        if student.class_names != tuple(class_names):
+            why = f"it has {len(student.class_names)}: {', '.join(student.class_names[:10])}"
+            todo = "give one of the teacher's classes, in its order"
+            raise UsageError("the student's classes are not those of the images", why, todo)
+        return teacher.replace(module=student.module, architecture=student.architecture, source="")
     with torch.random.fork_rng(devices=[]):
         seed_global(config.train.seed, torch.device("cpu"))
-        return teachers.build(config.student, classes)
+        network = teachers.build(config.student, len(class_names))
+    return teacher.replace(module=network, architecture=config.student, source="")
 
 
 def _check_pair(images: Images, teacher: Classifier, student: nn.Module) -> None:
@@ -229,12 +259,12 @@ def _check_pair(images: Images, teacher: Classifier, student: nn.Module) -> None
         )
 
 
-def _pupil(teacher: Classifier, network: nn.Module, config: DistillConfig, world: World) -> Classifier:
-    """The student on the device, fed what the teacher is."""
+def _pupil(untrained: Classifier, config: DistillConfig, world: World) -> Classifier:
+    """The student on the device, as it is trained."""
     twice = config.msarc.weight and config.msarc.maps != "cam"  # no SyncBatchNorm is differentiated twice
-    network = world.synchronised(network, "off" if twice else config.train.compute.sync_bn)
+    network = world.synchronised(untrained.module, "off" if twice else config.train.compute.sync_bn)
     network = network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return teacher.replace(module=network, architecture=config.student)
+    return untrained.replace(module=network)
 
 
 def _losses(

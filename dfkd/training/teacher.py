@@ -40,15 +40,16 @@ def train_teacher(
     world: World | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
+    on_new: Callable[[], object] | None = None,
 ) -> Classifier:
     """Train a new network and return it as it is after the last step, in evaluation mode.
 
     data: a set of images as dfkd.evaluation.open_images names it ("digits-on-photos", "imagefolder:PATH", ...), or
     images by split: "train", "validation" and "test".
     architecture: a name that dfkd.teachers.build knows. input_size: side of its images; None is its own.
-    world, progress and say: as of dfkd.training.distill.distill. OUT/result.json has the accuracies. A run that was
-    stopped goes on where its last checkpoint was, with the same result (bit for bit on a CPU); a finished one returns
-    at once, without reading an image.
+    world, progress, say and on_new: as of dfkd.training.distill.distill. OUT/result.json has the accuracies. A run that
+    was stopped goes on where its last checkpoint was, with the same result (bit for bit on a CPU); a finished one
+    returns at once, without reading an image.
 
     Raises UsageError for an unknown architecture, images that cannot be read, what cannot work on the device, an `out`
     of other settings or in use, and a run that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the
@@ -59,7 +60,7 @@ def train_teacher(
     teachers.check(architecture)
     check_training(config.train, world)
     identity = identity_of(data, config, architecture, input_size)
-    with run_folder(out, (WEIGHTS, "config.json"), config.train.resume, world):
+    with run_folder(out, (WEIGHTS, "config.json"), config.train.resume, world, on_new):
         if world.from_first(lambda: finished(out, out / WEIGHTS, identity, ignoring=[CONTENT])):
             return Classifier.from_pretrained(out).to(world.device)
         split = _opener(data, input_size or teachers.input_size(architecture))

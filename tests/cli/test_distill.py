@@ -13,6 +13,7 @@ from PIL import Image
 from dfkd import evaluation
 from dfkd.cli import distill as cli
 from dfkd.cli.progress import progress
+from dfkd.files import folder_lock
 from dfkd.teachers import Classifier
 from tests.cli.small_generate import last_line, save_classifier, status_of
 from tests.shard_folders import CLASS_NAMES, make
@@ -133,6 +134,8 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
         (["--data", tmp_path / "none"], "none"),
         (["--teacher-checkpoint", tmp_path / "none"], "no checkpoint"),
         (["--test", "imagefolder:nowhere"], "there is no nowhere"),
+        (["--test", "digit-on-photos"], "there is no such data"),
+        (["--test", f"imagefolder:{tmp_path}/{{split}}"], "there is no"),
         (["--loss", "nowhere.py:Hint"], "no file nowhere.py"),
         (["--out", tmp_path / "file" / "out"], "cannot write to"),
     ]
@@ -146,6 +149,14 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
         printed = capsys.readouterr()
         assert printed.err.startswith("error: ") and message in printed.err and printed.out == ""
     assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_folder_in_use_keeps_the_settings_of_its_run(inputs: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "settings.json").write_text("of the run that holds the folder")
+    with folder_lock(tmp_path):
+        assert call(*arguments(inputs, tmp_path)) == 2
+    assert "is in use" in capsys.readouterr().err
+    assert (tmp_path / "settings.json").read_text() == "of the run that holds the folder"
 
 
 def test_several_folders_and_class_folders_are_data_and_are_never_touched(

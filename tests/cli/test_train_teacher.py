@@ -11,6 +11,7 @@ from PIL import Image
 
 from dfkd import evaluation
 from dfkd.cli import train_teacher as cli
+from dfkd.files import folder_lock
 from dfkd.teachers import Classifier
 from dfkd.training import teacher
 from tests.cli.small_generate import last_line, status_of
@@ -123,6 +124,12 @@ def test_errors_before_work(argv: list[str], message: str, tmp_path: Path, capsy
     assert status_of(cli.main, "--out", tmp_path / "out", "--device", "cpu", *argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_a_folder_in_use_gets_no_settings(data: Path, tmp_path: Path, capsys: Any) -> None:
+    with folder_lock(tmp_path):
+        assert call(data, tmp_path) == 2
+    assert "is in use" in capsys.readouterr().err and not (tmp_path / "settings.json").exists()
 
 
 def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path, capsys: Any) -> None:

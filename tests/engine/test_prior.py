@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import dfkd_engine.files
 from dfkd_engine.errors import EngineError
-from dfkd_engine.prior import EMBEDDED, Prior, component_digests
+from dfkd_engine.prior import EMBEDDED, Prior, check_source, component_digests
 from tests.tiny_sd import VAE, WIDTH, make_tiny_sd
 
 
@@ -148,9 +148,11 @@ def test_weights_are_hashed_once_a_process(prior_folder, prior, monkeypatch):
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
 def test_missing_part(spoilt, part):
+    check_source(spoilt)
     shutil.rmtree(spoilt / part)
-    with pytest.raises(EngineError, match=f"{part}/.*Fetch|{part}/.* is missing. A prior is a folder"):
-        Prior.from_pretrained(spoilt)
+    for load in (Prior.from_pretrained, check_source):
+        with pytest.raises(EngineError, match=f"{part}/.*Fetch|{part}/.* is missing. A prior is a folder"):
+            load(spoilt)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_files_that_cannot_be_loaded(spoilt, spoil, message):
 @pytest.mark.parametrize("source", ["no/such/folder", "./nothing", "nothing", Path("no/such")])
 def test_absent_folder(source):
     with pytest.raises(EngineError, match="no such folder, and a hub id has the form owner/name"):
-        Prior.from_pretrained(source)
+        check_source(source)
 
 
 def test_hub_id_without_a_network(monkeypatch, tmp_path):
@@ -228,3 +230,4 @@ def test_hub_id_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(EngineError, match=r"could not be fetched from the Hugging Face hub .*Check the id"):
         Prior.from_pretrained("owner/name")
+    check_source("owner/name")  # which is not fetched

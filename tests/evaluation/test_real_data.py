@@ -1,6 +1,7 @@
 """Real data: the splits share nothing, are balanced, and are the same at every call."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from dfkd.data import Form, ImageFiles, LoaderChoice, Pool, Step, Views, dali_installed, list_folder, open_source
 from dfkd.errors import UsageError
-from dfkd.evaluation import check_data, open_images
+from dfkd.evaluation import check_data, class_names_of, open_images
 from dfkd.evaluation import digits_on_photos as world
 from dfkd.evaluation.split import SPLITS, stratified
 
@@ -145,12 +146,26 @@ def test_errors_before_work(name, split, message):
         load(name, split)
 
 
-def test_what_can_be_known_without_reading(folder):
-    for name in ("digits-on-photos", f"imagefolder:{folder}", str(folder), "list:x_{split}.txt"):
+def test_what_can_be_known_without_reading(folder, tmp_path):
+    (tmp_path / "x_train.txt").touch()
+    listed = f"list:{tmp_path}/x_{{split}}.txt"
+    for name in ("digits-on-photos", f"imagefolder:{folder}", str(folder), listed):
         check_data("--test", name)
-    for name, words in (("mnist", "no such data"), ("list:absent.txt", "there is no absent.txt")):
-        with pytest.raises(UsageError, match=f"--test {name}: .*{words}"):
-            check_data("--test", name)
+        check_data("--test", name, "validation")
+    for name, split, words in (
+        ("mnist", "test", "no such data"),
+        ("list:absent.txt", "test", "there is no absent.txt"),
+        (listed, "test", "there is no .*x_test.txt"),
+        (listed, "all", "no split 'all'"),
+        ("digits-on-photos", "all", "no split 'all'"),
+    ):
+        with pytest.raises(UsageError, match=f"--test {re.escape(name)}: .*{words}"):
+            check_data("--test", name, split)
+
+
+def test_class_names_are_known_without_decoding(folder, tmp_path):
+    assert class_names_of(f"imagefolder:{folder}") == open_images(f"imagefolder:{folder}", "test", 8).class_names
+    assert class_names_of("digits-on-photos")[9] == "nine" and class_names_of(f"parquet:{tmp_path}") == ()
 
 
 @pytest.mark.dali

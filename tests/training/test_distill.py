@@ -1,5 +1,6 @@
 """Distillation as a library function: what it learns, refuses and leaves; and that every setting of it acts."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from dfkd.errors import UsageError
 from dfkd.teachers import Classifier
 from dfkd.training import step
 from dfkd.training.distill import distill, score, split
+from dfkd.training.losses import CrossEntropy
 from dfkd.training.world import World
 from dfkd_kernels import soft_kl
 from tests.training.small_run import (
@@ -108,6 +110,35 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
         next(other.parameters()).add_(1)
     with pytest.raises(UsageError, match="teacher is "):
         run(tmp_path, teacher=other)
+
+
+def test_a_network_of_ones_own_belongs_to_the_run(tmp_path: Path) -> None:
+    run(tmp_path, student=network(0))
+    config = json.loads((tmp_path / "last" / "config.json").read_text())
+    assert config["architecture"] == ""
+    run(tmp_path, student=network(0))  # of the same weights: finished
+    for other in (network(5), network(0, 8)):  # other weights, other shapes
+        with pytest.raises(UsageError, match=r"student is Sequential .* there and Sequential .* here"):
+            run(tmp_path, student=other)
+    with pytest.raises(UsageError, match=r"student is Sequential .* there and resnet8 here"):
+        run(tmp_path, settings(student="resnet8"), student=None)
+
+
+def test_a_classifier_may_be_the_student(tmp_path: Path) -> None:
+    mine = teacher().replace(module=network(0), architecture="mine")
+    student = distill(pool(), teacher(), settings(), tmp_path / "classifier", student=mine)
+    run(tmp_path / "module", student=network(0))
+    assert student.architecture == "mine" and equal(tmp_path / "classifier" / "last", tmp_path / "module" / "last")
+    with pytest.raises(UsageError, match="the student's classes are not those"):
+        run(tmp_path / "other", student=mine.replace(class_names=("zero", "two", "one")))
+
+
+def test_a_loss_may_be_an_object(tmp_path: Path) -> None:
+    run(tmp_path / "named", settings(ce_weight=0.5))
+    run(tmp_path / "given", losses=[CrossEntropy(0.5)])
+    assert equal(tmp_path / "named" / "last", tmp_path / "given" / "last")
+    with pytest.raises(UsageError, match=r"loss is .*'weight': 0.5.* there and .*'weight': 0.7.* here"):
+        run(tmp_path / "given", losses=[CrossEntropy(0.7)])
 
 
 def test_the_loss_in_triton_trains_the_same_student_but_for_rounding(
