@@ -44,7 +44,7 @@ engines: $(SETUP) $(DEMO_TEACHER)/result.json ## compile the demo's networks, fo
 	else echo "demo-rtx, plans for GPUs: left out, tensorrt_rtx is not installed" >&2; fi
 
 bench: $(SETUP) ## time every part beside a baseline (ARGS="--quick" for minutes, --record, --against FILE)
-	@$(PY) -m pytest benchmarks/suite --benchmark-only $(ARGS)
+	@$(PY) -m benchmarks.suite $(ARGS)
 
 tables: $(SETUP) ## write the documents' tables anew from benchmarks/results
 	@$(PY) -m benchmarks.tables

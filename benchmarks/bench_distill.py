@@ -11,34 +11,29 @@ compile        --compile default
 cuda graph     --cuda-graph, on a GPU alone
 all            --amp bf16 and compiled; on a GPU as a CUDA graph too
 
-Rows but the first are channels_last. Images lie on the device ready: a loader's work is not in these steps. Ways run in
-turns in one process, ratios are taken within a turn. --accuracy distils the run's images with each row's options and
-tests the student on the demo's test images.
+Rows but the first are channels_last. Images lie on the device ready: a loader's work is not in these steps. --accuracy
+distils the run's images with each row's options and tests the student on the demo's test images.
 """
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.flops import in_turns, matmuls, peak, reason
-from benchmarks.machine import describe
-from benchmarks.recording import finish, names_of, not_measured, number, percent, ratios, spread, table, taken_on, words
+from benchmarks import driver
+from benchmarks.driver import Group, Work
+from benchmarks.recording import names_of
 from dfkd import teachers
 from dfkd.config import DistillConfig
 from dfkd.errors import UsageError
-from dfkd.runtime import resolve_device
 from dfkd.training.distill import check
 from dfkd.training.losses import KullbackLeibler, Objective
 from dfkd.training.state import State
@@ -82,7 +77,7 @@ class Pair:
             raise argparse.ArgumentTypeError(f"{text}: want TEACHER:STUDENT:SIZE:BATCH ({error})") from None
 
     def __str__(self) -> str:
-        return f"{self.teacher} to {self.student}, {self.size}"
+        return f"{self.teacher} to {self.student}, {self.size}x{self.size}"
 
 
 def step_of(
@@ -124,117 +119,66 @@ def flop(of: Pair) -> int:
     return counter.get_total_flops() * of.batch // 2
 
 
-def several(step: Callable[[], Tensor], count: int) -> None:
-    for _ in range(count):
+def work(way: str, of: Pair, device: torch.device, accuracy: float | None = None) -> Work:
+    step, started = made(way, of, device), time.perf_counter()
+    for _ in range(5):  # compiles, and captures after three
         step()
+    facts: dict[str, Any] = {"compile s": time.perf_counter() - started} if "compile" in WAYS[way] else {}
+    facts |= {} if accuracy is None else {"student": f"{100 * accuracy:.1f} %"}
+    return Work(step, of.batch, flop(of), facts)
 
 
-def bench(of: Pair, device: torch.device, steps: int, turns: int, names: Sequence[str]) -> dict[str, Any]:
-    """Rows of one pair, and why of what could not run."""
-    calls: dict[str, Callable[[], object]] = {}
-    compiling, failures = {}, {}
-    for name in names:
-        try:
-            step = made(name, of, device)
-            started = time.perf_counter()
-            several(step, 5)  # compiles, and captures after three
-            if "compile" in WAYS[name]:
-                compiling[name] = time.perf_counter() - started
-            calls[name] = partial(several, step, steps)
-        except Exception as error:  # such as no compiler: the other ways are measured still
-            failures[name] = str(error) if isinstance(error, UsageError) else reason(error)
-        print(f"{of} {name}: {failures.get(name, 'ready')}", file=sys.stderr, flush=True)
-    ceiling = "bfloat16" if device.type == "cuda" else "float32"
-    matmul, work = matmuls(device, getattr(torch, ceiling))[ceiling]
-    seconds, failed = in_turns({**calls, "matmul": matmul}, turns, device)
-    limit, most, whole = [work / s for s in seconds.pop("matmul")], peak(device, torch.bfloat16), flop(of) * steps
-    rows = {}
-    for name, spent in seconds.items():
-        rows[name] = {
-            "images_per_second": spread([of.batch * steps / s for s in spent]),
-            "ratio": ratios(seconds.get("eager"), spent),
-            "flop_per_second": whole / median(spent),
-            "share_of_matmul": median(whole / s / top for s, top in zip(spent, limit, strict=True)),
-            "share_of_peak": whole / median(spent) / most if most else None,
-            "compile_seconds": compiling.get(name),
-        }
-    return {"pair": vars(of), "rows": rows, "matmul": ceiling, "failures": {**failures, **failed}}
+def groups(
+    pairs: Sequence[Pair], device: torch.device, ways: Sequence[str] = tuple(WAYS), students: Mapping[str, float] = {}
+) -> list[Group]:
+    """A group for every pair. students: accuracies by way, of the first pair's."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [
+        Group(
+            f"distillation, {of}",
+            "eager",
+            {w: partial(work, w, of, device, students.get(w)) for w in ways},
+            dtype=dtype,
+        )
+        for of, students in zip(pairs, (students, *[{}] * len(pairs)), strict=False)
+    ]
 
 
-def accuracies(run: Path, names: Sequence[str], device: torch.device, folder: Path) -> dict[str, float]:
+def accuracies(run: Path, ways: Sequence[str], device: torch.device, folder: Path) -> dict[str, float]:
     """Test accuracy of a student of a dfkd-run of the demo by way; none for eager, which dfkd-distill is not."""
     from dfkd.evaluation import evaluate
     from dfkd.training.distill import distill
 
     teacher, found = teachers.Classifier.from_pretrained(run / "teacher"), {}
-    for name in (name for name in names if name != "eager"):
+    for way in (way for way in ways if way != "eager"):
         try:
-            config = DistillConfig.preset("demo", device=str(device), **changes(name, device))
-            student = distill(run / "synthetic", teacher, config, folder / name)
+            config = DistillConfig.preset("demo", device=str(device), **changes(way, device))
+            student = distill(run / "synthetic", teacher, config, folder / way)
         except UsageError:  # for the reason that its row has
             continue
-        found[name] = evaluate(student, "digits-on-photos").accuracy
+        found[way] = evaluate(student, "digits-on-photos").accuracy
     return found
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of a recorded result."""
-    heads = ["networks", "way", "img/s: median (min to max)", "ratio", "of matmul", "MFU", "compile s", "student"]
-    cells, missing = [], []
-    for number_of, part in enumerate(result["pairs"]):
-        of = Pair(**part["pair"])
-        for name, r in part["rows"].items():
-            seconds, accuracy = r["compile_seconds"], None if number_of else result["student_accuracy"].get(name)
-            cells.append([
-                of, name, words(r["images_per_second"]), r["ratio"] and number(r["ratio"]["median"]),
-                percent(r["share_of_matmul"]), percent(r["share_of_peak"]), seconds and number(seconds),
-                accuracy and f"{100 * accuracy:.1f} %",
-            ])  # fmt: skip
-        missing += [(f"{name} ({of})", why) for name, why in part["failures"].items()]
-    batches = ", ".join(str(part["pair"]["batch"]) for part in result["pairs"])
-    under = (
-        f"A step of {batches} images; ratio: to eager; matmul: a square {result['pairs'][0]['matmul']} one here; "
-        f"student: of the demo in this way. {result['turns']} turns, "
-    )
-    command = "python -m benchmarks.bench_distill --accuracy runs/demo"
-    return "\n".join([*table(heads, cells), "", under + taken_on(result["machine"], command), *not_measured(missing)])
-
-
-def defaults(device: torch.device, quick: bool = False) -> list[Pair]:
-    if quick:
-        return [Pair("resnet8_half", "resnet8_half", 32, 8)]
+def defaults(device: torch.device) -> list[Pair]:
     if device.type == "cpu":
         return [Pair("resnet8_half", "resnet8_half", 32, 128), Pair("resnet20", "resnet8", 32, 128)]
     return [Pair("resnet34", "resnet18", 32, 256), Pair("resnet34_imagenet", "resnet18_imagenet", 224, 256)]
 
 
-def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = driver.parser(__doc__)
     parser.add_argument("--pairs", type=Pair.of, nargs="+", help="TEACHER:STUDENT:SIZE:BATCH of the zoo")
     parser.add_argument("--ways", type=names_of(WAYS), default=list(WAYS), help="default all")
-    parser.add_argument("--steps", type=int, default=4, help="of a turn (default 4)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--quick", action="store_true", help="one turn of one small step: proves that it runs")
     parser.add_argument("--accuracy", type=Path, metavar="RUN", help="also distil and test a student per row")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/distill-<device>.json")
-    return parser
-
-
-def main() -> None:
-    a = arguments_parser().parse_args()
-    if a.quick and a.record:
-        sys.exit("error: a rehearsal is not recorded")
-    device = resolve_device(a.device)
-    turns, steps = (1, 1) if a.quick else (a.repeats, a.steps)
-    result: dict[str, Any] = {"machine": describe(device), "turns": turns, "pairs": [], "student_accuracy": {}}
-    for of in a.pairs or defaults(device, a.quick):
-        result["pairs"].append(bench(of, device, steps, turns, a.ways))
-        print(json.dumps(result), flush=True)  # for who stops it; the last line is the whole
+    a = parser.parse_args()
+    pairs, students = a.pairs or defaults(a.device), {}
     if a.accuracy:
         with tempfile.TemporaryDirectory() as folder:
-            result["student_accuracy"] = accuracies(a.accuracy, a.ways, device, Path(folder))
-    finish(result, markdown(result), "distill" if a.record else "")
+            students = accuracies(a.accuracy, a.ways, a.device, Path(folder))
+    batches = ", ".join(str(of.batch) for of in pairs)
+    note = f"A step of {batches} images" + ("; student: the demo's, in this way. " if students else ". ")
+    driver.run(groups(pairs, a.device, a.ways, students), a, "bench_distill", note=note)
 
 
 if __name__ == "__main__":

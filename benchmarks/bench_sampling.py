@@ -24,39 +24,23 @@ Rows run in turns in one process, ratios are taken within a turn, image for imag
 speeds are those of trained networks. FLOP are counted, for an image.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from benchmarks import demo, sd15
-from benchmarks.flops import in_turns, peak, reason
-from benchmarks.machine import describe
+from benchmarks import demo, driver, sd15
+from benchmarks.driver import Group, Work
 from benchmarks.published_loop import PublishedLoop
-from benchmarks.recording import (
-    finish,
-    names_of,
-    not_measured,
-    number,
-    percent,
-    ratios,
-    scaled,
-    spread,
-    table,
-    taken_on,
-    words,
-)
+from benchmarks.recording import names_of, scaled
 from dfkd.config import DTYPES, GenerateConfig
-from dfkd.runtime import resolve_device
 from dfkd.synthesis.command import quieten_libraries
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.plan import network_calls
@@ -64,7 +48,6 @@ from dfkd.teachers import Classifier
 from dfkd_engine.memory import footprint
 from dfkd_engine.prior import Prior
 
-COMMAND = "python -m benchmarks.bench_sampling"
 SEED = 0
 SINGLES = 2  # images a turn of the published loop
 PUBLISHED = {
@@ -78,9 +61,8 @@ ROWS: Mapping[str, dict[str, Any]] = {  # what a row changes in the settings
     "unguided": {"guidance_step": 0.0, "cfg_to": 1.0},
 }
 PEERS = ("diffusers", "diffusers compiled")
-NAMES = (*ROWS, *PEERS)
-BASES = {**dict.fromkeys(("published", "unet", "latent", "late"), "published"), "unguided": PEERS[0]}
-BASES |= dict.fromkeys(PEERS, PEERS[0])
+GROUPS = {"guided sampling": ("published", "unet", "latent", "late"), "unguided sampling": (*PEERS, "unguided")}
+NAMES = tuple(name for names in GROUPS.values() for name in names)
 PLAIN = {"kernels": "torch", "attention": "sdpa", "backend": "eager"}  # what does not compute by our own means
 MODES = ("max-autotune", "reduce-overhead", "default")  # of torch.compile; the first is the page's
 TUNED = {
@@ -104,10 +86,10 @@ class Networks:
         return GuidedPipeline(self.prior, self.teacher, self.config.replace(**ROWS[row]).replace(**changes))
 
 
-def demo_networks(images: int, device: torch.device, dtype: str = "fp32", trained: Path | None = None) -> Networks:
-    """The demo's; trained: folder of the teacher, None for random weights."""
-    config = demo.settings(images, device, dtype=dtype)
-    return Networks(Prior.from_pretrained("demo", dtype), demo.teacher(trained), config)
+def demo_networks(images: int, device: torch.device, trained: Path | None = None, **changes: Any) -> Networks:
+    """The demo's; trained: folder of the teacher, None for random weights. changes: of the preset, by flat name."""
+    config = demo.settings(images, device, **changes)
+    return Networks(Prior.from_pretrained("demo", config.compute.dtype), demo.teacher(trained), config)
 
 
 def sd15_networks(images: int, device: torch.device, dtype: str, size: int, thin: bool = False) -> Networks:
@@ -172,112 +154,66 @@ def flop_per_image(row: str, networks: Networks) -> int:
     return round(sum(flop * counts.get(name, 1) for name, flop in needs.items()))
 
 
-def made(
-    name: str, networks: Networks, images: int, mode: str = MODES[0], backend: str = "eager"
-) -> tuple[Callable[[], object], int]:
-    """A row's call and its images. mode: of torch.compile. backend: of the rows that engines can take over."""
+def made(name: str, networks: Networks, images: int, mode: str = MODES[0], backend: str = "eager") -> Work:
+    """A row. mode: of torch.compile. backend: of the rows that engines can take over.
+
+    Pipelines share networks, whose kernels and attention are those of the one made last: ours come after plain ones.
+    """
+    flop, facts = flop_per_image(name, networks), {}
+    call: Callable[[], object]
     if name == "published":
-        return published(networks, SINGLES), SINGLES
-    if name in PEERS:
-        return plain_diffusers(networks, images, mode if name == PEERS[1] else None), images
-    pipe = networks.pipeline(name, backend="eager" if name == "unet" else backend)
-    return partial(pipe, range(images), seed=SEED), images
-
-
-def bench(
-    networks: Networks, names: Sequence[str], images: int, turns: int, mode: str = MODES[0], backend: str = "eager"
-) -> dict[str, Any]:
-    """The result without the machine: rows, and those that failed with their reason."""
-    calls: dict[str, tuple[Callable[[], object], int]] = {}
-    first, failures = {}, {}
-    # Plain networks are copies, and come before ours get their kernels and their attention.
-    for name in sorted(names, key=lambda name: name in ROWS and name != "published"):
-        try:
-            calls[name] = made(name, networks, images, mode, backend)
+        images, call = SINGLES, published(networks, SINGLES)
+    elif name in PEERS:
+        call = plain_diffusers(networks, images, mode if name == PEERS[1] else None)
+        if name == PEERS[1]:
             started = time.perf_counter()
-            calls[name][0]()  # compiles
-            first[name] = time.perf_counter() - started
-        except Exception as error:  # such as no compiler: the other rows are measured still
-            calls.pop(name, None)
-            failures[name] = reason(error)
-    device = networks.prior.device
-    seconds, failed = in_turns({name: calls[name][0] for name in names if name in calls}, turns, device)
-    each = {name: [spent / calls[name][1] for spent in found] for name, found in seconds.items()}
-    top, rows = peak(device, networks.prior.dtype), []
-    for name, spent in each.items():
-        flop = flop_per_image(name, networks)
-        rows.append(
-            {
-                "row": name,
-                "images_at_a_time": 1 if name == "published" else images,
-                "images_per_second": spread([1 / s for s in spent]),
-                "base": BASES[name],
-                "ratio": ratios(each.get(BASES[name]), spent),
-                "flop_per_image": flop,
-                "flop_per_second": flop / median(spent),
-                "mfu": flop / median(spent) / top if top else None,
-            }
-        )
-    pipe = networks.pipeline("late")
-    return {
-        "prior": networks.prior.source, "dtype": networks.config.compute.dtype, "image_size": pipe.image_size,
-        "steps": len(pipe.table), "turns": turns, "kernels": pipe.kernels, "backend": backend, "compile_mode": mode,
-        "compile_seconds": first.get(PEERS[1]), "rows": rows, "failures": {**failures, **failed},
-    }  # fmt: skip
+            call()
+            facts = {"compile s": time.perf_counter() - started}
+    else:
+        pipe = networks.pipeline(name, backend="eager" if name == "unet" else backend)
+        call = partial(pipe, range(images), seed=SEED)
+    facts |= {"images at a time": 1 if name == "published" else images, "FLOP an image": scaled(flop)}
+    return Work(call, images, images * flop, facts)
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of a result."""
-    heads = ["row", "images at a time", "img/s: median (min to max)", "times as fast as", "FLOP an image", "FLOP/s"]
-    cells = [
-        [
-            r["row"], r["images_at_a_time"], words(r["images_per_second"]),
-            None if r["row"] == r["base"] else f"{r['base']}: {words(r['ratio'])}",
-            scaled(r["flop_per_image"]), scaled(r["flop_per_second"]), percent(r["mfu"]),
-        ]
-        for r in result["rows"]
-    ]  # fmt: skip
-    size, seconds = result["image_size"], result["compile_seconds"]
-    compiled = f"; diffusers compiled: {result['compile_mode']}, first call {number(seconds)} s" if seconds else ""
-    under = (
-        f"Prior {result['prior']}, {size}x{size}, {result['dtype']}, {result['steps']} steps, {result['turns']} turns, "
-        f"kernels {result['kernels']}, --backend {result['backend']}{compiled}. "
-    )
-    lines = [*table([*heads, "MFU"], cells), "", under + taken_on(result["machine"], COMMAND)]
-    return "\n".join([*lines, *not_measured(result["failures"].items())])
+def groups(
+    networks: Networks, images: int, mode: str = MODES[0], backend: str = "eager", names: Sequence[str] = NAMES
+) -> list[Group]:
+    found = []
+    for name, own in GROUPS.items():
+        rows = {row: partial(made, row, networks, images, mode, backend) for row in own if row in names}
+        found += [Group(name, own[0], rows, dtype=networks.prior.dtype)] if rows else []
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = driver.parser(__doc__)
     parser.add_argument("--prior", choices=("demo", "sd15"), default="demo")
     parser.add_argument(
         "--teacher", type=Path, help="of the demo: folder of dfkd-train-teacher (default random weights)"
     )
     parser.add_argument("--size", type=int, default=512, help="of sd15's images (default 512)")
     parser.add_argument("--thin", action="store_true", help="sd15 with few channels: a rehearsal, never recorded")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default fp32 of the demo, bf16 of sd15")
     parser.add_argument(
         "--rows", type=names_of(NAMES), default=list(NAMES), help=f"of {', '.join(NAMES)} (default all)"
     )
     parser.add_argument("--images", type=int, help="of a call of our rows (default 200 of the demo, 16 of sd15)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
     parser.add_argument("--backend", default="eager", help="of latent, late and unguided: auto takes built engines")
     parser.add_argument("--compile-mode", choices=MODES, default=MODES[0], help=f"of diffusers (default {MODES[0]})")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/sampling-<prior>-<device>.json")
     a = parser.parse_args()
     if a.thin and (a.record or a.prior == "demo"):
         parser.error("--thin is a rehearsal of --prior sd15, and not recorded")
     quieten_libraries()
-    device = resolve_device(a.device)
-    machine = describe(device)  # before the work: what fails here must not lose it
-    images = a.images or (200 if a.prior == "demo" else 16)
+    images, dtype = a.images or (200 if a.prior == "demo" else 16), a.dtype or ("fp32" if a.prior == "demo" else "bf16")
     if a.prior == "demo":
-        networks = demo_networks(images, device, a.dtype or "fp32", a.teacher)
+        networks = demo_networks(images, a.device, a.teacher, dtype=dtype)
     else:
-        networks = sd15_networks(images, device, a.dtype or "bf16", a.size, a.thin)
-    result = {"machine": machine, **bench(networks, a.rows, images, a.repeats, a.compile_mode, a.backend)}
-    finish(result, markdown(result), f"sampling-{a.prior}" if a.record else "")
+        networks = sd15_networks(images, a.device, dtype, a.size, a.thin)
+    steps, side = networks.config.sampling.steps, networks.prior.latent_size[0] * networks.prior.vae_scale_factor
+    note = f"Prior {networks.prior.source}, {side}x{side}, {dtype}, {steps} steps, --backend {a.backend}. "
+    found = groups(networks, images, a.compile_mode, a.backend, a.rows)
+    driver.run(found, a, "bench_sampling", f"sampling-{a.prior}", note)
 
 
 if __name__ == "__main__":

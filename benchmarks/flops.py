@@ -75,14 +75,11 @@ def counted(call: Callable[..., T], *arguments: torch.Tensor) -> tuple[T, int]:
     return result, counter.get_total_flops()
 
 
-def matmuls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], int]]:
-    """By precision, a square matmul and its FLOP: the ceiling. float32 is always among them."""
-    side = SIDES[device.type]
-    found: dict[str, tuple[Callable[[], object], int]] = {}
-    for name in ("float32", precision(device, dtype)):
-        a = torch.randn(side, side, device=device).to(torch.float32 if name == "tf32" else getattr(torch, name))
-        found[name] = partial(_matmul, a, name == "tf32"), 2 * side**3
-    return found
+def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A square matmul in the precision of these networks, and its FLOP: the ceiling."""
+    side, name = SIDES[device.type], precision(device, dtype)
+    a = torch.randn(side, side, device=device).to(torch.float32 if name == "tf32" else dtype)
+    return partial(_matmul, a, name == "tf32"), 2 * side**3
 
 
 def in_turns(

@@ -6,8 +6,8 @@
 
 Each section is a benchmark of its own in a process of its own, so that one that fails, hangs or lacks a package costs
 its rows and no others; the reason stands in the report. The most telling come first; sections that a spent --minutes
-does not reach are named too, and --only measures them later. Kernels, engines and distill tell their rows as they come:
-stopped or broken off they keep those until then.
+does not reach are named too, and --only measures them later. Benchmarks tell their rows as they come: stopped or broken
+off they keep those until then.
 
 Writes benchmarks/results/gpu-report-<device>.json with what every section measured, and the same as tables in .md. What
 is on record there of other sections stays, each with its own commit, date and versions. A section that measures nothing
@@ -66,7 +66,7 @@ SECTIONS: Mapping[str, Section] = {
     "sampling": Section(
         "Sampling of Stable Diffusion 1.5, ours beside the published loop and diffusers",
         "bench_sampling",
-        "bench_sampling",
+        "driver",
         "--prior sd15 --device cuda --repeats 3 --compile-mode reduce-overhead",  # max-autotune compiles for minutes
         "--prior sd15 --thin --size 64 --device cpu --dtype fp32 --images 2 --repeats 1",
         180,
@@ -74,15 +74,15 @@ SECTIONS: Mapping[str, Section] = {
     "distill": Section(
         "Steps of distillation",
         "bench_distill",
-        "bench_distill",
+        "driver",
         "--device cuda",
-        "--quick --device cpu --ways eager,channels_last,bf16,compile,all",
+        "--device cpu --pairs resnet8_half:resnet8_half:32:8 --repeats 1 --ways eager,channels_last,bf16,compile,all",
         100,
     ),
     "engines": Section(
         "Networks of Stable Diffusion 1.5 at 512x512, random weights",
         "bench_engines",
-        "bench_engines",
+        "driver",
         "--sd15 512 --device cuda --dtype fp16 --rows 16 --networks unet,gradient,decode --repeats 3"
         " --backends eager,channels_last,torch.compile,tensorrt",
         "--sd15 64 --thin --device cpu --rows 2 --networks unet,gradient,decode --backends eager,channels_last"
@@ -104,9 +104,9 @@ SECTIONS: Mapping[str, Section] = {
     "loader": Section(
         "Loaders, and what they cost a step",
         "bench_loader",
-        "bench_loader",
+        "driver",
         "--device cuda --repeats 3",
-        "--quick --device cpu --workers 0",
+        "--quick --device cpu --workers 0 --repeats 1",
         90,
     ),
 }  # fmt: skip
@@ -221,7 +221,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name, found in result["sections"].items():
         parts.append(f"## {SECTIONS[name].title}")
         if "result" in found:
-            parts.append(table(SECTIONS[name], found["result"]))
+            parts.append(
+                importlib.import_module(f"benchmarks.{SECTIONS[name].tables}").markdown(found["result"]).strip()
+            )
         if "why" in found:
             parts.append(f"{'Rows until then' if 'result' in found else 'Not measured'}: {found['why']}.")
         if (own := made_with(found["machine"])) != made_with(machine):
@@ -229,14 +231,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         if "again" in found:
             parts.append(f"Tried again with {made_with(found['again']['machine'])}: {found['again']['why']}.")
     return "\n\n".join(parts) + "\n"
-
-
-def table(section: Section, result: Any) -> str:
-    try:
-        module = importlib.import_module(f"benchmarks.{section.tables}")
-    except ModuleNotFoundError as error:  # it was measured before, where the package was there
-        return f"Its table needs {error.name}, which is not installed; the JSON has the numbers."
-    return str(module.markdown(result)).strip()
 
 
 def main() -> None:

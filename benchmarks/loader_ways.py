@@ -48,7 +48,7 @@ def epoch_of(way: str, folder: Path, batch: int, workers: int, device: torch.dev
 
 def _ours(way: str, pool: ShardPool, batch: int, workers: int, device: torch.device) -> Epoch:
     if way == "dali" and not dali_installed():
-        raise UsageError("dali", "NVIDIA DALI is not installed")
+        raise UsageError("NVIDIA DALI is not installed")
     count, size = len(pool.ids), pool.image_size
     form, order = Form(size, MEAN, STD, device), Order(0, count, batch, count)
     source = open_source(LoaderChoice(way, ""), pool, torch.arange(count), form, "crop-flip", batch, workers)

@@ -19,19 +19,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def ratios(base: Sequence[float] | None, seconds: Sequence[float]) -> dict[str, float] | None:
-    """How many times as fast as `base`, turn by turn, since both saw the same machine in a turn; None without one."""
-    return spread([b / s for b, s in zip(base, seconds, strict=True)]) if base else None
-
-
 def number(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:.{max(0, 2 - int(f'{value:.2e}'.partition('e')[2]))}f}"
 
 
 def words(found: Mapping[str, float] | None) -> str:
-    """A spread as text: median (least to greatest), three digits each; a dash for none."""
-    return f"{number(found['median'])} ({number(found['min'])} to {number(found['max'])})" if found else "-"
+    """A spread as text: median (least to greatest), or the median where that is all; a dash for none."""
+    if not found or "min" not in found:
+        return number(found["median"]) if found else "-"
+    return f"{number(found['median'])} ({number(found['min'])} to {number(found['max'])})"
 
 
 def scaled(value: float, unit: str = "") -> str:
