@@ -23,7 +23,7 @@ class Rank:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks, and writes what there is one of."""
+        """Whether this is the first of the run's processes, which alone prints and writes what a run has one of."""
         return self.number == 0
 
     def owns(self, index: int) -> bool:

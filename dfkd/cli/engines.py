@@ -301,7 +301,10 @@ def _runs_here(built_with: Mapping[str, str]) -> bool:
 
 
 def _group_norm(manifest: Manifest) -> str:
-    """Which group norm an engine's graph has, with what was timed where both were; "-" where there was no choice."""
+    """The group norm that an engine's graph was given, for a column of `dfkd-engines list`.
+
+    Behind it stand the milliseconds of each that was timed; "-" for an engine that had no choice.
+    """
     measured = manifest.facts.get("group_norm")
     if measured is None:
         return "-"

@@ -98,7 +98,7 @@ class Dali:
                 self._drain()
 
     def _drain(self) -> None:
-        """Take what was made ahead and is not wanted: the pipeline must be at an end before it begins again."""
+        """Empty the pipeline of the batches made ahead, and begin again: DALI starts an epoch only after the last."""
         self._feed.steps = iter(())
         while self._feed.asked and not self._pipe.empty():  # empty where the inputs of a step were refused
             self._next()
@@ -107,7 +107,10 @@ class Dali:
         self._schedule()
 
     def _schedule(self) -> None:
-        """Put the next step to work; the first call takes as many as are made ahead, one that finds none nothing."""
+        """Let the pipeline begin with the next step.
+
+        The first call takes as many steps as are made ahead; a call that finds no step left does nothing.
+        """
         self._pipe.schedule_run()
 
     def _next(self) -> Tensor:
@@ -161,7 +164,10 @@ class _Feed:
         return (images, *(_arguments(step.views, self.size, self.border) if self.views_here else ()))
 
     def damaged(self, step: Step, error: RuntimeError) -> UsageError:
-        """The image that Pillow cannot read either, by file and id, or else what DALI says of the batch."""
+        """The error to raise for a batch that DALI could not decode.
+
+        By file and id it names the image that Pillow cannot read either; where Pillow reads all, what DALI says.
+        """
         positions = self.positions[step.positions]
         for position in positions:
             try:
@@ -199,7 +205,7 @@ def _pipeline(feed: _Feed, form: Form, rows: int, threads: int) -> Any:
 
 
 def _inputs_of(kind: str) -> tuple[str, ...]:
-    """Names of what _arguments gives for views of this kind."""
+    """Names of the pipeline's inputs beside the images for views of this kind, in the order of _arguments."""
     views = draw(kind, 1, 8, 8, torch.Generator())
     window = ("corner", "mirror") if views.window is not None else ()
     return (*window, *(name for name in ("matrix", "colour") if getattr(views, name) is not None))
@@ -285,7 +291,10 @@ def _viewed(images: Any, views: dict[str, Any], form: Form, feed: _Feed) -> Any:
 
 
 def _between_mirrors(pixels: NDArray[np.uint8], border: int, axis: int) -> NDArray[np.uint8]:
-    """What _reflected does, of pixels [B, H, W, 3] in main memory: copies of the batch, not of each image."""
+    """Pixels [B, H, W, 3] between `border` mirrored lines on either side along an axis, in main memory.
+
+    The equal of _reflected for pixels that DALI is fed: it copies the batch once, not each image.
+    """
     first, last = np.split(pixels, [border], axis)[0], np.split(pixels, [-border], axis)[1]
     return np.concatenate((np.flip(first, axis), pixels, np.flip(last, axis)), axis)
 

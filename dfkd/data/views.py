@@ -168,5 +168,5 @@ def _uniform(count: int, low: float, high: float, generator: Generator) -> Tenso
 
 
 def coin(count: int, generator: Generator) -> Tensor:
-    """bool [count], fair."""
+    """Draws of a fair coin, bool [count]."""
     return torch.rand(count, generator=generator) < 0.5

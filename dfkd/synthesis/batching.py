@@ -28,7 +28,10 @@ def cuts(total: int, batch: int) -> Iterator[slice]:
 
 @contextmanager
 def calling(network: str) -> Iterator[None]:
-    """Raises ShortMemory where memory is short inside; within one another, the innermost gives the name."""
+    """Turn an out-of-memory error inside into ShortMemory, which names the network that was called.
+
+    Contexts may be nested: the innermost gives the name, since it is nearest to the call that failed.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -165,7 +165,11 @@ class FusedTeacher:
 
     @staticmethod
     def of(network: nn.Module, layers: Sequence[nn.BatchNorm2d]) -> "FusedTeacher":
-        """Raises UsageError: a layer in training mode, or one that the graph does not use exactly once."""
+        """The teacher's network with its BatchNorm layers recorded, as one fx graph where it can be traced.
+
+        layers: those to record, in evaluation mode. Without a graph (`why` says what stands against one) each layer
+        records by itself. Raises UsageError: a layer in training mode, or one that the graph does not use exactly once.
+        """
         if training := [index for index, layer in enumerate(layers) if layer.training]:
             what = f"BatchNorm layer {training[0]} is in training mode"
             raise UsageError(what, "its running statistics are what is wanted", "call eval() on the teacher")

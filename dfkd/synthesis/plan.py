@@ -39,7 +39,7 @@ Call = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """Calls of a synthesis.
+    """How a synthesis is cut into network calls: their size, what bounds it, and the memory that they take.
 
     call_size: images a network call. group: images that interact. bound: what made the call size smaller than asked,
     "" where nothing did. rows: images a call by network, and needs: what a call takes, a row being an image; {} for a
@@ -64,7 +64,7 @@ class Plan:
         return self.needs[network].bytes(self.rows[network])
 
     def describe(self) -> str:
-        """One line for people."""
+        """The call size, what bounds it and the memory that it takes, as the line that a run prints."""
         found = f"plan: calls of {self.call_size} images" + (f", as {self.bound} allows" if self.bound else "")
         if not self.needs:
             return found
@@ -155,7 +155,7 @@ def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> di
 
 
 def _calls_of_groups(pipe: "GuidedPipeline") -> tuple[str, ...]:
-    """The networks whose calls hold images of one group, since its images interact there."""
+    """Names of the networks whose calls hold images of one group only, as a loss there ties a group together."""
     guided = {"gradient": pipe.guidance, "pixel_gradient": pipe.pixel_guidance, "noise_edit": pipe.statistics}
     return tuple(name for name, guidance in guided.items() if guidance is not None and "group" in guidance.needs)
 

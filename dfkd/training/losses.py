@@ -80,7 +80,7 @@ class DistillLoss:
         return self
 
     def describe(self) -> str:
-        """For people."""
+        """Weight and name of the loss, for the line that a training prints as it begins."""
         return f"{self.weight:g} {self.name or type(self).__name__}"
 
     def __call__(self, seen: Seen) -> Tensor:

@@ -92,7 +92,7 @@ class BoundMsarc(DistillLoss):
         return self.ours.modules()
 
     def describe(self) -> str:
-        """For people: which maps of which modules."""
+        """Weight of the loss and the modules whose maps it compares, for the line that a training prints."""
         heads = [place.head.last for place in (self.theirs, self.ours) if place.head is not None]
         stages = [", ".join(place.stages) for place in (self.theirs, self.ours) if place.stages]
         cams = [f"class activation maps of {heads[0]} (teacher) and {heads[1]} (student)"] if heads else []

@@ -128,10 +128,10 @@ def join(device: str) -> Iterator[World]:
 
 
 def _store_of_this_life() -> Any:
-    """Where processes find one another, apart from what those of before a restart have left there.
+    """The store in which processes find one another, with a prefix of this restart's own; None for torch's own way.
 
-    On one machine torchrun's store outlives a restart, and a new process may read the address of a dead one. None where
-    torch's own way is left: on several machines, whose counts of restarts may differ.
+    On one machine torchrun's store outlives a restart, and without the prefix a new process may read the address of a
+    dead one. On several machines it is left to torch: their counts of restarts may differ.
     """
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
     if not own:

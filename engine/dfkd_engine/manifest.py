@@ -60,7 +60,10 @@ class Manifest:
 
     @classmethod
     def from_text(cls, text: str, key: str) -> Self:
-        """Raises ValueError with a phrase that says why `text` is not the manifest of the engine `key`."""
+        """The manifest of the engine `key`, read from the text of its file.
+
+        Raises ValueError with a phrase that says why `text` is none: no JSON, another version, digest or key.
+        """
         try:
             plain = json.loads(text)
         except (ValueError, RecursionError):

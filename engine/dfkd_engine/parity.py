@@ -61,7 +61,7 @@ class Parity:
     kinks: int
 
     def problem(self, tolerance: Tolerance) -> str | None:
-        """Which bound it misses, as a phrase; None: none."""
+        """The bound of the tolerance that this measurement misses, as a phrase; None where it misses none."""
         if not self.relative <= tolerance.relative:  # not a number misses too
             return f"its relative error is {self.relative:.1e}, allowed is {tolerance.relative:.0e}"
         if tolerance.cosine is not None and not self.cosine >= tolerance.cosine:

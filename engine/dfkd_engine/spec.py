@@ -119,7 +119,10 @@ class EngineSpec:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Self:
-        """Raises EngineError where fields are missing, unknown or of the wrong kind."""
+        """The spec that `to_json` wrote as plain JSON values.
+
+        Raises EngineError where fields are missing, unknown or of the wrong kind.
+        """
         names = sorted(field.name for field in fields(cls))
         if not isinstance(plain, Mapping) or sorted(plain) != names:
             found = ", ".join(sorted(plain)) if isinstance(plain, Mapping) else repr(plain)

@@ -48,7 +48,10 @@ def power_of_two(n: int) -> int:
 
 
 def is_nhwc(x: Tensor) -> bool:
-    """Whether a map [B, C, ...] is dense with a pixel's channels side by side, and not dense as it is written too."""
+    """Whether a map [B, C, ...] is dense in NHWC order: the channels of a pixel side by side in memory.
+
+    A map that is dense in both orders, such as one of a single channel, counts as NCHW.
+    """
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 

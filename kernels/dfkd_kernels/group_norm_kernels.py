@@ -18,7 +18,10 @@ from dfkd_kernels.common import tl, triton
 
 @triton.jit
 def _offsets(pixel, channel, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, NHWC: tl.constexpr):
-    """Where pixels and channels of an image lie: offsets, and which of them there are, [pixels, channels]."""
+    """Offsets of an image's elements in memory, and the mask of those that exist, both [pixels, channels].
+
+    Offsets are 64 bits wide where an image has more elements than 32 bits count.
+    """
     live = (pixel < PIXELS)[:, None] & (channel < CHANNELS)[None, :]
     if PIXELS * CHANNELS > 2147483647:
         pixel, channel = pixel.to(tl.int64), channel.to(tl.int64)

@@ -73,7 +73,7 @@ class Tiling:
         return {**map_of, "HIGH": self.high, "WIDE": self.wide, "num_warps": self.warps}
 
     def combining(self) -> dict[str, Any]:
-        """Constants of group_norm_kernels.statistics."""
+        """Compile-time constants of `group_norm_kernels.statistics`, which combines the parts of an image's spans."""
         wide = power_of_two(self.channels // self.groups)
         high = min(max(PARTS // wide, 1), power_of_two(self.spans))
         map_of = {"PIXELS": self.pixels, "CHANNELS": self.channels, "GROUPS": self.groups, "SPAN": self.span}

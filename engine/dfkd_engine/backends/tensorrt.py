@@ -39,7 +39,7 @@ _TURNS = 5
 
 
 class TensorRT:
-    """One of the two libraries.
+    """A backend that compiles through TensorRT or TensorRT-RTX, two libraries of nearly one interface.
 
     name: of the backend. module: what Python imports. oldest, newest: versions [oldest, newest) whose interface this is
     written for. targets: architectures that it can compile for without having one; () for none.

@@ -243,10 +243,10 @@ def library_log(trt: Any) -> Any:
 
 
 def cache_file(*words: str) -> Path:
-    """Where a library keeps what it learnt about this machine, under words such as its name, version and a device.
+    """The file in the user's cache folder where a library keeps timings and kernels of this machine.
 
-    In the user's cache folder, as CUDA's own: timings and finished kernels belong to a GPU and a driver, no engine
-    depends on them, and what is lost or cannot be written costs time alone.
+    words: make the name, such as the library's name, its version and the device. The cache folder is the place, since
+    these belong to a GPU and a driver, no engine depends on them, and what is lost there costs time alone.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "dfkd" / re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(words))

@@ -74,7 +74,7 @@ class Windows:
         return whole[:, :, top : top + self.size[0], left : left + self.size[1]]
 
     def _last(self, axis: int) -> int:
-        """One behind the last element of the padded input that a window sees."""
+        """Elements of the padded input along an axis up to the last that any window sees: its position plus one."""
         return (self.count[axis] - 1) * self.stride[axis] + (self.kernel[axis] - 1) * self.dilation[axis] + 1
 
     def _end(self, axis: int) -> int:
