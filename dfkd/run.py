@@ -247,7 +247,8 @@ def _check(job: Job) -> None:
     if job.teacher is not None:
         train = job.teacher.training.train
         teachers.check(job.teacher.architecture)
-        check_data("[teacher] data", job.teacher.data)
+        for split in ("train", "test"):
+            check_data("[teacher] data", job.teacher.data, split)
         check_training(train, World(resolve_device(train.compute.device)))
     elif job.classifier.checkpoint is not None and not job.classifier.checkpoint.exists():
         raise UsageError(f"[teacher] checkpoint {job.classifier.checkpoint}", "there is no such file or folder")

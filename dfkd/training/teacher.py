@@ -111,11 +111,12 @@ def identity_of(
 
 
 def _opener(data: str | Mapping[str, Images], size: int) -> Callable[[str], Images]:
-    """Opens the images of a split."""
+    """Opens the images of a split. Raises UsageError where there will be none to test the teacher on."""
     if not isinstance(data, str):
         return data.__getitem__
-    from dfkd.evaluation import open_images
+    from dfkd.evaluation import check_data, open_images
 
+    check_data("--data", data, "test")
     return partial(open_images, data, size=size)
 
 

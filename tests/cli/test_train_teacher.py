@@ -126,6 +126,12 @@ def test_errors_before_work(argv: list[str], message: str, tmp_path: Path, capsy
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
+def test_images_without_a_test_split_are_refused_before_the_training(data: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(data, tmp_path / "images" / "train")
+    assert call(tmp_path / "images" / "{split}", tmp_path / "out") == 2
+    assert "images/test" in capsys.readouterr().err and not (tmp_path / "out" / "log.jsonl").exists()
+
+
 def test_a_folder_in_use_gets_no_settings(data: Path, tmp_path: Path, capsys: Any) -> None:
     with folder_lock(tmp_path):
         assert call(data, tmp_path) == 2
