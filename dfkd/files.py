@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from dfkd_engine.files import PARTIAL, locked, remove_partials, replace_file, re
 
 __all__ = [
     "PARTIAL",
+    "checked_object",
     "folder_lock",
     "locked",
     "make_writable",
@@ -52,12 +53,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_object(path: Path, shape: Mapping[str, Any], todo: str) -> dict[str, Any]:
+def read_object(path: Path, shape: Mapping[Any, Any], todo: str, needed: Collection[str] = ()) -> dict[str, Any]:
     """A JSON object from a file, each of whose entries, where it is there, has the shape that is given for its key.
 
-    shape: by key, such as {"images": int, "class_names": [str], "baselines": {...: {"accuracy": (float, None)}}}: str,
-    int, float (also of whole numbers), [shape] for a list, {key: shape} for an object, with ... for every key that is
-    not named, None for null, and a tuple for one of several. Keys of other names hold anything.
+    needed: keys that must be there. shape: by key, such as {"images": int, "class_names": [str], "baselines": {...:
+    {"accuracy": (float, None)}}}: str, int, float (also of whole numbers), [shape] for a list, {key: shape} for an
+    object, with ... for every key that is not named, None for null, and a tuple for one of several. Keys of other names
+    hold anything.
     Raises UsageError, which ends with `todo`: the file cannot be read, is not JSON, or is of another shape.
     """
     try:
@@ -66,8 +68,18 @@ def read_object(path: Path, shape: Mapping[str, Any], todo: str) -> dict[str, An
         raise UsageError(f"cannot read {path}", error.strerror or str(error), todo) from None
     except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise UsageError(f"{path} is not JSON", str(error), todo) from None
-    if fault := _misfit(value, shape, ""):
-        raise UsageError(f"{path} cannot be used", fault, todo)
+    return checked_object(value, shape, str(path), todo, needed)
+
+
+def checked_object(
+    value: Any, shape: Mapping[Any, Any], what: str, todo: str = "", needed: Collection[str] = ()
+) -> dict[str, Any]:
+    """`value`, which was read as JSON from `what`; arguments and errors as of `read_object`."""
+    fault = _misfit(value, shape, "")
+    if not fault and (absent := [key for key in needed if key not in value]):
+        fault = f"it does not say '{absent[0]}'"
+    if fault:
+        raise UsageError(f"{what} cannot be used", fault, todo)
     found: dict[str, Any] = value
     return found
 

@@ -1,7 +1,7 @@
 """What the other commands left on disk, read for the report. Nothing here opens a real image."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from dfkd.config import TeacherConfig, leaves
 from dfkd.data import MANIFEST, Record, ShardPool, open_folder, read_manifest
 from dfkd.errors import SettingError, UsageError
-from dfkd.files import read_object
+from dfkd.files import checked_object, read_object
 
 RESULT, SETTINGS, LOG, EVALUATION = "result.json", "settings.json", "log.jsonl", "evaluation.json"
 
@@ -19,7 +19,8 @@ _TEST = {
     **dict.fromkeys(("accuracy", "teacher_accuracy", "agreement", "calibration"), _NUMBER),
     "confusion": ([[int]], None),
 }
-_SETTINGS: dict[str, Any] = {"options": {}}
+_SETTINGS: dict[str, Any] = {"command": str, "options": {}, "versions": {}}
+_LINE = {"step": int, ...: float}
 _RESULT = {
     **_TEST,
     "class_names": [str],
@@ -120,9 +121,18 @@ def read_run(
                 f"{part}: {', '.join(named[:10])}; images: {', '.join(found.pool.class_names[:10])}",
                 f"give the {part} of these images",
             )
-    title = (run or images.parent).resolve().name
     evaluation = _json(run / EVALUATION, _EVALUATION) if run else {}
+    for test in (parts["student"].result if parts["student"] else {}, evaluation.get("student", {})):
+        _check_confusion(test.get("confusion"), len(found.pool.class_names))
+    title = (run or images.parent).resolve().name
     return RunFolder(title, found, parts["teacher"], parts["student"], baselines, evaluation, guide, missing)
+
+
+def _check_confusion(matrix: Sequence[Sequence[int]] | None, classes: int) -> None:
+    """Raise UsageError for a confusion matrix that is not of so many classes; an absent one is fine."""
+    if matrix and (len(matrix) != classes or any(len(row) != classes for row in matrix)):
+        what = f"the student's confusion is not of the images' {classes} classes"
+        raise UsageError(what, "it has a row and a column for each", "give the student of these images")
 
 
 def _guide(options: Mapping[str, Any], teacher: Trained | None) -> TeacherConfig | None:
@@ -161,8 +171,9 @@ def _read_baselines(folder: Path) -> dict[str, Baseline]:
 
 
 def _json(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object of that shape, {} where the file is absent."""
-    return read_object(path, shape, "run again the command that wrote it") if path.is_file() else {}
+    """A JSON object of that shape, {} where the file is absent; settings.json with every key."""
+    needed = shape if shape is _SETTINGS else ()
+    return read_object(path, shape, "run again the command that wrote it", needed) if path.is_file() else {}
 
 
 def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -172,8 +183,10 @@ def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
     entries, lines = [], path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            entries.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            entry = json.loads(line)
+        except ValueError as error:
             if number < len(lines):
-                raise UsageError(f"{path}, line {number} is not JSON of an object", str(error)) from None
+                raise UsageError(f"{path}, line {number} is not JSON", str(error)) from None
+            break
+        entries.append(checked_object(entry, _LINE, f"{path}, line {number}", needed=("step",)))
     return tuple(entries)

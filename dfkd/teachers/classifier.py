@@ -307,10 +307,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    todo = "give a folder that dfkd wrote"
-    config = read_object(file, _SHAPE, todo)
-    if absent := [key for key in _SHAPE if key not in config]:
-        raise UsageError(f"{file} does not say '{absent[0]}'", todo=todo)
+    config = read_object(file, _SHAPE, "give a folder that dfkd wrote", needed=_SHAPE)
     return {key: config[key] for key in _SHAPE}
 
 

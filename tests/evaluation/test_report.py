@@ -80,12 +80,21 @@ def test_folders_named_one_by_one_take_their_place(whole: Path, tmp_path: Path) 
             r"confusion\[1\]\[0\] is 2.5, wanted is a whole number",
         ),
         (lambda root: write_json(root / "student" / "result.json", {"class_names": 3}), "class_names is 3, wanted"),
-        (lambda root: write_json(root / "synthetic" / "settings.json", {"options": []}), r"options is \[\], wanted"),
         (
-            lambda root: write_json(root / "synthetic" / "settings.json", {"options": {"teacher_mean": [1]}}),
+            lambda root: write_json(root / "student" / "result.json", {"confusion": [[1, 2], [3, 4]]}),
+            "is not of the images' 3 classes",
+        ),
+        (lambda root: write_json(root / "synthetic" / "settings.json", {"options": []}), r"options is \[\], wanted"),
+        (lambda root: write_json(root / "synthetic" / "settings.json", {}), "does not say 'command'"),
+        (
+            lambda root: write_json(
+                root / "synthetic" / "settings.json",
+                {"command": "", "options": {"batch": 1, "teacher_mean": 1}, "versions": {}},
+            ),
             "settings.json describes no teacher",
         ),
-        (lambda root: (root / "student" / "log.jsonl").write_text("3\n{}\n"), "line 1 is not JSON of an object"),
+        (lambda root: (root / "student" / "log.jsonl").write_text("3\n{}\n"), "line 1 cannot be used: it is 3"),
+        (lambda root: (root / "student" / "log.jsonl").write_text('{"loss": 3}\n'), "does not say 'step'"),
         (lambda root: (root / "synthetic" / "manifest.json").unlink(), "dfkd-generate"),
         (lambda root: (root / "synthetic" / "shard-00000.tar").write_bytes(b""), "shard-00000.tar was altered"),
         (lambda root: write_json(root / "student" / "result.json", {"class_names": ["a"]}), "do not belong together"),
@@ -118,10 +127,11 @@ def test_the_teacher_is_the_runs_or_the_one_that_the_images_name(whole: Path, tm
     images = write_images(tmp_path / "synthetic")
     assert read_run(tmp_path).guide is None
     options = {"teacher_checkpoint": str(whole / "teacher"), "normalisation": "cifar10", "teacher": None, "cfg": 3.0}
-    write_json(images / "settings.json", {"options": options})
+    settings = {"command": "dfkd-generate", "options": options, "versions": {}}
+    write_json(images / "settings.json", settings)
     guide = read_run(tmp_path).guide
     assert guide is not None and (guide.checkpoint, guide.normalisation) == (whole / "teacher", "cifar10")
-    write_json(images / "settings.json", {"options": {"teacher_checkpoint": "absent"}})
+    write_json(images / "settings.json", settings | {"options": {"teacher_checkpoint": "absent"}})
     assert list(read_run(tmp_path).missing) == ["teacher", "student", "baselines"]
 
 

@@ -157,7 +157,7 @@ def test_errors_before_work(folder, tmp_path):
     ("config", "words"),
     [
         ("[]", "wanted is an object"),
-        ("{}", "does not say 'architecture'"),
+        ("{}", "cannot be used: it does not say 'architecture'"),
         ('{"architecture": "resnet8", "class_names": 3}', "class_names is 3, wanted is a list"),
         ('{"architecture": "resnet8", "class_names": ["a"], "mean": ["x"]}', r'mean\[0\] is "x", wanted is a number'),
     ],
