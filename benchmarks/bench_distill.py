@@ -133,15 +133,12 @@ def groups(
 ) -> list[Group]:
     """A group for every pair. students: accuracies by way, of the first pair's."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [
-        Group(
-            f"distillation, {of}",
-            "eager",
-            {w: partial(work, w, of, device, students.get(w)) for w in ways},
-            dtype=dtype,
-        )
-        for of, students in zip(pairs, (students, *[{}] * len(pairs)), strict=False)
-    ]
+    found = []
+    for of in pairs:
+        told = students if of is pairs[0] else {}
+        rows = {way: partial(work, way, of, device, told.get(way)) for way in ways}
+        found.append(Group(f"distillation, {of}", "eager", rows, dtype=dtype))
+    return found
 
 
 def accuracies(run: Path, ways: Sequence[str], device: torch.device, folder: Path) -> dict[str, float]:
