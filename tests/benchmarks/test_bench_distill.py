@@ -1,15 +1,15 @@
-"""The benchmark of distillation's steps on networks of milliseconds: its arithmetic, its JSON, its options."""
+"""The benchmark of distillation's steps on networks of milliseconds: its rows, its FLOP, its options."""
 
 import argparse
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import bench_distill, flops
-from benchmarks.bench_distill import WAYS, Pair, accuracies, bench, changes, flop, markdown
-from benchmarks.machine import describe
+from benchmarks.bench_distill import WAYS, Pair, accuracies, changes, flop, groups
 from dfkd.config import DistillConfig
+from dfkd.errors import UsageError
 from dfkd.training.world import World
 from tests.cli.small_generate import save_classifier
 
@@ -17,25 +17,16 @@ CPU = torch.device("cpu")
 SMALL = Pair("resnet8_half", "resnet8_half", 32, 4)
 
 
-@pytest.fixture(scope="module")
-def result():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flops, "SIDES", {"cpu": 64})
-        measured = bench(SMALL, CPU, 1, 2, ["eager", "channels_last", "bf16", "fp16", "cuda graph"])
-    whole = {"machine": describe(CPU), "turns": 2, "pairs": [measured], "student_accuracy": {"bf16": 0.5}}
-    return json.loads(json.dumps(whole))
-
-
-def test_every_way_is_measured_or_says_why_not(result):
-    (part,) = result["pairs"]
-    assert part["rows"].keys() == {"eager", "channels_last", "bf16"}
-    assert part["failures"].keys() == {"fp16", "cuda graph"} and "for GPUs" in part["failures"]["cuda graph"]
-    for row in part["rows"].values():
-        assert row["share_of_peak"] is None and row["share_of_matmul"] > 0
-    assert part["rows"]["eager"]["ratio"]["median"] == 1
-    lines = markdown(result).splitlines()
-    assert [line.endswith("| 50.0 % |") for line in lines if "| bf16 |" in line] == [True]
-    assert any(line.startswith("- fp16 (resnet8_half to resnet8_half, 32): --amp fp16 on a CPU") for line in lines)
+def test_every_way_makes_a_step_or_says_why_not():
+    first, second = groups([SMALL, replace(SMALL, batch=2)], CPU, students={"bf16": 0.5})
+    for way in ("eager", "channels_last", "bf16"):
+        work = first.rows[way]()
+        assert work.call().isfinite() and (work.amount, work.flop) == (4, flop(SMALL))
+        assert work.facts == ({"student": "50.0 %"} if way == "bf16" else {})
+    assert second.rows["bf16"]().facts == {}, "the students are the first pair's"
+    for way in ("fp16", "cuda graph"):
+        with pytest.raises(UsageError, match="for GPUs"):
+            first.rows[way]()
 
 
 def test_flop_are_two_forward_passes_and_a_backward_one():
@@ -43,16 +34,6 @@ def test_flop_are_two_forward_passes_and_a_backward_one():
     with torch.no_grad():
         forward = flops.counted(bench_distill.teachers.build("resnet8_half", 10), torch.zeros(4, 3, 32, 32))[1]
     assert 3.8 * forward < flop(SMALL) < 4 * forward
-
-
-def test_a_line_of_json_follows_every_pair(result, monkeypatch, capsys):
-    """Who stops it reads the last one, which is a result with a table."""
-    monkeypatch.setattr(bench_distill, "bench", lambda of, *_: {**result["pairs"][0], "pair": vars(of)})
-    monkeypatch.setattr("sys.argv", ["bench_distill", "--device", "cpu", "--pairs", *["resnet8:resnet8:32:4"] * 2])
-    bench_distill.main()
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [len(found["pairs"]) for found in told] == [1, 2, 2] and told[1] == told[2]
-    assert markdown(told[0]).count("| resnet8 to resnet8, 32 |") == 3
 
 
 def test_students_get_the_options_of_their_row(monkeypatch, tmp_path):

@@ -9,7 +9,6 @@ import torch
 from benchmarks import bench_sampling as bench
 from benchmarks.bench_sampling import PEERS, PLAIN, SEED, TUNED, Networks, plain_diffusers
 from benchmarks.flops import counted
-from benchmarks.machine import describe
 from benchmarks.published_loop import PublishedLoop
 from dfkd.synthesis import pack as packs
 from dfkd_kernels.philox import philox_normal
@@ -122,23 +121,24 @@ def test_the_compiled_pipeline_is_the_same_on_copies(thin, monkeypatch):
 def test_flop_are_those_of_the_calls_that_are_made(demo, name):
     """Within a hundredth: the gradient of fused attention forms its scores once more than two matrix products do."""
     networks = stepped(demo, 3)
-    call, images = bench.made(name, networks, 3)
-    call()  # texts are encoded
-    found, look = counted(call)[1], 0
+    work = bench.made(name, networks, 3)
+    work.call()  # texts are encoded
+    found, look = counted(work.call)[1], 0
     if name == "late":
-        look = counted(networks.teacher.logits, torch.rand(images, 3, 32, 32))[1]
-    assert bench.flop_per_image(name, networks) == pytest.approx((found - look) / images, rel=1e-2)
+        look = counted(networks.teacher.logits, torch.rand(3, 3, 32, 32))[1]
+    assert work.flop == pytest.approx(found - look, rel=1e-2)
 
 
-def test_rows_stand_beside_their_own_base_and_a_failed_one_is_named(demo, monkeypatch):
+def test_guided_rows_stand_beside_the_published_loop_and_the_others_beside_diffusers(demo, monkeypatch):
     def broken(call, **options):
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    result = {"machine": describe(CPU), **bench.bench(stepped(demo, 1), bench.NAMES, 3, 1)}
-    rows = {row["row"]: row for row in result["rows"]}
-    assert rows.keys() == {*bench.NAMES} - {PEERS[1]} and result["failures"] == {PEERS[1]: "RuntimeError: no compiler"}
-    assert {name for name, row in rows.items() if row["base"] == "diffusers"} == {"unguided", "diffusers"}
-    assert rows["published"]["ratio"]["median"] == rows["diffusers"]["ratio"]["median"] == 1
-    lines = bench.markdown(result).splitlines()
-    assert lines[-1] == "- diffusers compiled: RuntimeError: no compiler" and lines[2].startswith("| published | 1 |")
+    found = bench.groups(stepped(demo, 1), 3)
+    assert [group.baseline for group in found] == ["published", "diffusers"]
+    works = {name: make() for group in found for name, make in group.rows.items() if name != PEERS[1]}
+    assert works["published"].amount == bench.SINGLES and works["late"].facts["images at a time"] == 3
+    with pytest.raises(RuntimeError, match="no compiler"):
+        found[1].rows[PEERS[1]]()
+    (few,) = bench.groups(demo, 3, names=["latent", "late"])
+    assert list(few.rows) == ["latent", "late"]

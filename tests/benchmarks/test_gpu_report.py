@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import gpu_report
+from benchmarks import driver, gpu_report
 from benchmarks.gpu_report import REHEARSAL, SECTIONS, RecordError, Section, environment, markdown, merged, read, report
 
 ROOT = Path(__file__).parents[2]
@@ -43,16 +43,16 @@ def test_a_bare_machine_names_what_the_networks_of_diffusion_lack(monkeypatch):
 def test_a_bare_machine_measures_loaders_and_names_those_it_lacks(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", BARE)
     program = (
-        "import json, pathlib, sys, torch; from benchmarks import bench_loader as bench; bench.BATCH = 8; "
-        "sets, folder = {'32 png': (32, 'png', 16)}, pathlib.Path(sys.argv[1]); "
-        "print(json.dumps(bench.bench(sets, 1, 1, 0, folder, torch.device('cpu'))))"
+        "import json, pathlib, sys, torch; from benchmarks import bench_loader as bench, driver; bench.BATCH = 8; "
+        "sets, folder, cpu = {'32 png': (32, 'png', 16)}, pathlib.Path(sys.argv[1]), torch.device('cpu'); "
+        "*_, found = driver.measure(bench.groups(cpu, folder, 0, sets), cpu, 1); print(json.dumps(found))"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    lacking = {row["way"] for row in result["rates"] if "error" in row}
-    assert lacking == {"dali", "webdataset", "datasets"} < {row["way"] for row in result["rates"]}
-    assert {row["loader"] for row in result["steps"] if "error" in row} == {"dali, decoding", "dali, decoded once"}
+    lacking = {row["name"] for row in result["failures"]}
+    assert lacking == {"dali", "webdataset", "datasets", "dali, decoding", "dali, decoded once"}
+    assert {"DataLoader + PIL", "resident", "torch"} < {row["name"] for row in result["rows"]}
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -61,6 +61,7 @@ def test_a_sections_words_are_options_of_its_benchmark(name, which, monkeypatch,
     """Another wrong one would be found out on a GPU alone."""
     section = SECTIONS[name]
     module = importlib.import_module(f"benchmarks.{section.module}")
+    monkeypatch.setattr(driver, "resolve_device", torch.device)  # here it need not be there
     monkeypatch.setattr("sys.argv", [section.module, *getattr(section, which).split(), "--no-such-option"])
     with pytest.raises(SystemExit):
         module.main()
@@ -126,8 +127,7 @@ def test_rows_of_a_section_that_does_not_end_are_kept(scripts, monkeypatch):
 
 def test_the_report_says_what_each_section_was_measured_with(monkeypatch):
     sections = {name: Section(name.title(), name, "bench_fake", "", "", 1) for name in ("old", "new", "cut", "none")}
-    lacks = Section("Lacks", "lacks", "bench_lacks", "", "", 1)
-    monkeypatch.setattr(gpu_report, "SECTIONS", sections | {"lacks": lacks})
+    monkeypatch.setattr(gpu_report, "SECTIONS", sections)
     fake = ModuleType("benchmarks.bench_fake")
     fake.markdown = lambda result: f"table of {result}"
     monkeypatch.setitem(sys.modules, "benchmarks.bench_fake", fake)
@@ -138,7 +138,6 @@ def test_the_report_says_what_each_section_was_measured_with(monkeypatch):
         "new": {"machine": now, "result": 2},
         "cut": {"machine": now, "result": 3, "why": "it was stopped after 9 s"},
         "none": {"machine": now, "why": "diffusers is not installed"},
-        "lacks": {"machine": now, "result": 4},
     }
     assert markdown({"machine": now, "sections": found}).split("\n\n") == [
         "# H",
@@ -147,9 +146,7 @@ def test_the_report_says_what_each_section_was_measured_with(monkeypatch):
         "Tried again with torch 2.11; Python 3.12, commit b, 2026-02-02: it broke.",
         *("## New", "table of 2"),
         *("## Cut", "table of 3", "Rows until then: it was stopped after 9 s."),
-        *("## None", "Not measured: diffusers is not installed."),
-        "## Lacks",
-        "Its table needs benchmarks.bench_lacks, which is not installed; the JSON has the numbers.\n",
+        *("## None", "Not measured: diffusers is not installed.\n"),
     ]
 
 
