@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.driver import repeated
 from benchmarks.flops import SHEETS, in_turns
 from benchmarks.kernel_resources import markdown as table
 from benchmarks.machine import describe, name_of
@@ -92,14 +93,6 @@ def bench(
             rows.append(found)
         so_far(result())
     return result()
-
-
-def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(times):
-            call()
-
-    return run
 
 
 def floor(launch: Launch) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def read(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = driver.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, few compilers: minutes on two cores")
-    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="some groups")
+    parser.add_argument("-k", "--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="some groups")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with a recorded result or one of --json")
     parser.add_argument("--read", type=Path, metavar="FILE", help="a result in the place of a measurement")
