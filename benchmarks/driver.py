@@ -97,15 +97,15 @@ def measure(
     kept: dict[tuple[str, str], _Row] = {}
     failures: dict[tuple[str, str], str] = {}
     for group in [group for _ in range(passes) for group in groups]:
-        works, failed = _made(group)
-        times = {name: repeats(work.call, device, least) for name, work in works.items()}
+        works, times, failed = _made(group, device, least)
         calls = {name: repeated(work.call, times[name]) for name, work in works.items()}
         ceiling, flop, peak = "", 1, None
         if group.dtype is not None:
             ceiling, peak = flops.precision(device, group.dtype), flops.peak(device, group.dtype)
             matmul, flop = flops.matmul(device, group.dtype)
+            matmul()
             calls["matmul"] = matmul
-        seconds, broken = flops.in_turns(calls, turns, device)
+        seconds, broken = flops.in_turns(calls, turns, device, warm=True)
         limit = [flop / s for s in seconds.pop("matmul", [])]
         base = [s / times[group.baseline] for s in seconds.get(group.baseline, [])]
         for name, spent in seconds.items():
@@ -124,17 +124,19 @@ def measure(
         yield {"turns": passes * turns, "rows": list(rows.values()), "failures": absent}
 
 
-def _made(group: Group) -> tuple[dict[str, Work], dict[str, str]]:
-    """The rows that can be had, and reasons of the others."""
+def _made(group: Group, device: torch.device, least: float) -> tuple[dict[str, Work], dict[str, int], dict[str, str]]:
+    """The rows that can be had, how often a turn calls each, and reasons of the others."""
     works: dict[str, Work] = {}
+    times: dict[str, int] = {}
     failed: dict[str, str] = {}
     for name, make in group.rows.items():
         try:
-            works[name] = make()
+            work = make()
+            works[name], times[name] = work, repeats(work.call, device, least)
         except Exception as error:  # compilers and other people's packages raise what they like
             failed[name] = str(error) if isinstance(error, (UsageError, EngineError)) else flops.reason(error)
         print(f"{group.name}: {name}: {failed.get(name, 'ready')}", file=sys.stderr, flush=True)
-    return works, failed
+    return works, times, failed
 
 
 def repeats(call: Callable[[], object], device: torch.device, least: float) -> int:

@@ -83,16 +83,16 @@ def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], objec
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], turns: int, device: torch.device
+    calls: Mapping[str, Callable[[], object]], turns: int, device: torch.device, warm: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every call, one a turn, after a turn that is not counted; who begins goes round.
+    """Seconds of every call, one a turn, after a turn that is not counted unless they are warm; who begins goes round.
 
     Returns seconds by name, and why by name of what failed, which has no seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
     names = list(calls)
-    for turn in range(turns + 1):
+    for turn in range(1 if warm else 0, turns + 1):
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:
             if name in failed:

@@ -40,25 +40,30 @@ def absent():
     raise UsageError("no such device")
 
 
+def breaks():
+    return Work(lambda: 1 / 0)
+
+
 def result_of(groups, turns=3, passes=1):
     (*_, found) = measure(groups, CPU, turns, passes)
     return json.loads(json.dumps({"machine": describe(CPU), "command": "python x", "note": "", **found}))
 
 
 def test_a_row_is_compared_amount_for_amount(clock):
-    rows = {"plain": takes(0.002), "grouped": takes(0.016, 32), "gpu": absent}
+    rows = {"plain": takes(0.002), "grouped": takes(0.016, 32), "gpu": absent, "broken": breaks}
     found = result_of([Group("sort", "plain", rows, "bytes")])
     plain, grouped = found["rows"]
     assert (plain["baseline"], grouped["baseline"]) == (True, False)
     assert grouped["ratio"] == pytest.approx({"median": 4, "min": 4, "max": 4})
     assert grouped["ms"]["median"] == pytest.approx(16) and grouped["per_second"]["median"] == pytest.approx(2000)
-    assert found["failures"] == [{"group": "sort", "name": "gpu", "why": "no such device."}]
+    whys = {"gpu": "no such device.", "broken": "ZeroDivisionError: division by zero"}
+    assert found["failures"] == [{"group": "sort", "name": name, "why": why} for name, why in whys.items()]
     lines = markdown(found).splitlines()
     assert lines[2:4] == [
         "| sort | plain | 2.00 (2.00 to 2.00) | 500 B | baseline |",
         "| sort | grouped | 16.0 (16.0 to 16.0) | 2.00 kB | 4.00 (4.00 to 4.00) |",
     ]
-    assert lines[-1] == "- sort: gpu: no such device."
+    assert lines[-2:] == [f"- sort: {name}: {why}" for name, why in whys.items()]
 
 
 def test_ratios_are_taken_within_turns(clock):
