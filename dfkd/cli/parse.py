@@ -110,8 +110,13 @@ def _checked(layer: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str, n
 
 
 def _presets(cls: type[Config]) -> dict[str, Mapping[str, Any]]:
-    """The presets that set something of this command; every one where the preset is an option of its own."""
-    return {name: file for name, file in presets().items() if cls.SECTION in file or "preset" in leaves(cls)}
+    """The presets that set something of this command; of a whole job, those that name a teacher's data too."""
+    whole = "preset" in leaves(cls)
+    return {
+        name: file
+        for name, file in presets().items()
+        if ("data" in file.get("teacher", {}) if whole else cls.SECTION in file)
+    }
 
 
 def _read_preset(cls: type[Config], preset: str, name: str) -> dict[str, Any]:
