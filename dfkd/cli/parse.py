@@ -13,6 +13,7 @@ import os
 import sys
 import tomllib
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -40,7 +41,9 @@ def command(
     with its state saved. A result of None (of a process that is not the first of its run) is not printed.
     """
     try:
-        result = run(parse(cls, sys.argv[1:] if argv is None else argv, name))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            result = run(parse(cls, sys.argv[1:] if argv is None else argv, name))
     except (UsageError, EngineError, SettingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

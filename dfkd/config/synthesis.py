@@ -66,7 +66,9 @@ class SamplingConfig(Config):
     cfg: float = option(3.0, "classifier-free guidance scale; 1: the prompt alone", low=0)
     cfg_from: float = option(0.0, "share of the steps after which it acts", low=0, high=1)
     cfg_to: float = option(1.0, "share of the steps until which it acts", low=0, high=1)
-    prompt: str = option("a photo of the digit {label}", "template; without {label} it is class-free")
+    prompt: str | None = option(
+        None, "template; without {label} it is class-free; none: the prior's own, or 'a photo of a {label}'"
+    )
     negative_prompt: str = option("", "prompt of the unconditional rows")
     size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
     only: tuple[str, ...] = option((), "synthesise these classes alone")
@@ -251,6 +253,8 @@ class GenerateConfig(Config):
     shards: ShardConfig = nested(ShardConfig)
 
     def validate(self) -> None:
+        if self.cutmix.every and self.batching.group == 1:
+            raise ValueError(f"--cutmix-every {self.cutmix.every} with --group 1: a partner is another image of the group")
         if self.shards.shard_size % self.batching.group:
             raise ValueError(
                 f"--shard-size {self.shards.shard_size} is not a multiple of --group {self.batching.group}"

@@ -44,7 +44,7 @@ def check(asked: GenerateCommand) -> None:
     if not needs_prior(config):
         return
     find_sampler(config.sampling.sampler)
-    prompt_of(config.sampling.prompt, "any")
+    prompt_of(config.sampling.prompt or "", "any")
     if config.guidance.step > 0:
         require_losses(config.guidance, losses_of(config.guidance))
     check_source(asked.prior)

@@ -6,6 +6,7 @@
 An image follows from the run's seed and its id: label, prompt, noise and, within its group, CutMix partner and box.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from dfkd.synthesis.functions import EngineGuidance, functions_of
 from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
 from dfkd.synthesis.pack import Pack
-from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of
+from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels
 from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
 from dfkd.synthesis.synthesizer import Sample, label_probability
@@ -55,13 +56,14 @@ class GuidedPipeline:
 
     Attributes:
         class_names, image_size: the teacher's, and the images' side in pixels.
+        prompt: the template, of the settings or else of the prior.
         group: images that interact, 1 where they do not; image i belongs to group i // group.
         call_size: images per network call, `--batch` at first; may be set between calls.
         guidance: of latents, None where no teacher guides; pixel_guidance: of the refinement; statistics: of noise
             editing, L_bn alone; None without these.
 
     Raises UsageError, before any work: settings, prior, teacher and losses that do not fit one another, and a named
-    backend without its engines.
+    backend without its engines. Warns of classes whose words the prior does not know.
     """
 
     name = "guided"
@@ -86,7 +88,10 @@ class GuidedPipeline:
         self.teacher = teacher.freeze(self.device)
         self.class_names = teacher.class_names
         self.classes = chosen_classes(self.class_names, sampling.only)
-        prompt_of(sampling.prompt, self.class_names[0])
+        self.prompt = prior.prompt if sampling.prompt is None else sampling.prompt
+        prompt_of(self.prompt, self.class_names[0])
+        if text := unknown_labels(self.prompt, [self.class_names[i] for i in self.classes], prior.labels):
+            warnings.warn(text, stacklevel=2)
         self.latent_size = latent_size(sampling.size, prior)
         self.image_size = self.latent_size[0] * prior.vae_scale_factor
         self.table = build_table(prior.scheduler_config, sampling.sampler, sampling.steps)
@@ -140,11 +145,11 @@ class GuidedPipeline:
         self, ids: Tensor, seed: int, given: Mapping[int, int | None] | None = None, callback: Callback | None = None
     ) -> Pack:
         """What the sampler takes for images that are sampled at once. given: labels by id, where not their own."""
-        labels = labels_of(ids, self.classes)
+        labels = labels_of(ids, self.classes, self.group if self.config.cutmix.every else 0)
         for place, image in enumerate(ids.tolist()):
             if (label := (given or {}).get(image)) is not None:
                 labels[place] = label
-        prompts = [prompt_of(self.config.sampling.prompt, self.class_names[label]) for label in labels.tolist()]
+        prompts = [prompt_of(self.prompt, self.class_names[label]) for label in labels.tolist()]
         return Pack(self, ids, labels, prompts, seed, callback)
 
     def latents(self, pack: Pack) -> Tensor:
@@ -235,6 +240,7 @@ class GuidedPipeline:
         if (sampler := self.config.sampling.sampler) not in SAMPLERS:  # in a file, wherever that lies
             found["sampler"] = [sampler.partition(".py:")[2], described(find_sampler(sampler).update)]
         return found | {
+            "prompt": self.prompt,
             "size": self.image_size,
             "group": self.group,
             "losses": [described(loss) for loss in self.losses],

@@ -25,9 +25,17 @@ def chosen_classes(class_names: Sequence[str], only: Sequence[str]) -> tuple[int
     return tuple(class_names.index(name) for name in only) or tuple(range(len(class_names)))
 
 
-def labels_of(ids: Tensor, classes: Sequence[int]) -> Tensor:
-    """Labels int64 [n] of image ids [n]: the classes in turn, so that any run of ids is balanced."""
-    return torch.tensor(classes, dtype=torch.int64)[ids % len(classes)]
+def labels_of(ids: Tensor, classes: Sequence[int], partners_in: int = 0) -> Tensor:
+    """Labels int64 [n] of image ids [n]: the classes in turn, so that any run of ids is balanced.
+
+    partners_in: size of the groups, at least 2, in which every image needs another one of its class; 0 where none does.
+    A group too small for two images of every class holds pairs: the classes come in turn by two.
+    """
+    turn = ids
+    if 0 < partners_in < 2 * len(classes):
+        pairs = partners_in // 2  # the last image of an odd group is its last pair's third
+        turn = ids // partners_in * pairs + (ids % partners_in // 2).clamp(max=pairs - 1)
+    return torch.tensor(classes, dtype=torch.int64)[turn % len(classes)]
 
 
 def prompt_of(template: str, class_name: str) -> str:
@@ -36,8 +44,31 @@ def prompt_of(template: str, class_name: str) -> str:
     Underscores in a class name are read as spaces. Raises UsageError for any other placeholder.
     """
     try:
-        return template.format(label=class_name.replace("_", " "))
+        return template.format(label=words_of(class_name))
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(
             f"prompt {template!r} cannot be filled in", f"{error!r}", "use {label} as the only placeholder"
         ) from None
+
+
+def words_of(class_name: str) -> str:
+    """A class as a prompt names it."""
+    return class_name.replace("_", " ")
+
+
+def unknown_labels(template: str, names: Sequence[str], known: Sequence[str]) -> str:
+    """A warning for classes that the prior has never seen the words of, "" where there are none.
+
+    names: the classes to draw. known: all words that the prior was trained on; () for a prior that takes any text.
+    """
+    strange = [name for name in names if words_of(name) not in known] if known and "{label}" in template else []
+    if not strange:
+        return ""
+    return (
+        f"the prior does not know {_some(strange)}, and will draw something else: the words that it knows are "
+        f"{_some(known)}; give a --prior that knows the teacher's classes"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")

@@ -6,6 +6,7 @@ Layout of the folder (what diffusers' `StableDiffusionPipeline.save_pretrained` 
     text_encoder/        config.json and model*.safetensors
     tokenizer/           tokenizer.json, or vocab.json and merges.txt
     scheduler/           scheduler_config.json
+    dfkd.json            optional, ours: {"prompt": "a photo of the digit {label}", "labels": ["zero", "one", ...]}
 
 Weights are read from safetensors only: a pickled file can run code. No safety checker is loaded.
 """
@@ -35,6 +36,9 @@ __all__ = ["DTYPES", "EMBEDDED", "Prior", "check_source", "component_digests"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+PROMPT = "a photo of a {label}"  # the template of CLIP's authors, which suits any photo prior
+FACTS = "dfkd.json"
+
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _CONFIGS = {**dict.fromkeys(_WEIGHTS, "config.json"), "scheduler": "scheduler_config.json"}
 _DECODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -53,6 +57,7 @@ class Prior:
     scaling_factor: s; the denoiser works on s (encoded - shift), the decoder on latents / s + shift.
     source: as the caller wrote it.
     digests: SHA-256 by component: unet, vae and text_encoder (weights and config), tokenizer, scheduler.
+    prompt: template of a prompt that suits it. labels: the only words for {label} that it was trained on, () for any.
     """
 
     unet: Any  # UNet2DConditionModel
@@ -67,6 +72,8 @@ class Prior:
     scaling_factor: float
     source: str
     digests: Mapping[str, str]
+    prompt: str = PROMPT
+    labels: tuple[str, ...] = ()
     _encoded: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -112,6 +119,7 @@ class Prior:
             scaling_factor=float(vae.config.scaling_factor),
             source=str(source),
             digests=digests,
+            **_facts(folder / FACTS),
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -211,7 +219,7 @@ def _locate(source: str | Path) -> Path:
     if (folder := _local(source)) is not None:
         return folder
     name = str(source)
-    wanted = ["*/config.json", "scheduler/*.json", "tokenizer/*"]
+    wanted = ["*/config.json", "scheduler/*.json", "tokenizer/*", FACTS]
     wanted += [f"{part}/{stem}{end}" for part, stem in _WEIGHTS.items() for end in (".safetensors*", "-*.safetensors")]
     from huggingface_hub import snapshot_download
 
@@ -232,6 +240,20 @@ def _read_config(folder: Path, part: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise EngineError(str(path), f"not JSON of an object ({error})", _FETCH) from error
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Prompt and labels that a prior's folder states of itself, {} where it states none. Raises EngineError."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        prompt, labels = found.get("prompt", PROMPT), found.get("labels", [])
+        if not isinstance(prompt, str) or not all(isinstance(label, str) for label in labels):
+            raise TypeError("prompt is a text, labels are a list of texts")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EngineError(str(path), f"it does not describe a prior ({error})", "correct it, or take it away") from error
+    return {"prompt": prompt, "labels": tuple(labels)}
 
 
 def component_digests(folder: Path) -> dict[str, str]:

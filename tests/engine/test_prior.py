@@ -100,6 +100,17 @@ def test_half_precision_networks_keep_the_callers_dtype(prior_folder):
         Prior.from_pretrained(prior_folder, dtype="fp8")
 
 
+def test_prompt_and_labels_of_the_folder(prior, spoilt):
+    assert (prior.prompt, prior.labels) == ("a photo of a {label}", ())
+    (spoilt / "dfkd.json").write_text('{"prompt": "the {label}", "labels": ["a", "b"]}')
+    found = Prior.from_pretrained(spoilt)
+    assert (found.prompt, found.labels) == ("the {label}", ("a", "b"))
+    for content in ('{"prompt": 3}', "[]", '{"labels": 1}', "{"):
+        (spoilt / "dfkd.json").write_text(content)
+        with pytest.raises(EngineError, match=r"dfkd\.json: it does not describe a prior"):
+            Prior.from_pretrained(spoilt)
+
+
 def test_shift_factor(prior):
     vae = AutoencoderKL(**VAE | {"shift_factor": 0.3}).eval()
     z = torch.randn(1, 4, 2, 2)

@@ -55,6 +55,7 @@ class SmallPrior:
 
     latent_channels, latent_size, vae_scale_factor, scaling_factor = CHANNELS, (SIDE, SIDE), 2, 1.0
     scheduler_config, source, device = SCHEDULER, "small", torch.device("cpu")
+    prompt, labels = "a drawing of {label}", ()
 
     def __init__(self, seed: int = 1, dtype: torch.dtype = torch.float32, coupling: float = 1.0) -> None:
         with torch.random.fork_rng(devices=[]):

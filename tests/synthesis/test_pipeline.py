@@ -41,6 +41,25 @@ def test_images_labels_and_records():
     assert not torch.equal(pipe(range(7), seed=SEED + 1).images, sample.images)
 
 
+def test_the_prompt_is_the_priors_unless_one_is_given():
+    assert pipeline(prompt=None)(range(7)).records[1].prompt == "a drawing of one"
+    prompts = [pipeline(prompt=prompt).identity()["prompt"] for prompt in (None, "a drawing of {label}", "")]
+    assert prompts == ["a drawing of {label}", "a drawing of {label}", ""]
+
+
+def test_classes_that_the_prior_has_no_words_for_are_named():
+    prior = SmallPrior()
+    prior.labels = ("zero", "one")
+    with pytest.warns(UserWarning, match=f"the prior does not know {CLASS_NAMES[2]}, "):
+        pipeline(prior)
+
+
+def test_cutmix_has_a_partner_for_every_image_of_a_small_group():
+    sample = pipeline(cutmix_every=2, group=4, batch=4, **ALONE)(range(8), seed=SEED)
+    assert sample.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert [record.partner for record in sample.records] == [1, 0, 3, 2, 5, 4, 7, 6]
+
+
 def test_a_part_of_a_group_is_that_of_the_whole():
     """In the order asked, over several groups, whose calls are packed."""
     pipe = pipeline(**EVERYTHING, batch=14)
