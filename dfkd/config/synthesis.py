@@ -254,7 +254,7 @@ class GenerateConfig(Config):
 
     def validate(self) -> None:
         if self.cutmix.every and self.batching.group == 1:
-            raise ValueError(f"--cutmix-every {self.cutmix.every} with --group 1: a partner is another image of the group")
+            raise ValueError("--cutmix-every acts between the images of a group: with --group 1 there is none")
         if self.shards.shard_size % self.batching.group:
             raise ValueError(
                 f"--shard-size {self.shards.shard_size} is not a multiple of --group {self.batching.group}"

@@ -252,7 +252,7 @@ def _facts(path: Path) -> dict[str, Any]:
         if not isinstance(prompt, str) or not all(isinstance(label, str) for label in labels):
             raise TypeError("prompt is a text, labels are a list of texts")
     except (ValueError, TypeError, AttributeError) as error:
-        raise EngineError(str(path), f"it does not describe a prior ({error})", "correct it, or take it away") from error
+        raise EngineError(str(path), f"it does not describe a prior ({error})", "correct it") from error
     return {"prompt": prompt, "labels": tuple(labels)}
 
 
