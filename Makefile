@@ -26,7 +26,7 @@ demo: $(SETUP) ## the whole job on two CPU cores, in minutes: teacher, images, s
 
 # One torch thread a worker: two that share cores wait for one another.
 test: $(SETUP) ## run the tests (ARGS="-k shards" for some)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(SETUP) ## lint, formatting and types; changes nothing
 	@$(PY) -m ruff check .

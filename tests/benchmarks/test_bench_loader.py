@@ -48,4 +48,4 @@ def test_a_step_takes_batches_of_every_source(
     for way, make in group.rows.items():
         if "dali" not in way or dali_installed():
             work = make()
-            assert work.amount == 2 and all(work.call().isfinite() for _ in range(3))
+            assert work.amount == 2 and work.call().isfinite()

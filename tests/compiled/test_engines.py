@@ -363,7 +363,7 @@ def test_reasons_are_short():
 @pytest.mark.slow
 @pytest.mark.skipif(BACKENDS["inductor"].unusable("cpu") is not None, reason="inductor cannot be used here")
 def test_inductor_on_the_cpu(store):
-    state, manifest = build(gradient(), "inductor", store)
+    state, manifest = build(decode(), "inductor", store)
     assert state == "built" and manifest.facts["parity"]["relative"] < 1e-4
     flip_a_byte(store, manifest.key)
     with pytest.raises(EngineError, match="is damaged"):

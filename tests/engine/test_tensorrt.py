@@ -354,19 +354,19 @@ def test_gradients_of_teachers_of_every_kind_build(name, tmp_path):
     names = ("gradient", "cls", "bn") if function.layers else ("gradient", "cls")
     traced = trace(function, images(size), output_names=names)
     to_onnx(traced, tmp_path / "model.onnx")
-    own = replace(spec("gradient", "tensorrt-rtx", family(TARGETS)), inputs=traced.inputs, outputs=traced.outputs)
+    own = replace(spec("gradient", "tensorrt-rtx", family(("sm_89",))), inputs=traced.inputs, outputs=traced.outputs)
     assert TENSORRT_RTX.build(tmp_path / "model.onnx", own).nbytes
 
 
 @needs_rtx
 @pytest.mark.trt
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_builds(dtype, tmp_path):
-    half, names = networks().to("cpu", getattr(torch, dtype)), [output.name for output in OUTPUTS["gradient"]]
-    traced = trace(half.function("gradient"), INPUTS["gradient"], output_names=names)
+@pytest.mark.parametrize("dtype, network", [("float16", "gradient"), ("bfloat16", "unet")])
+def test_half_precision_builds(dtype, network, tmp_path):
+    half, names = networks().to("cpu", getattr(torch, dtype)), [output.name for output in OUTPUTS[network]]
+    traced = trace(half.function(network), INPUTS[network], output_names=names)
     to_onnx(traced, tmp_path / "model.onnx")
-    own = spec("gradient", "tensorrt-rtx", family(("sm_89",)), dtype)
+    own = spec(network, "tensorrt-rtx", family(("sm_89",)), dtype)
     assert TENSORRT_RTX.build(tmp_path / "model.onnx", own).nbytes
 
 
