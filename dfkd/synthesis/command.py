@@ -15,7 +15,7 @@ from dfkd.files import make_writable, replace_text, save_settings
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
 from dfkd.synthesis.checks import require_losses
 from dfkd.synthesis.losses import losses_of
-from dfkd.synthesis.methods import make_method, needs_prior
+from dfkd.synthesis.methods import make_method, needs_prior, unread
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.plan import make_plan, predict, seconds_of, table
 from dfkd.synthesis.prompts import prompt_of
@@ -96,6 +96,8 @@ def run(
             save_settings(asked, asked.out, COMMAND)
             for line in getattr(synthesizer, "describe", tuple)():
                 say(line)
+            if idle := unread(synthesizer, asked.generate):
+                say(f"method {synthesizer.name} does not go by --" + ", --".join(idle).replace("_", "-"))
             if asked.format == "imagefolder":
                 stored = work.images(work.missing) + asked.count
                 require_space(asked.out, stored, size, asked.generate.shards.image_format)

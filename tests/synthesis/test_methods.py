@@ -8,7 +8,7 @@ from dfkd.config import METHODS as NAMES
 from dfkd.config import GenerateConfig
 from dfkd.errors import UsageError
 from dfkd.runtime import generator
-from dfkd.synthesis.methods import METHODS, make_method, needs_prior
+from dfkd.synthesis.methods import METHODS, make_method, needs_prior, unread
 from dfkd.synthesis.run import identity_of
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd_engine.errors import EngineError
@@ -189,3 +189,10 @@ def test_a_method_in_a_file_of_ones_own(teacher, own_method):
     made = make_method(config, None, teacher)
     assert identity_of(made, 0)["settings"] == {"level": 0.25}
     assert made([4, 5]).images.unique().tolist() == [63] and made.class_names == CLASS_NAMES
+
+
+def test_settings_that_a_method_does_not_go_by_are_named(teacher):
+    config = GenerateConfig.preset("demo", method="deepinversion", device="cpu", group=100, size=8)
+    names = unread(make_method(config, None, teacher), config)
+    assert {"steps", "cfg", "refine_steps"} <= set(names) and not {"group", "size", "device", "batch"} & set(names)
+    assert unread(object(), config) == ()

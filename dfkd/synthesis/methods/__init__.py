@@ -19,11 +19,22 @@ METHODS: dict[str, Callable[..., Synthesizer]] = {
     "deepinversion": DeepInversion,
     "noise": Noise,
 }
+# What the run of any method goes by.
+COMMON = ("method", "batch", "device", "threads", "shard_size", "image_format")
 
 
 def needs_prior(config: GenerateConfig) -> bool:
     """Whether the method samples from a diffusion prior, which need not be loaded otherwise. Raises UsageError."""
     return bool(getattr(resolve(config.method, METHODS, "method")[0], "needs_prior", True))
+
+
+def unread(synthesizer: Synthesizer, config: GenerateConfig) -> tuple[str, ...]:
+    """Settings, by flat name, that are not at their defaults and that the method does not go by.
+
+    () for a method without an attribute `reads`, the names of those that it goes by beside COMMON.
+    """
+    reads = getattr(synthesizer, "reads", None)
+    return () if reads is None else tuple(name for name in config.changed() if name not in {*COMMON, *reads})
 
 
 def make_method(

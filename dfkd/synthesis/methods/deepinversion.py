@@ -74,6 +74,7 @@ class DeepInversion:
 
     name = "deepinversion"
     needs_prior = False
+    reads = ("size", "only", "group", "kernels")
 
     def __init__(self, prior: Prior | None, teacher: Classifier, config: GenerateConfig, **settings: Any) -> None:
         with settings_of(f"method {config.method!r}"):

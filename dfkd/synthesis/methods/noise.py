@@ -23,6 +23,7 @@ class Noise:
     name = "noise"
     group = 1
     needs_prior = False
+    reads = ("size", "only")
 
     def __init__(self, prior: Prior | None, teacher: Classifier, config: GenerateConfig, grey: float = 0.5) -> None:
         with settings_of(f"method {config.method!r}"):
