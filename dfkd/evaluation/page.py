@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dfkd.data.contact_sheet import sheet, stack, strips
 from dfkd.evaluation import figures
-from dfkd.evaluation.contact_sheet import sheet, stack, strips
 from dfkd.evaluation.figures import DARK, LIGHT, Theme
 from dfkd.evaluation.report import OURS, Report, measure
 from dfkd.evaluation.run_folder import RunFolder, read_run

@@ -7,9 +7,9 @@ import torch
 from matplotlib.figure import Figure
 
 from dfkd.data import Record, ShardFolder, open_folder
+from dfkd.data.contact_sheet import MOST_ROWS, sheet, stack, strips
 from dfkd.errors import UsageError
 from dfkd.evaluation import figures
-from dfkd.evaluation.contact_sheet import MOST_ROWS, sheet, stack, strips
 from dfkd.evaluation.figures import DARK, LIGHT
 from dfkd.evaluation.metrics import Band, confidence
 from dfkd.evaluation.page import duration, number, percent, signed

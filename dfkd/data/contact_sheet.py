@@ -1,4 +1,7 @@
-"""Contact sheets: the first images of every class, unpicked, as strips and as one picture with the classes' names."""
+"""Contact sheets: the first images of every class, unpicked, as strips and as one picture with the classes' names.
+
+A preview is a small one of the newest images, made in some tens of milliseconds.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +10,15 @@ import matplotlib.font_manager
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from dfkd.data import ShardPool
+from dfkd.data.shards import Pool, ShardPool
 
 SMALL = 64  # pixels: images up to here are shown enlarged by a whole factor, larger ones reduced to LARGE
 LARGE = 128
 ACROSS = 1024  # pixels that a row of tiles may take
 MOST_ROWS = 30  # classes; of more, evenly spread ones are shown
+PREVIEW_ROWS, PREVIEW_COLUMNS = 12, 8
 INK, PAPER = (28, 36, 48), (255, 255, 255)
 
 
@@ -28,18 +33,35 @@ class Strip:
     scale: int
 
 
-def strips(pool: ShardPool, columns: int | None = None) -> list[Strip]:
+def preview(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> Image.Image:
+    """The last images of every class, of many classes of evenly spread ones, each of SMALL pixels at most.
+
+    images: uint8 [N, 3, H, W]. labels: int64 [N], both on the CPU.
+    """
+    shown = evenly(torch.unique(labels), PREVIEW_ROWS)
+    rows = torch.cat([(labels == label).nonzero()[:, 0].flip(0)[:PREVIEW_COLUMNS] for label in shown])
+    factor = -(-images.shape[-1] // SMALL)
+    planes = images[rows].flatten(0, 1).numpy()
+    small = torch.from_numpy(np.stack([np.asarray(Image.fromarray(plane).reduce(factor)) for plane in planes]))
+    small = small.unflatten(0, (len(rows), 3))
+    pool = Pool(small, labels[rows], rows, tuple(class_names), digest="preview")  # it is never asked for one
+    return sheet(strips(pool, PREVIEW_COLUMNS))
+
+
+def evenly(values: Tensor, most: int) -> Tensor:
+    """At most so many of the values [N], spread evenly over them."""
+    return values if len(values) <= most else values[torch.arange(most) * len(values) // most]
+
+
+def strips(pool: ShardPool | Pool, columns: int | None = None) -> list[Strip]:
     """A strip per class that has images, in the order of the classes.
 
     columns: tiles a row; by default as many as fit into ACROSS pixels, 16 for images of up to SMALL pixels.
     """
     tile, scale = _tile(pool.image_size)
     columns = columns or max(1, ACROSS // (tile * scale))
-    present = torch.unique(pool.labels)
-    if len(present) > MOST_ROWS:
-        present = present[torch.arange(MOST_ROWS) * len(present) // MOST_ROWS]
     rows = []
-    for label in present.tolist():
+    for label in evenly(torch.unique(pool.labels), MOST_ROWS).tolist():
         positions = (pool.labels == label).nonzero()[:columns, 0]
         images = pool.read(positions).permute(0, 2, 3, 1).numpy()
         strip = Image.new("RGBA", (columns * (tile + 1) - 1, tile))
