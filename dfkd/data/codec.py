@@ -2,12 +2,14 @@
 
 import io
 import math
-import struct
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from dfkd.rgb import square
 
 
 def encode(image: NDArray[np.uint8], image_format: str) -> bytes:
@@ -25,9 +27,8 @@ def encode(image: NDArray[np.uint8], image_format: str) -> bytes:
 def decode(data: bytes, image_format: str = "", size: int | None = None) -> NDArray[np.uint8]:
     """RGB pixels, uint8 [H, W, 3], read-only, of a file's bytes.
 
-    image_format: "npy" for arrays that `encode` wrote; anything else is told by the bytes. size: the square in the
-    middle, resized to size x size (bicubic, antialiased) unless it has that size. Raises OSError or ValueError for
-    bytes that are no such image.
+    image_format: "npy" for arrays that `encode` wrote; anything else is told by the bytes. size: as of dfkd.rgb.square,
+    which says what becomes of other modes. Raises OSError or ValueError for bytes that are no such image.
     """
     if image_format == "npy":
         head = data[:128]
@@ -37,14 +38,44 @@ def decode(data: bytes, image_format: str = "", size: int | None = None) -> NDAr
         return np.frombuffer(data, np.uint8, offset=len(head)).reshape(shape)
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            image = opened.convert("RGB")
-    except UnidentifiedImageError:  # it names the buffer
-        raise ValueError("the bytes are no image that Pillow knows") from None
-    except (SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:  # beside OSError, of damage
-        raise ValueError(str(error)) from None
-    if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+            return square(opened, size)
+    except Exception as error:
+        raise _damage(error) from None
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether every decoder makes the same pixels of this file: a JPEG or a PNG of 8-bit grey or RGB without more.
+
+    image: opened, not loaded; Pillow's `tile` tells the file's own form, which `mode` hides for 16-bit colour.
+    """
+    if image.mode not in ("L", "RGB"):
+        return False
+    if image.format in ("JPEG", "MPO"):
+        return True
+    form = [tile[3] for tile in image.tile]
+    return image.format == "PNG" and form == [image.mode] and not ({"transparency", "loop"} & image.info.keys())
+
+
+def header(source: Path | bytes) -> bool:
+    """is_plain of an image file, whose first bytes alone are read.
+
+    Raises OSError for a file that cannot be opened; ValueError for bytes that are no image, and for one of more pixels
+    than Pillow decodes (a decompression bomb).
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return is_plain(opened)
+    except Exception as error:
+        raise _damage(error) from None
+
+
+def _damage(error: Exception) -> OSError | ValueError:
+    """What Pillow raises for damaged files, which depends on the format and on the damage, as one of two kinds."""
+    if isinstance(error, UnidentifiedImageError):  # it names the buffer
+        return ValueError("the bytes are no image that Pillow knows")
+    if isinstance(error, OSError):
+        return error
+    return ValueError(str(error) or type(error).__name__)
 
 
 @lru_cache(maxsize=16)  # all images of a folder have the same header

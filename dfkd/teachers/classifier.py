@@ -15,12 +15,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from dfkd.config import NORMALISATIONS, TeacherConfig
 from dfkd.errors import UsageError
 from dfkd.files import read_object, replace_file, replace_text
+from dfkd.rgb import square
 from dfkd.teachers import adapters, zoo
 from dfkd.teachers.adapters import Channels
 
@@ -313,7 +314,4 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _pixels(image: Image.Image, side: int) -> Tensor:
     """uint8 [3, side, side]: resized (bicubic, antialiased) so that the shorter side fits, the centre cut out."""
-    image = image.convert("RGB")
-    if image.size != (side, side):
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(square(image, side))).permute(2, 0, 1)
