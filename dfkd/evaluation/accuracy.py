@@ -1,45 +1,20 @@
-"""How good a classifier is on labelled real images: accuracy, calibration, and agreement with its teacher.
+"""How good a classifier is on labelled real images, alone and beside its teacher."""
 
-Calibration is the expected calibration error (Guo et al., arXiv:1706.04599): images in BINS equal bins of their highest
-probability, then the mean of |accuracy - mean probability| over the bins, weighted by their images.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dfkd.data import Images
 from dfkd.errors import UsageError
+from dfkd.evaluation.answers import Answers, Evaluation, summary
 from dfkd.evaluation.real_data import open_images
 from dfkd.teachers import Classifier
 
-BINS = 15
 ROWS = 250  # images a forward pass
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A test of a classifier on `images` labelled images; shares are in 0..1.
-
-    per_class         accuracy by class, in the classifier's order; None for a class without images
-    agreement         share of images on which classifier and teacher answer the same; None without a teacher
-    teacher_accuracy  of the teacher on the same images; None without a teacher
-    calibration       expected calibration error
-    confusion         counts; rows are the truth, columns the answer, both in the classifier's order
-    """
-
-    accuracy: float
-    per_class: dict[str, float | None] = field(repr=False)
-    agreement: float | None
-    teacher_accuracy: float | None
-    calibration: float
-    confusion: tuple[tuple[int, ...], ...] = field(repr=False)
-    images: int
-
-
-@torch.no_grad()
 def evaluate(
     classifier: Classifier,
     data: str | Images,
@@ -56,6 +31,19 @@ def evaluate(
     progress: called with (done, total) images.
     Raises UsageError: no such data, a class that a classifier does not know, an image that cannot be read.
     """
+    return summary(ask(classifier, data, teacher, split, limit, progress))
+
+
+@torch.no_grad()
+def ask(
+    classifier: Classifier,
+    data: str | Images,
+    teacher: Classifier | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """What the classifier, and the teacher, answer on labelled images. Arguments and errors as of `evaluate`."""
     pools: dict[int, Images] = {}
     judges = [judge.eval() for judge in (classifier, teacher) if judge is not None]
     for judge in judges:  # each sees the images resized from the file to its own size
@@ -64,44 +52,21 @@ def evaluate(
     images = pools[classifier.input_size]
     truth = match_classes(images, classifier)[images.labels]
     rows = evenly(len(truth), limit or len(truth))
-    answers: list[list[Tensor]] = [[] for _ in judges]
-    sure: list[Tensor] = []
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in judges]
+    done = 0
     for part in torch.split(rows, ROWS):
         for number, judge in enumerate(judges):
-            probabilities = judge(pools[judge.input_size].read(part)).float().softmax(1).cpu()
-            highest, answer = probabilities.max(1)
-            answers[number].append(answer)
-            sure += [highest] if judge is classifier else []
+            highest, answer = judge(pools[judge.input_size].read(part)).float().softmax(1).cpu().max(1)
+            found[number].append((highest, answer))
+        done += len(part)
         if progress is not None:
-            progress(sum(map(len, answers[0])), len(rows))
-    truth, own = truth[rows], torch.cat(answers[0])
-    classes = len(classifier.class_names)
-    matrix = torch.bincount(truth * classes + own, minlength=classes**2).view(classes, classes).tolist()
-    agreement = teacher_accuracy = None
-    if teacher is not None:
-        theirs = _translated(teacher, classifier)[torch.cat(answers[1])]
-        agreement, teacher_accuracy = _share(theirs == own), _share(theirs == truth)
-    return Evaluation(
-        accuracy=_share(own == truth),
-        per_class=dict(zip(classifier.class_names, class_accuracy(matrix), strict=True)),
-        agreement=agreement,
-        teacher_accuracy=teacher_accuracy,
-        calibration=calibration_error(torch.cat(sure), own == truth),
-        confusion=tuple(map(tuple, matrix)),
-        images=len(rows),
-    )
-
-
-def calibration_error(probabilities: Tensor, right: Tensor) -> float:
-    """Expected calibration error of highest probabilities [N] in 0..1; right: bool [N], whether the answer was."""
-    bins = (probabilities.double() * BINS).ceil().long().clamp(1, BINS) - 1
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, right.double() - probabilities.double())
-    return float(gaps.abs().sum() / len(probabilities))
-
-
-def class_accuracy(matrix: Sequence[Sequence[int]]) -> tuple[float | None, ...]:
-    """Share of each row (truth) on the diagonal; None for a class without images."""
-    return tuple(row[i] / sum(row) if sum(row) else None for i, row in enumerate(matrix))
+            progress(done, len(rows))
+    (sure, own), *others = ([torch.cat(column) for column in zip(*parts, strict=True)] for parts in found)
+    asked = Answers(classifier.class_names, rows, truth[rows], own, sure)
+    if teacher is None:
+        return asked
+    teacher_sure, theirs = others[0]
+    return replace(asked, theirs=_translated(teacher, classifier)[theirs], teacher_sure=teacher_sure)
 
 
 def evenly(total: int, most: int) -> Tensor:
@@ -132,7 +97,3 @@ def _translated(teacher: Classifier, classifier: Classifier) -> Tensor:
 
 def _some(names: list[str] | tuple[str, ...]) -> str:
     return ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean())

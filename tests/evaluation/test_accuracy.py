@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dfkd.data import Pool
 from dfkd.errors import UsageError
 from dfkd.evaluation import evaluate
-from dfkd.evaluation.accuracy import calibration_error
+from dfkd.evaluation.answers import Bin, Outcomes, calibration_error
 from dfkd.teachers import Classifier
 
 NAMES = ("red", "green", "blue")
@@ -62,6 +62,15 @@ def test_agreement_goes_by_name_too() -> None:
         evaluate(judge(), images, teacher=judge(("blue", "red", "pink")))
 
 
+def test_teacher_wrong_and_student_wrong_part() -> None:
+    images = pool([0, 1, 2, 2, 1, 0], [0, 1, 0, 1, 0, 1])
+    found = evaluate(judge(order=(1, 0, 2)), images, teacher=judge())  # the student takes red for green
+    assert found.outcomes == Outcomes(both_right=0, student_only=2, teacher_only=2, both_wrong=2, same_wrong=2)
+    assert (found.accuracy, found.teacher_accuracy, found.agreement) == (2 / 6, 2 / 6, 2 / 6)
+    assert found.teacher_per_class == {"red": 1 / 3, "green": 1 / 3, "blue": None}
+    assert evaluate(judge(), images).outcomes is None
+
+
 def test_a_limit_spreads_over_the_set() -> None:
     images = pool([0] * 10, [0] * 5 + [1] * 5)
     found = evaluate(judge(), images, limit=4)
@@ -74,7 +83,10 @@ def test_calibration_is_the_gap_between_confidence_and_accuracy() -> None:
     assert calibration_error(torch.full((10,), 0.9), right) == pytest.approx(0.2, abs=1e-6)
     two = torch.tensor([0.5] * 5 + [1.0] * 5)  # accuracies 1.0 and 0.4
     assert calibration_error(two, right) == pytest.approx((0.5 + 0.6) / 2, abs=1e-6)
-    assert evaluate(judge(factor=100.0), pool([0, 1], [0, 1])).calibration == pytest.approx(0, abs=1e-6)
+    sure = evaluate(judge(factor=100.0), pool([0, 1], [0, 1]), teacher=judge(factor=0.0))
+    assert sure.calibration == pytest.approx(0, abs=1e-6) and sure.reliability == (Bin(2, 1.0, 1.0),)
+    assert sure.teacher_calibration == pytest.approx(1 / 2 - 1 / 3, abs=1e-6)
+    assert sure.teacher_reliability == (Bin(2, pytest.approx(1 / 3), 0.5),)
 
 
 def test_a_named_data_set() -> None:

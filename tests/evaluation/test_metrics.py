@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd.evaluation.accuracy import class_accuracy, evenly
+from dfkd.evaluation.accuracy import evenly
+from dfkd.evaluation.answers import class_accuracy
 from dfkd.evaluation.metrics import BINS, Confusion, confidence, interval, loss_bands, teacher_view, top_confusions
 from dfkd.teachers import Classifier
 
