@@ -6,7 +6,6 @@ A preview is a small one of the newest images, made in some tens of milliseconds
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib.font_manager
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -40,10 +39,11 @@ def preview(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> Image
     """
     shown = evenly(torch.unique(labels), PREVIEW_ROWS)
     rows = torch.cat([(labels == label).nonzero()[:, 0].flip(0)[:PREVIEW_COLUMNS] for label in shown])
-    factor = -(-images.shape[-1] // SMALL)
-    planes = images[rows].flatten(0, 1).numpy()
+    every = max(images.shape[-1] // (2 * SMALL), 1)  # of a large image's pixels: averaging them all takes too long
+    planes = images[rows, :, ::every, ::every].flatten(0, 1).numpy()
+    factor = -(-planes.shape[-1] // SMALL)
     small = torch.from_numpy(np.stack([np.asarray(Image.fromarray(plane).reduce(factor)) for plane in planes]))
-    small = small.unflatten(0, (len(rows), 3))
+    small = torch.unflatten(small, 0, (len(rows), 3))
     pool = Pool(small, labels[rows], rows, tuple(class_names), digest="preview")  # it is never asked for one
     return sheet(strips(pool, PREVIEW_COLUMNS))
 
@@ -73,6 +73,8 @@ def strips(pool: ShardPool | Pool, columns: int | None = None) -> list[Strip]:
 
 def sheet(rows: Sequence[Strip]) -> Image.Image:
     """The strips one under the other, enlarged, each with its class's name at the left: a picture that stands alone."""
+    import matplotlib.font_manager  # takes half a second, which most runs can do without
+
     font = ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), 18)
     margin = 12
     left = 2 * margin + max(round(font.getlength(row.class_name)) for row in rows)

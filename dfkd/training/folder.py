@@ -14,11 +14,11 @@ import torch
 
 from dfkd.errors import UsageError
 from dfkd.files import folder_lock, make_writable, remove_partials, replace_file, replace_text
+from dfkd.logs import LOG
 from dfkd.training.world import World
 
 CHECKPOINT = "checkpoint.pt"
 RESULT = "result.json"
-LOG = "log.jsonl"
 WEIGHTS = "model.safetensors"
 
 

@@ -7,18 +7,22 @@ OUT/log.jsonl          losses, rates and what evaluations measured, by step
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dfkd.config import TrainConfig
 from dfkd.data import Batch, Form, Images, Order, Source, choose_loader, open_source, steps
+from dfkd.data.contact_sheet import preview
 from dfkd.errors import Stopped, UsageError
+from dfkd.logs import Logs
 from dfkd.runtime import derived_seed, seed_global
 from dfkd.training.folder import CHECKPOINT, read_checkpoint, write_checkpoint
-from dfkd.training.logs import Guard, Logs
+from dfkd.training.guard import Guard
 from dfkd.training.state import State, learning_rate
 from dfkd.training.step import Loss, Step
 from dfkd.training.world import Agreement, World, deferred
@@ -89,6 +93,8 @@ def fit(
             seed_layers(config.seed, state.step, world)
             total, rows = order.size(state.step), order.rows(state.step)
             images = training.mix(batch, total, rows).contiguous(memory_format=torch.channels_last)
+            if state.step == 0:
+                log.show(0, "views", partial(_views, training, images, batch.labels))
             lr = learning_rate(state.step, order.steps, config.optimiser)
             loss = step(images, batch.labels, lr, share=len(images) * world.size / total)
             guard.add(state.step, loss)
@@ -155,6 +161,14 @@ def _begin(
 
     last_good = f"the last good checkpoint is {out / CHECKPOINT}"
     return Guard(world.mean, ids, last_good, int(state.skipped), pending)
+
+
+def _views(training: Training, images: Tensor, labels: Tensor) -> Image.Image:
+    """A batch as the network sees it, by class."""
+    form = training.form
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (form.mean, form.std))
+    pixels = ((images.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return preview(pixels.cpu(), labels.cpu(), training.data.class_names)
 
 
 def _save(state: State, out: Path, identity: Mapping[str, Any], world: World, losses: list[tuple[int, Tensor]]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfkd.config import TrainConfig
 from dfkd.errors import UsageError
-from dfkd.training.logs import check_logs
+from dfkd.logs import check_logs
 from dfkd.training.losses import Network
 from dfkd.training.state import State
 from dfkd.training.world import World

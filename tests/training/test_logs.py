@@ -2,18 +2,22 @@
 
 import math
 import sys
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dfkd.config import LoggingConfig
 from dfkd.errors import UsageError
-from dfkd.training.logs import HOPELESS, Guard, check_logs
+from dfkd.logs import check_logs
+from dfkd.training.guard import HOPELESS, Guard
 from tests.training.small_run import Killed, dies, lines, run, settings
 
 
@@ -70,17 +74,31 @@ class Writer:
     def __init__(self, *given: Any, **named: Any) -> None:
         self.given, self.named, self.closed = given, named, False
         self.told: list[tuple[int, str, float]] = []
+        self.shown: list[tuple[int, str, tuple[int, ...]]] = []
 
     def add_scalar(self, name: str, value: float, at: int) -> None:
         self.told.append((at, name, value))
 
-    def log(self, measured: dict[str, float], step: int) -> None:
-        self.told += [(step, name, value) for name, value in measured.items()]
+    def add_image(self, name: str, pixels: np.ndarray, at: int, dataformats: str) -> None:
+        assert dataformats == "HWC"
+        self.shown.append((at, name, pixels.shape))
+
+    def log(self, measured: dict[str, Any], step: int) -> None:
+        shown = {name: value for name, value in measured.items() if isinstance(value, Shown)}
+        self.shown += [(step, name, np.asarray(value.picture).shape) for name, value in shown.items()]
+        self.told += [(step, name, value) for name, value in measured.items() if name not in shown]
 
     def close(self) -> None:
         self.closed = True
 
     finish = close
+
+
+@dataclass
+class Shown:
+    """Stands in for wandb.Image."""
+
+    picture: Image.Image
 
 
 def installed(patch: pytest.MonkeyPatch, package: str, **content: object) -> None:
@@ -102,7 +120,7 @@ def test_another_log_has_the_numbers_of_log_jsonl(
         made.append(Writer(*given, **named))
         return made[-1]
 
-    installed(monkeypatch, *option, init=make, SummaryWriter=make)
+    installed(monkeypatch, *option, init=make, SummaryWriter=make, Image=Shown)
     out, config = tmp_path / "out", settings(checkpoint_every=3, **option)
     with pytest.raises(Killed):
         run(out, config, progress=dies(7))
@@ -111,6 +129,8 @@ def test_another_log_has_the_numbers_of_log_jsonl(
     assert first.closed and second.closed
     numbers = [(line["step"], name, value) for line in lines(out) for name, value in line.items() if name != "step"]
     assert [line for line in first.told if line[0] <= 6] + second.told == numbers
+    ((step, name, (_, _, channels)),) = first.shown  # the views, once
+    assert (step, name, channels) == (0, "views", 3) and not second.shown
     assert {name for _, name, _ in numbers} >= {"loss", "agreement"}
     if "wandb" in option:
         assert first.named == second.named  # the same run goes on
