@@ -26,6 +26,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
+from dfkd.config.lists import names_in
 from dfkd.config.words import nearest
 from dfkd.errors import SettingError
 
@@ -323,9 +324,11 @@ def _path(value: object) -> Path:
 
 
 def _names(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) and value.startswith("@"):
+        return names_in(value[1:])
     parts = re.split(r",(?![^(]*\))", value) if isinstance(value, str) else value  # commas in parentheses stay
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        raise ValueError("it must be names, separated by commas or in a list")
+        raise ValueError("it must be names, separated by commas, in a list, or @FILE")
     return tuple(part.strip() for part in parts if part.strip())
 
 
