@@ -5,13 +5,13 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dfkd.config import LoggingConfig
 from dfkd.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LOG = "log.jsonl"
 
@@ -19,7 +19,7 @@ LOG = "log.jsonl"
 class _Board(Protocol):
     def write(self, step: int, measured: Mapping[str, float]) -> None: ...
 
-    def show(self, step: int, name: str, picture: Image.Image) -> None: ...
+    def show(self, step: int, name: str, picture: "Image.Image") -> None: ...
 
     def close(self) -> None: ...
 
@@ -43,7 +43,7 @@ class Logs:
         for board in self._boards:
             board.write(step, measured)
 
-    def show(self, step: int, name: str, picture: Callable[[], Image.Image]) -> None:
+    def show(self, step: int, name: str, picture: "Callable[[], Image.Image]") -> None:
         """A picture, which is made only where a log takes one."""
         if self._boards:
             shown = picture()
@@ -104,7 +104,9 @@ class _TensorBoard:
         for name, value in measured.items():
             self._writer.add_scalar(name, value, step)
 
-    def show(self, step: int, name: str, picture: Image.Image) -> None:
+    def show(self, step: int, name: str, picture: "Image.Image") -> None:
+        import numpy as np
+
         self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -131,7 +133,7 @@ class _Wandb:
     def write(self, step: int, measured: Mapping[str, float]) -> None:
         self._run.log(dict(measured), step=step)
 
-    def show(self, step: int, name: str, picture: Image.Image) -> None:
+    def show(self, step: int, name: str, picture: "Image.Image") -> None:
         import wandb
 
         self._run.log({name: wandb.Image(picture)}, step=step)

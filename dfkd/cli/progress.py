@@ -1,30 +1,109 @@
-"""Progress for people: on a terminal a bar with rate and time left, elsewhere nothing."""
+"""Progress for people on stderr: on a terminal a bar with rate and time left, elsewhere a line every half minute."""
 
+import json
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+EVERY = 30.0  # seconds between two lines
+FORMAT = "{desc}: {percentage:.1f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+TAIL = 16_000  # bytes of a log that are looked at
+HIDDEN = {"step", "lr"}  # of a log's numbers
+
+Draw = Callable[[float, float], None]
 
 
 @contextmanager
-def progress(title: str, unit: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A callable (done, total), as the library's functions take it, that draws a bar on stderr.
+def progress(
+    title: str,
+    unit: str,
+    shown: bool = True,
+    log: Path | None = None,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Draw]:
+    """A callable (done, total), as the library's functions take it, that shows both on `stream`, which is stderr.
 
-    unit: singular, shown with the rate. The bar begins at the first `done`, so that a resumed run shows its own rate.
+    unit: singular, shown with the rate, which is of what was done since the first call. log: a log.jsonl, whose last
+    numbers stand beside. clock: seconds.
     """
+    stream = stream or sys.stderr
+    if not shown:
+        yield lambda done, total: None
+    elif stream.isatty():
+        with _bar(title, unit, log, stream) as draw:
+            yield draw
+    else:
+        yield _lines(title, unit, log, stream, clock)
+
+
+def _lines(title: str, unit: str, log: Path | None, stream: TextIO, clock: Callable[[], float]) -> Draw:
+    """Draws a line where EVERY seconds have passed since the last one."""
+    first: tuple[float, float] | None = None  # when, and what was done by then
+    last = 0.0
+
+    def draw(done: float, total: float) -> None:
+        nonlocal first, last
+        now = clock()
+        if first is None:
+            first, last = (now, done), now
+        if now - last < EVERY or done >= total:
+            return
+        last, rate = now, (done - first[1]) / (now - first[0])
+        facts = [f"{done:.0f} of {total:.0f} {unit}"]
+        facts += [f"{rate:.3g} {unit}/s, {duration((total - done) / rate)} left"] if rate > 0 else []
+        facts += [f"{name} {value:.3g}" for name, value in told(log).items()]
+        print(f"{title}: {', '.join(facts)}", file=stream, flush=True)
+
+    return draw
+
+
+@contextmanager
+def _bar(title: str, unit: str, log: Path | None, stream: TextIO) -> Iterator[Draw]:
+    """Draws a bar that begins at the first `done`, so that a resumed run shows its own rate."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=title, unit=unit, file=sys.stderr, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True)
-    began = False
+    bar: Any = None
 
-    def draw(done: int, total: int) -> None:
-        nonlocal began
+    def draw(done: float, total: float) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(
+                desc=title, unit=unit, total=total, initial=done, file=stream, dynamic_ncols=True, bar_format=FORMAT
+            )
         bar.total = total
-        if not began:
-            began, bar.initial, bar.n = True, done, done
-        bar.update(done - bar.n)
+        if bar.update(done - bar.n):  # it was drawn
+            bar.set_postfix({name: f"{value:.3g}" for name, value in told(log).items()}, refresh=False)
 
-    with bar:
+    try:
         yield draw
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def told(log: Path | None) -> dict[str, float]:
+    """The last number of each kind in a log.jsonl; {} where there is none."""
+    numbers: dict[str, float] = {}
+    if log is None or not log.exists():
+        return numbers
+    with open(log, "rb") as file:
+        file.seek(max(log.stat().st_size - TAIL, 0))
+        for line in file.read().splitlines():
+            with suppress(ValueError):  # of a line that is cut
+                numbers |= {name: value for name, value in json.loads(line).items() if name not in HIDDEN}
+    return numbers
+
+
+def duration(seconds: float) -> str:
+    """In words: 34 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def say(text: str) -> None:
