@@ -1,7 +1,8 @@
 """Images on disk and in batches.
 
 shards, shard_writer     folders that dfkd-generate writes, with codec for single images
-image_files, imagefolder class folders, list files and Parquet files are read; a class folder is written
+image_files              labelled image files, which class_folders, list_files, parquet_files and array_files list
+imagefolder              a class folder is written
 folders                  several of these as one pool
 batches, views           order, views and form of what training is fed: one contract
 loader, dali             three sources of such batches, which give the same
@@ -9,12 +10,15 @@ loader, dali             three sources of such batches, which give the same
 
 from dfkd.config import VIEWS as KINDS
 from dfkd.data.batches import Batch, Encoded, Form, Images, Order, Source, Step, read_all, resize, steps
+from dfkd.data.class_folders import list_folder
 from dfkd.data.codec import decode, encode
 from dfkd.data.dali import installed as dali_installed
 from dfkd.data.folders import JoinedImages, match_network, open_data
-from dfkd.data.image_files import ImageFiles, Listing, list_file, list_folder, list_parquet
+from dfkd.data.image_files import ImageFiles, Listing
 from dfkd.data.imagefolder import export_imagefolder
+from dfkd.data.list_files import list_file
 from dfkd.data.loader import LoaderChoice, choose_loader, open_source
+from dfkd.data.parquet_files import list_parquet
 from dfkd.data.shard_writer import ShardFolder, require_space
 from dfkd.data.shards import (
     MANIFEST,

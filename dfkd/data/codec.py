@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from dfkd.rgb import square
 
@@ -43,7 +43,7 @@ def decode(data: bytes, image_format: str = "", size: int | None = None) -> NDAr
         raise _damage(error) from None
 
 
-def is_plain(image: Image.Image) -> bool:
+def is_plain(image: ImageFile.ImageFile) -> bool:
     """Whether every decoder makes the same pixels of this file: a JPEG or a PNG of 8-bit grey or RGB without more.
 
     image: opened, not loaded; Pillow's `tile` tells the file's own form, which `mode` hides for 16-bit colour.

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfkd.data.batches import Images, resize
+from dfkd.data.class_folders import list_folder
 from dfkd.data.codec import decode
-from dfkd.data.image_files import ImageFiles, list_folder
+from dfkd.data.image_files import ImageFiles
 from dfkd.data.shards import MANIFEST, BadSample, ShardPool, damage_text, open_folder
 from dfkd.errors import UsageError
 

@@ -1,41 +1,130 @@
-"""Labelled image files of a folder tree, a list file or Parquet files: list them, then decode them, all or some."""
+"""Labelled image files: a listing of them by class, and their pixels, read when they are asked for."""
 
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from dfkd.data.codec import decode
+from dfkd.data.codec import decode, encode, header
 from dfkd.data.shards import BadSample
 from dfkd.errors import UsageError
+from dfkd.rgb import square
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+Source = Path | bytes | NDArray[np.uint8]
+NAMED = 3  # files that a message names at most
 
 
 @dataclass(frozen=True)
 class Listing:
-    """images: a path or the encoded bytes of each image; labels in [0, len(class_names)), same length.
+    """Images and their classes, before any is decoded.
+
+    images: a path, encoded bytes, or pixels uint8 [H, W] or [H, W, 3] each. labels: in [0, len(class_names)), as many.
+    class_names: unique; "" for a number that no image has, see `compact`. numbered: they are the labels' numbers, for
+    want of names. place: where the images are, for people. passed_over: files that are not read, by suffix.
 
     Raises UsageError for two classes of one name.
     """
 
-    images: Sequence[Path | bytes]
+    images: Sequence[Source]
     labels: Sequence[int]
     class_names: tuple[str, ...]
+    numbered: bool = False
+    place: str = field(default="", compare=False)
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if twice := sorted({name for name in self.class_names if self.class_names.count(name) > 1}):
+        names = [name for name in self.class_names if name]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
             raise UsageError(f"several classes are named {', '.join(twice)}", "names tell classes apart", "rename them")
 
     def take(self, indices: NDArray[np.int64]) -> "Listing":
-        return Listing([self.images[i] for i in indices], [self.labels[i] for i in indices], self.class_names)
+        """Some of the images, of the same classes."""
+        images, labels = [self.images[i] for i in indices], [self.labels[i] for i in indices]
+        return replace(self, images=images, labels=labels)
+
+    def compact(self) -> "Listing":
+        """The same without the numbers that no image has."""
+        return self.only([name for name in self.class_names if name])
+
+    def only(self, class_names: Sequence[str]) -> "Listing":
+        """The images of these classes, which are numbered in this order."""
+        places = {name: place for place, name in enumerate(class_names)}
+        new = [places.get(name, -1) if name else -1 for name in self.class_names]
+        if new == list(range(len(class_names))):
+            return self
+        kept = [i for i, label in enumerate(self.labels) if new[label] >= 0]
+        images, labels = [self.images[i] for i in kept], [new[self.labels[i]] for i in kept]
+        return replace(self, images=images, labels=labels, class_names=tuple(class_names))
+
+    def ordered(self, class_names: Sequence[str], whose: str) -> "Listing":
+        """The same images, with labels in the order of `class_names`, matched by name.
+
+        Raises UsageError for images of other classes, which those of `whose` are not.
+        """
+        known = set(class_names)
+        if unknown := [name for name in self.occurring() if name not in known]:
+            what = f"{self.place} has images of {some_names(unknown)}"
+            why = f"the classes of {whose} are {some_names(class_names)}"
+            raise UsageError(what, why, "classes go by name: rename those folders or take them out")
+        return self.only(class_names)
+
+    def occurring(self) -> list[str]:
+        """Names of the classes that have images, in their order."""
+        return [self.class_names[label] for label in sorted(set(self.labels))]
+
+    def lacking(self) -> list[str]:
+        """Names of the classes without an image."""
+        has = set(self.labels)
+        return [name for label, name in enumerate(self.class_names) if name and label not in has]
+
+    def name_of(self, position: int) -> str:
+        """What a message calls an image."""
+        source = self.images[position]
+        return str(source) if isinstance(source, Path) else f"image {position} of {self.place or 'the data'}"
+
+    @cached_property
+    def plain(self) -> NDArray[np.bool_]:
+        """Whether every decoder makes the same pixels of a file (dfkd.data.codec.is_plain), bool [N].
+
+        Reads each file's header, once. Raises UsageError for files that are absent, empty, no images, or larger than
+        Pillow decodes: how many, and the first by name.
+        """
+        sources = self.images
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # which wait for disks beside one another
+            parts = [sources[start : start + 256] for start in range(0, len(sources), 256)]
+            found = [
+                one for part in threads.map(lambda part: [_header(source) for source in part], parts) for one in part
+            ]
+        bad = [(position, words) for position, words in enumerate(found) if isinstance(words, str)]
+        if bad:
+            shown = "; ".join(f"{self.name_of(position)}: {words}" for position, words in bad[:NAMED])
+            more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+            what = f"{len(bad)} of {len(sources)} images cannot be read"
+            raise UsageError(what, shown + more, "mend them or take them out")
+        return np.array(found, bool)
+
+    def check(self) -> "Listing":
+        """Itself, once every file is there with the header of an image; raises UsageError as `plain` does."""
+        assert len(self.plain) == len(self.images)
+        return self
+
+    def described(self) -> str:
+        """One line for people: how many images of how many classes are where, and what was not read."""
+        skipped = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.passed_over.items()))
+        more = f" (not read there: {skipped})" if skipped else ""
+        empty = f", none of {some_names(self.lacking())}" if self.lacking() else ""
+        classes = len(self.class_names)
+        return f"{len(self.images)} images of {classes} classes in {self.place or 'memory'}{more}{empty}"
 
 
 class ImageFiles:
@@ -71,141 +160,60 @@ class ImageFiles:
         """uint8 [n, 3, size, size] at int64 [n] positions; raises UsageError naming a file that cannot be read."""
         images = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
         for row, position in enumerate(positions.tolist()):
-            source = self.listing.images[position]
-            try:
-                images[row] = decode(_bytes(source), size=self.image_size)
-            except (OSError, ValueError) as error:
-                name = "an image in the Parquet file" if isinstance(source, bytes) else str(source)
-                raise UsageError(f"cannot read {name}", str(error)) from error
+            images[row] = self._pixels(position, self.image_size)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def encoded(self, positions: Tensor) -> list[NDArray[np.uint8]]:
-        """The files' bytes at int64 [n] positions; raises UsageError naming one that cannot be read."""
-        return [np.frombuffer(_bytes(self.listing.images[i]), np.uint8) for i in positions.tolist()]
+        """Bytes, at int64 [n] positions, of which every decoder makes the pixels that read() begins with.
+
+        They are the files' own where is_plain says so, and else a PNG made here of what Pillow reads. Raises UsageError
+        naming a file that cannot be read.
+        """
+        return [np.frombuffer(self._encoded(position), np.uint8) for position in positions.tolist()]
 
     def fitted(self, size: int) -> "ImageFiles":
         """A view of the listing in another size: each image is made from its file in one step."""
-        return ImageFiles(self.listing, size, "fitted", self.ids, self.left_out, self.digest)
+        return ImageFiles(self.listing, size, "fitted", self.ids, self.left_out, self.__dict__.get("digest", ""))
 
+    def _encoded(self, position: int) -> bytes:
+        if self.listing.plain[position]:
+            return _bytes(self.listing.images[position])
+        return encode(self._pixels(position), "png")
 
-def list_folder(root: Path, complete: bool = True) -> Listing:
-    """Images root/<class>/<image>, classes in the order of root/classes.json if there is one, else sorted by name,
-    numbers by value (10 after 9).
-
-    classes.json: a list of names, or {name: label}. Folders that begin with a dot, and __MACOSX, are no classes.
-    complete: refuse classes without an image. Raises UsageError, naming them; for folders that classes.json lacks, and
-    where there is no image at all.
-    """
-    if not root.is_dir():
-        raise UsageError(f"no folder {root}", todo="give a folder that holds one folder of images per class")
-    folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not _hidden(entry)]
-    ordered = root / "classes.json"
-    names = _read_order(ordered) if ordered.exists() else sorted(folders, key=_natural)
-    if unknown := sorted(set(folders) - set(names)):
-        why = f"but there are folders {', '.join(unknown)}"
-        raise UsageError(f"{ordered} names {', '.join(names)}", why, "make them agree")
-    images: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        files = sorted((root / name).iterdir()) if name in folders else []
-        images += (found := [file for file in files if file.suffix.lower() in SUFFIXES and not _hidden(file)])
-        labels += [label] * len(found)
-    if not images:
-        raise UsageError(f"no image in {root}", f"wanted are {root}/CLASS/IMAGE.png (or {', '.join(sorted(SUFFIXES))})")
-    if complete and (empty := [names[label] for label in sorted(set(range(len(names))) - set(labels))]):
-        why = "every folder in it is a class"
-        raise UsageError(f"{root} has no image of {', '.join(empty)}", why, "add images, or move those folders out")
-    return Listing(images, labels, tuple(names))
-
-
-def list_file(file: Path) -> Listing:
-    """Lines `path label`. Classes are named after the folders of their images where each has one for itself, else
-    by number. Raises UsageError for a line that is none."""
-    if not file.is_file():
-        raise UsageError(f"no list file {file}", todo="give a text file of lines `path label`")
-    images: list[Path] = []
-    labels: list[int] = []
-    folders: dict[int, set[str]] = {}
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is no list of images", str(error), "give a text file of lines `path label`") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise UsageError(f"{file}, line {number}: '{line}'", "a line is `path label`, the label a number from 0")
-        images.append(file.parent / path)
-        labels.append(int(label))
-        folders.setdefault(int(label), set()).add(Path(path).parent.name)
-    numbers = range(max(labels, default=-1) + 1)
-    names = [_only(folders.get(label, set())) or str(label) for label in numbers]
-    if len(set(names)) < len(names):  # several classes lie in one folder
-        names = [str(label) for label in numbers]
-    return Listing(images, labels, tuple(names))
-
-
-def list_parquet(path: Path) -> Listing:
-    """One Parquet file, or all in a folder by name, in the Hugging Face image layout (image{bytes, path}, label).
-
-    Class names come from the Hugging Face schema, else are numbers. Raises UsageError: no file, no such columns, or
-    pyarrow is not installed.
-    """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise UsageError(f"cannot read {path}", "pyarrow is not installed", "pip install pyarrow") from error
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UsageError(f"no Parquet file at {path}", todo="give a .parquet file or a folder that holds some")
-    images: list[bytes] = []
-    labels: list[int] = []
-    names: list[str] = []
-    for file in files:
+    def _pixels(self, position: int, size: int | None = None) -> NDArray[np.uint8]:
+        source = self.listing.images[position]
         try:
-            table = parquet.read_table(file)
+            if isinstance(source, np.ndarray):
+                return square(Image.fromarray(source), size)
+            return decode(_bytes(source), size=size)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{file} is no Parquet file", str(error).partition("\n")[0]) from None
-        missing = {"image", "label"} - set(table.column_names)
-        if missing:
-            raise UsageError(f"{file} has no column {sorted(missing)[0]}", "wanted: image{bytes, path} and label")
-        names = names or _schema_names(table.schema.metadata or {})
-        images += [row["bytes"] for row in table.column("image").to_pylist()]
-        labels += table.column("label").to_pylist()
-    return Listing(images, labels, tuple(names or [str(label) for label in range(max(labels, default=-1) + 1)]))
+            what = f"cannot read {self.listing.name_of(position)}"
+            raise UsageError(what, str(error), "mend it or take it out") from error
 
 
-def _bytes(source: Path | bytes) -> bytes:
+def some_names(names: Sequence[str]) -> str:
+    """The first ten of them, and how many there are."""
+    return ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
+
+
+def _header(source: Source) -> bool | str:
+    """Whether an image is plain, or what is wrong with it."""
+    if isinstance(source, np.ndarray):
+        return False
+    try:
+        return header(source)
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:
+        return str(error)
+
+
+def _bytes(source: Source) -> bytes:
     if isinstance(source, bytes):
         return source
+    if isinstance(source, np.ndarray):
+        return source.tobytes()
     try:
         return source.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {source}", error.strerror or str(error)) from error
-
-
-def _read_order(file: Path) -> list[str]:
-    """Class names in the order of their labels, from a JSON list or {name: label}."""
-    try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
-        return [str(name) for name in (sorted(listed, key=listed.__getitem__) if isinstance(listed, dict) else listed)]
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{file} cannot be read", str(error), "wanted is a list of class names") from None
-
-
-def _schema_names(metadata: dict[bytes, bytes]) -> list[str]:
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return list(features.get("label", {}).get("names", []))
-
-
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name == "__MACOSX"
-
-
-def _natural(name: str) -> tuple[int, int, str]:
-    return (0, int(name), name) if name.isdigit() else (1, 0, name)
-
-
-def _only(names: set[str]) -> str:
-    return next(iter(names)) if len(names) == 1 else ""

@@ -6,92 +6,119 @@ Sources, by name:
     digits-on-photos    the demo's world, see digits_on_photos.py
     imagefolder:PATH    PATH/<class>/<image>; a PATH alone is read so where it is a folder
     list:FILE           lines `path label` (DomainNet's list files), paths relative to FILE's folder
-    parquet:PATH        a Parquet file or a folder of them in the Hugging Face image layout (image{bytes, path}, label)
-A path may hold `{split}`, as in `list:sketch_{split}.txt`: one file or folder per split. Where there is none for
-`validation`, a tenth of `train` is held out for it. A path without `{split}` is cut 70 / 10 / 20 by class; the split
-`all` takes every image of it.
+    parquet:PATH        a Parquet file or a folder of them in the Hugging Face image layout
+    cifar:PATH          CIFAR-10 or CIFAR-100 as torchvision's pickles or .bin files
+    mnist:PATH          MNIST, Fashion-MNIST and sets in their form (idx files, gzipped or not)
+Behind a name, `?classes=A,B` or `?classes=@FILE` takes some of its classes, in that order.
+
+PATH may hold `{split}`, as in `list:sketch_{split}.txt`: one file or folder per split (`val` and `valid` do as well);
+a folder with train/ beside test/ or val/ is read as PATH/{split}, and so are the files train-* and test-* of Hugging
+Face. Where there are no validation images, a tenth of `train` is held out; where there are no test images, those of
+`val` are the test. Of a PATH without splits a test takes every image, and training cuts it 70 / 10 / 20 by class.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dfkd.data import ImageFiles, Images, Listing, Pool, list_file, list_folder, list_parquet
+from dfkd.data import ImageFiles, Images, Listing, Pool
 from dfkd.errors import UsageError
 from dfkd.evaluation.digits_on_photos import CLASS_NAMES, digits_on_photos
-from dfkd.evaluation.split import SPLITS, stratified
+from dfkd.evaluation.sources import DIGITS, WHOLE, Source
+from dfkd.evaluation.split import SPLITS
 
-DIGITS = "digits-on-photos"
-READERS: dict[str, Callable[[Path], Listing]] = {"imagefolder": list_folder, "list": list_file, "parquet": list_parquet}
+
+def open_splits(name: str, size: int) -> dict[str, Images]:
+    """What a teacher learns from: train, validation and test, all with the classes of train in one order.
+
+    Every file is looked at (its header) and every list and Parquet file is read to its end; pixels are decoded when
+    they are read. size: side in pixels; the shorter side is resized to it (bicubic, antialiased), the centre cut out.
+
+    Raises UsageError: a name or split that is not there, fewer than two classes, a class without images to learn from,
+    images of classes that train has not, a split without images, a file that is no image.
+    """
+    if name == DIGITS:
+        return {split: _digits(split, size) for split in SPLITS}
+    source = Source.of(name)
+    for split in SPLITS:
+        source.check(split)
+    train = source.listing("train")
+    if len(train.class_names) < 2:
+        what = (
+            f"{train.place} has one class, {train.class_names[0]}"
+            if train.class_names
+            else f"no image in {train.place}"
+        )
+        raise UsageError(what, "a teacher tells classes apart", "give the folder whose folders are the classes")
+    if lacking := train.lacking():
+        raise UsageError(f"no images to learn {', '.join(lacking)} from", train.described(), "add some or take it out")
+    parts = {"train": train}
+    for split in SPLITS[1:]:
+        parts[split] = source.listing(split).ordered(train.class_names, "the training images")
+    return {split: _opened(listing, split, name, size) for split, listing in parts.items()}
 
 
 def open_images(name: str, split: str, size: int) -> Images:
-    """The images of one split, the same ones in the same order at every call; files are decoded when they are read.
+    """The images of one split as training cuts it, the same ones in the same order at every call.
 
-    split: train, validation, test or, for a path without {split}, all.
-    size: side in pixels; the shorter side is resized to it (bicubic, antialiased) and the centre cut out.
-    Raises UsageError for an unknown name or split and a missing file.
+    split: train, validation, test or, for a PATH without splits, all. size: as of open_splits.
+    Raises UsageError for an unknown name or split, and files that are missing or no images.
     """
-    if split not in (*SPLITS, "all"):
-        raise UsageError(f"unknown split '{split}'", todo=f"choose one of {', '.join(SPLITS)}, all")
+    if split not in (*SPLITS, WHOLE):
+        raise UsageError(f"unknown split '{split}'", todo=f"choose one of {', '.join(SPLITS)}, {WHOLE}")
     if name == DIGITS:
         return _digits(split, size)
-    kind, _, path = name.partition(":")
-    if not path and Path(name).is_dir():
-        kind, path = "imagefolder", name
-    if kind not in READERS or not path:
-        known = ", ".join([DIGITS, *(f"{kind}:PATH" for kind in READERS)])
-        raise UsageError(f"unknown data '{name}'", todo=f"choose one of {known}")
-    listing = _listing(READERS[kind], path, split)
-    if not listing.images:
-        raise UsageError(f"no image for split '{split}' in '{name}'", todo="check the path and the number of images")
-    return ImageFiles(listing, size)
+    return _opened(Source.of(name).listing(split), split, name, size)
+
+
+def open_test(name: str, split: str, size: int, learned: Iterable[str] = ()) -> Images:
+    """The images of a test: as open_images, but the split test of a PATH without splits is every image of it.
+
+    learned: names of what the networks were trained on; where `name` is one of them, the test is the fifth that their
+    training left out. Raises UsageError as open_images does.
+    """
+    if split == "test" and name != DIGITS:
+        source = Source.of(name)
+        if WHOLE in source.places and not any(source.same(other) for other in learned):
+            split = WHOLE
+    return open_images(name, split, size)
 
 
 def check_data(option: str, name: str, split: str = "train") -> None:
     """Raise UsageError for a data set whose name, path or split is wrong, without reading any; `option` names it."""
-    kind, _, path = name.partition(":")
-    if name != DIGITS and not Path(name).is_dir() and not (kind in READERS and path):
-        known = ", ".join([DIGITS, *(f"{kind}:PATH" for kind in READERS)])
-        raise UsageError(f"{option} {name}", "there is no such data", f"choose one of {known}")
-    if split == "all" and (name == DIGITS or "{split}" in path):
-        raise UsageError(f"{option} {name}", "it has no split 'all'", f"choose one of {', '.join(SPLITS)}")
-    parts = ("validation", "train") if split == "validation" else (split,)  # it may be held out of `train`
-    files = [path.replace("{split}", part) for part in parts]
-    if path and not any(Path(file).exists() for file in files):
-        raise UsageError(f"{option} {name}", f"there is no {files[-1]}", "correct the path")
+    try:
+        if name != DIGITS:
+            Source.of(name).check(split)
+        elif split == WHOLE:
+            _digits(split, 32)
+    except UsageError as error:
+        raise UsageError(f"{option} {name}", error.why or error.what, error.todo) from None
 
 
 def class_names_of(name: str) -> tuple[str, ...]:
     """The classes of a data set, without decoding an image; () where they cannot be known without reading all of it."""
-    if name == DIGITS:
-        return CLASS_NAMES
-    return () if name.startswith("parquet:") else open_images(name, "train", 1).class_names
+    return CLASS_NAMES if name == DIGITS else Source.of(name).class_names()
+
+
+def described(images: Images) -> str:
+    """One line for people: how many images of how many classes, from where, and what was not read there."""
+    if isinstance(images, ImageFiles):
+        return images.listing.described()
+    return f"{len(images.labels)} images of {len(images.class_names)} classes"
+
+
+def _opened(listing: Listing, split: str, name: str, size: int) -> ImageFiles:
+    if not listing.images:
+        raise UsageError(f"no image for split '{split}' in '{name}'", todo="check the path and the number of images")
+    return ImageFiles(listing.check(), size)
 
 
 def _digits(split: str, size: int) -> Pool:
-    if split == "all":
-        raise UsageError(f"{DIGITS} has no split 'all'", todo=f"choose one of {', '.join(SPLITS)}")
+    if split == WHOLE:
+        raise UsageError(f"{DIGITS} has no split '{WHOLE}'", todo=f"choose one of {', '.join(SPLITS)}")
     pixels, labels, class_names = digits_on_photos(split)
     images = torch.from_numpy(pixels)
     if size != images.shape[-1]:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     return Pool(images, torch.from_numpy(labels), torch.arange(len(labels)), class_names)
-
-
-def _listing(read: Callable[[Path], Listing], pattern: str, split: str) -> Listing:
-    if "{split}" not in pattern:
-        whole = read(Path(pattern))
-        return whole if split == "all" else whole.take(stratified(np.asarray(whole.labels), (0.7, 0.1, 0.2))[split])
-    if split == "all":
-        raise UsageError("split 'all'", f"{pattern} has a file or folder for each split", "choose one of them")
-    own = Path(pattern.replace("{split}", split))
-    if split == "test" or (split == "validation" and own.exists()):
-        return read(own)
-    train = read(Path(pattern.replace("{split}", "train")))
-    if Path(pattern.replace("{split}", "validation")).exists():
-        return train
-    return train.take(stratified(np.asarray(train.labels), (0.9, 0.1, 0.0))[split])
