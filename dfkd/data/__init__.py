@@ -14,7 +14,7 @@ from dfkd.data.class_folders import list_folder
 from dfkd.data.codec import decode, encode
 from dfkd.data.dali import installed as dali_installed
 from dfkd.data.folders import JoinedImages, match_network, open_data
-from dfkd.data.image_files import ImageFiles, Listing
+from dfkd.data.image_files import ImageFiles, Listing, some_names
 from dfkd.data.imagefolder import export_imagefolder
 from dfkd.data.list_files import list_file
 from dfkd.data.loader import LoaderChoice, choose_loader, open_source
@@ -76,5 +76,6 @@ __all__ = [
     "read_manifest",
     "require_space",
     "resize",
+    "some_names",
     "steps",
 ]

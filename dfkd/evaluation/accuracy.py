@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dfkd.data import Images
+from dfkd.data import ImageFiles, Images, some_names
 from dfkd.errors import UsageError
 from dfkd.evaluation.answers import Answers, Evaluation, summary
-from dfkd.evaluation.real_data import open_images
+from dfkd.evaluation.real_data import learned_from, open_test
 from dfkd.teachers import Classifier
 
 ROWS = 250  # images a forward pass
@@ -25,7 +25,7 @@ def evaluate(
 ) -> Evaluation:
     """Test a classifier, in evaluation mode and where it is, on labelled images.
 
-    data: a source of dfkd.evaluation.open_images ("digits-on-photos", "imagefolder:PATH", ...) and its split, or images
+    data: a source of dfkd.evaluation.open_test ("digits-on-photos", "imagefolder:PATH", ...) and its split, or images
     that are open. Classes are matched by name; there may be fewer of them than the classifier's.
     teacher: of the same classes, to measure agreement with. limit: images at most, spread evenly over the set.
     progress: called with (done, total) images.
@@ -44,12 +44,14 @@ def ask(
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """What the classifier, and the teacher, answer on labelled images. Arguments and errors as of `evaluate`."""
-    pools: dict[int, Images] = {}
     judges = [judge.eval() for judge in (classifier, teacher) if judge is not None]
-    for judge in judges:  # each sees the images resized from the file to its own size
-        if judge.input_size not in pools:
-            pools[judge.input_size] = open_images(data, split, judge.input_size) if isinstance(data, str) else data
-    images = pools[classifier.input_size]
+    images = data
+    if isinstance(images, str):
+        learned = learned_from(*(judge.source for judge in judges))
+        images = open_test(images, split, classifier.input_size, learned)
+    # Each sees the images resized from the file to its own size.
+    sizes = {judge.input_size for judge in judges}
+    pools = {size: images.fitted(size) if isinstance(images, ImageFiles) else images for size in sizes}
     truth = match_classes(images, classifier)[images.labels]
     rows = evenly(len(truth), limit or len(truth))
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in judges]
@@ -77,23 +79,22 @@ def evenly(total: int, most: int) -> Tensor:
 
 def match_classes(images: Images, classifier: Classifier) -> Tensor:
     """int64: the images' class number -> the classifier's, by name. Raises UsageError for one that it does not know."""
-    unknown = [name for name in images.class_names if name not in classifier.class_names]
+    places = {name: place for place, name in enumerate(classifier.class_names)}
+    new = torch.tensor([places.get(name, -1) for name in images.class_names])
+    unknown = [images.class_names[label] for label in sorted(set(images.labels.tolist())) if new[label] < 0]
     if unknown:
         raise UsageError(
-            f"the images have the classes {_some(unknown)}",
-            f"the classifier knows {_some(classifier.class_names)}",
+            f"the images have the classes {some_names(unknown)}",
+            f"the classifier knows {some_names(classifier.class_names)}",
             "give images of its classes, or its class names in the order of its logits",
         )
-    return torch.tensor([classifier.class_names.index(name) for name in images.class_names])
+    return new
 
 
 def _translated(teacher: Classifier, classifier: Classifier) -> Tensor:
     """int64: the teacher's class number -> the classifier's, by name."""
     if set(teacher.class_names) != set(classifier.class_names):
-        why = f"the teacher knows {_some(teacher.class_names)}; the classifier knows {_some(classifier.class_names)}"
+        theirs, own = some_names(teacher.class_names), some_names(classifier.class_names)
+        why = f"the teacher knows {theirs}; the classifier knows {own}"
         raise UsageError("teacher and classifier have different classes", why, "give the teacher of this student")
     return torch.tensor([classifier.class_names.index(name) for name in teacher.class_names])
-
-
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")

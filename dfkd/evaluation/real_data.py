@@ -18,6 +18,7 @@ Face. Where there are no validation images, a tenth of `train` is held out; wher
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from dfkd.errors import UsageError
 from dfkd.evaluation.digits_on_photos import CLASS_NAMES, digits_on_photos
 from dfkd.evaluation.sources import DIGITS, WHOLE, Source
 from dfkd.evaluation.split import SPLITS
+from dfkd.files import read_object
 
 
 def open_splits(name: str, size: int) -> dict[str, Images]:
@@ -83,6 +85,16 @@ def open_test(name: str, split: str, size: int, learned: Iterable[str] = ()) -> 
         if WHOLE in source.places and not any(source.same(other) for other in learned):
             split = WHOLE
     return open_images(name, split, size)
+
+
+def learned_from(*checkpoints: str | Path | None) -> list[str]:
+    """Names of the images that networks of dfkd-train-teacher were trained on, as their folders tell."""
+    found = []
+    for path in (Path(given) for given in checkpoints if given and Path(given).exists()):
+        config = (path if path.is_dir() else path.parent) / "config.json"
+        if config.is_file():
+            found.append(read_object(config, {}, "give a folder that dfkd wrote").get("data"))
+    return [name for name in found if isinstance(name, str)]
 
 
 def check_data(option: str, name: str, split: str = "train") -> None:
