@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from dfkd.cli.parse import command, save_settings
 from dfkd.cli.progress import progress, say
 from dfkd.config import DistillCommand
+from dfkd.logs import LOG
 
 if TYPE_CHECKING:
+    from dfkd.data import Images
     from dfkd.teachers import Classifier
     from dfkd.training.world import World
 
@@ -34,15 +36,19 @@ def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
     teachers.check(config.student)
     check(config, world)
     if asked.test is not None:
-        # The names of real images are looked at here; they themselves are not read before the student is trained.
         from dfkd.evaluation import check_data
 
         check_data("--test", asked.test, asked.test_split)
     data = open_data(asked.data, config.on_bad_sample)
     teacher = teachers.load_teacher(asked.teacher, data.class_names)
+    if asked.test is not None:
+        # Classes and headers of real images are looked at here; no pixel is read before the student is trained.
+        from dfkd.evaluation.accuracy import match_classes
+
+        match_classes(_test_images(asked, teacher.input_size), teacher.class_names)
     save = partial(save_settings, asked, asked.out, COMMAND)
     speak = say if world.first else (lambda text: None)
-    with progress("distilling", "img", shown=world.first) as draw:
+    with progress("distilling", "img", world.first, asked.out / LOG) as draw:
         student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak, on_new=save)
     return tested(asked, student) if world.first else None
 
@@ -64,10 +70,18 @@ def tested(asked: DistillCommand, student: "Classifier") -> dict[str, Any]:
         from dfkd.evaluation import evaluate
 
         best = Classifier.from_pretrained(asked.out / "best").to(student.device)
-        last, other = (evaluate(one, asked.test, split=asked.test_split) for one in (student, best))
+        images = _test_images(asked, student.input_size)
+        last, other = (evaluate(one, images) for one in (student, best))
         found = {"test_images": last.images, "accuracy": last.accuracy, "best_accuracy": other.accuracy}
         found["confusion"] = [list(row) for row in last.confusion]
     return write_result(asked.out, result.pop("run"), {**result, **named, **found})
+
+
+def _test_images(asked: DistillCommand, size: int) -> "Images":
+    from dfkd.evaluation import learned_from, open_test
+
+    assert asked.test is not None
+    return open_test(asked.test, asked.test_split, size, learned_from(asked.teacher.checkpoint))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

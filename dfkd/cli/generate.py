@@ -7,6 +7,7 @@ from typing import Any
 from dfkd.cli.parse import command
 from dfkd.cli.progress import progress, say
 from dfkd.config import GenerateCommand
+from dfkd.logs import LOG
 
 
 def run(asked: GenerateCommand) -> dict[str, Any] | None:
@@ -17,7 +18,7 @@ def run(asked: GenerateCommand) -> dict[str, Any] | None:
     first = own_rank().first
     if asked.plan_only:
         return synthesis.plan(asked, say) if first else None
-    with progress("synthesis", "img", shown=first) as draw:
+    with progress("synthesis", "img", first, asked.out / LOG) as draw:
         return synthesis.run(asked, say, draw)
 
 

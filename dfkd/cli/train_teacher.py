@@ -8,6 +8,7 @@ from typing import Any
 from dfkd.cli.parse import command, save_settings
 from dfkd.cli.progress import progress, say
 from dfkd.config import TrainTeacherCommand
+from dfkd.logs import LOG
 
 COMMAND = "dfkd-train-teacher"
 
@@ -25,7 +26,7 @@ def run(asked: TrainTeacherCommand) -> dict[str, Any] | None:
         teachers.check(asked.architecture)
         check_training(config.train, world)
         speak = say if world.first else (lambda text: None)
-        with progress("training", "img", shown=world.first) as draw:
+        with progress("training", "img", world.first, asked.out / LOG) as draw:
             train_teacher(
                 asked.data,
                 config,

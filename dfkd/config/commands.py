@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dfkd.config.fields import Config, nested, option
 from dfkd.config.synthesis import GenerateConfig, TeacherConfig
-from dfkd.config.training import DistillConfig, TeacherTrainConfig
+from dfkd.config.training import DistillConfig, LoggingConfig, TeacherTrainConfig
 
 DATA_HELP = (
     "digits-on-photos, imagefolder:PATH, list:FILE or parquet:PATH; a PATH may hold {split} (train, validation, test)"
@@ -45,8 +45,9 @@ class TrainTeacherCommand(Config):
 class GenerateCommand(Config):
     """Synthesise labelled images: a diffusion prior, steered at every step by the gradient of the teacher's loss.
 
-    Writes OUT/shard-*.tar (WebDataset), OUT/manifest.json, OUT/settings.json and OUT/result.json. Started again on the
-    same folder it computes what is missing or damaged and nothing else. An image follows from --seed and its id.
+    Writes OUT/shard-*.tar (WebDataset), OUT/manifest.json, OUT/settings.json, OUT/result.json, and while it runs
+    OUT/preview.png (the newest images, by class) and OUT/log.jsonl. Started again on the same folder it computes what
+    is missing or damaged and nothing else. An image follows from --seed and its id.
     Several processes share the shards out, and end with the same bytes:
     torchrun --nproc-per-node N --no-python dfkd-generate ...
     """
@@ -75,6 +76,7 @@ class GenerateCommand(Config):
     )
     teacher: TeacherConfig = nested(TeacherConfig)
     generate: GenerateConfig = nested(GenerateConfig)
+    logging: LoggingConfig = nested(LoggingConfig)
 
     def validate(self) -> None:
         adversarial = self.generate.guidance.adv_weight > 0
@@ -194,6 +196,8 @@ class RunCommand(Config):
       [evaluate]        of dfkd-evaluate: `data` of the test
       [baselines.NAME]  what differs from [generate]: other images, and a student that learns from them
 
+    `controls = ["unguided-pixels", "deepinversion"]` at its top are baselines ready made, these two with as many steps
+    as take the seconds of the guided images: without them nothing is put down to guidance. Others: unguided, noise.
     `preset = "NAME"` at its top takes a preset's sections first. Started again it goes on where it was stopped, and
     runs no stage twice. Writes OUT/teacher, OUT/synthetic, OUT/student, OUT/baselines/NAME, OUT/evaluation.json and
     OUT/report.
@@ -205,6 +209,7 @@ class RunCommand(Config):
     file: Path | None = option(None, "TOML file of the run, or --preset")
     base: str | None = option(None, "a preset instead of a file, listed below", flag="preset")
     out: Path | None = option(None, "folder of the run; runs/NAME, by the file's or the preset's name")
+    controls: tuple[str, ...] = option((), "beside the file's: unguided-pixels, deepinversion, unguided, noise")
     seed: int = option(0, "of every stage that names none", low=0)
 
     def validate(self) -> None:

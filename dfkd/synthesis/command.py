@@ -12,6 +12,7 @@ from dfkd.config import GenerateCommand, plain
 from dfkd.data import MANIFEST, export_imagefolder, open_folder, read_manifest, require_space
 from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text, save_settings
+from dfkd.logs import check_logs
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
 from dfkd.synthesis.checks import require_losses
 from dfkd.synthesis.losses import losses_of
@@ -22,6 +23,7 @@ from dfkd.synthesis.prompts import prompt_of
 from dfkd.synthesis.run import open_run, run_on_record
 from dfkd.synthesis.schedule import find_sampler
 from dfkd.synthesis.synthesizer import Synthesizer
+from dfkd.synthesis.watch import Progress
 from dfkd.teachers import Classifier, load_teacher
 from dfkd_engine.prior import Prior, check_source
 
@@ -38,6 +40,7 @@ def check(asked: GenerateCommand) -> None:
     A prior on the hub is not fetched for that.
     """
     config, student = asked.generate, asked.student_checkpoint
+    check_logs(asked.logging)
     choose_kernels(config.compute.kernels, resolve_device(config.compute.device, own_rank()))
     if student is not None and not student.exists():
         raise UsageError(f"--student-checkpoint {student}", "there is no such file or folder", "correct the path")
@@ -79,15 +82,14 @@ def quieten_libraries() -> None:
     disable_progress_bars()
 
 
-def run(
-    asked: GenerateCommand, say: Say, progress: Callable[[int, int], object] | None = None
-) -> dict[str, Any] | None:
+def run(asked: GenerateCommand, say: Say, progress: Progress | None = None) -> dict[str, Any] | None:
     """Make what is missing, write OUT/settings.json and OUT/result.json; returns what result.json holds.
 
     Of the processes of torchrun each makes its own shards; the first alone speaks, and has a result, None in the
     others. Raises UsageError as `generate`, and for images that are not finite.
     """
     rank = own_rank()
+    check_logs(asked.logging)
     make_writable(asked.out)
     synthesizer = pipeline_of(asked)
     names, size = synthesizer.class_names, synthesizer.image_size
@@ -102,7 +104,7 @@ def run(
                 stored = work.images(work.missing) + asked.count
                 require_space(asked.out, stored, size, asked.generate.shards.image_format)
         try:
-            written = work.write(progress)
+            written = work.write(progress, asked.logging)
         except FloatingPointError as error:
             raise UsageError(str(error), todo="lower --guidance-step, or use --dtype fp32") from None
     if not rank.first:

@@ -51,6 +51,7 @@ class Pack:
         self.times = table.timesteps.to(device, torch.float32)
         self.noisy = [noise != 0 for noise in table.step_noise.tolist()]
         self.losses: dict[int, dict[str, Tensor]] = {}
+        self.stepped: Callable[[], object] = lambda: None  # called after every step of any kind
         self.plans = self._cutmix_plans(ids, labels)
         self._mixes = {i: (plan.partner.to(device), plan.box.to(device)) for i, plan in self.plans.items()}
 
@@ -104,6 +105,7 @@ class Pack:
         return self._mixes.get(i)
 
     def after(self, i: int, z: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
+        self.stepped()
         if self.callback is None:
             return z, z0
         timestep = float(self.pipe.table.timesteps[i])
@@ -119,7 +121,13 @@ class Pack:
                 model = self.denoise(z, 0, images)
             return clean_estimate(z, model, rows[0])
 
-        return lambda z: self.gradient(guidance, z, to_latent)[0]
+        return lambda z: self.stepping(guidance, z, to_latent)
+
+    def stepping(self, guidance: Guidance, point: Tensor, to_latent: ToLatent | None = None) -> Tensor:
+        """`gradient` of a step that is no denoising step."""
+        found, _ = self.gradient(guidance, point, to_latent)
+        self.stepped()
+        return found
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from dfkd.synthesis.pack import Pack
 from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels
 from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
-from dfkd.synthesis.synthesizer import Sample, label_probability
+from dfkd.synthesis.synthesizer import Sample, counted, label_probability
 from dfkd.teachers import Classifier
 from dfkd_engine.compiled import Engine
 from dfkd_engine.group_norms import group_norms
@@ -59,6 +59,7 @@ class GuidedPipeline:
         prompt: the template, of the settings or else of the prior.
         group: images that interact, 1 where they do not; image i belongs to group i // group.
         call_size: images per network call, `--batch` at first; may be set between calls.
+        on_progress: called after every step with the share, in 0..1, of a call's steps that are done; None: nobody.
         guidance: of latents, None where no teacher guides; pixel_guidance: of the refinement; statistics: of noise
             editing, L_bn alone; None without these.
 
@@ -103,6 +104,7 @@ class GuidedPipeline:
         self._guide()
         self.group = config.batching.group if self._images_interact() else 1
         self.call_size = config.batching.batch
+        self.on_progress: Callable[[float], object] | None = None
         try_teacher(self.teacher, self.guidance, self.image_size)
 
     @torch.no_grad()
@@ -131,8 +133,11 @@ class GuidedPipeline:
         every = (starts[:, None] + members).flatten()
         images: dict[int, Tensor] = {}
         records: dict[int, Record] = {}
-        for cut in cuts(len(every), max(self.call_size // self.group, 1) * self.group):
+        parts = list(cuts(len(every), max(self.call_size // self.group, 1) * self.group))
+        stepped = counted(len(parts) * self.steps, self.on_progress)
+        for cut in parts:
             pack = self.pack(every[cut], seed, asked, callback_on_step_end)
+            pack.stepped = stepped
             pixels, found = self._sample(pack)
             kept = [i for i, record in enumerate(found) if record.id in asked]
             images |= {found[i].id: pixels[i] for i in kept}
@@ -169,6 +174,13 @@ class GuidedPipeline:
         guided = self.guidance is not None and config.start <= step / len(self.table) < config.stop
         return config.repeats if guided else 0
 
+    @property
+    def steps(self) -> int:
+        """Steps of an image: edits of its noise, denoising, and refinements of its pixels."""
+        config = self.config.guidance
+        edits, refinements = config.noise_edit_steps, config.refine_steps
+        return len(self.table) + (edits if self.statistics else 0) + (refinements if self.pixel_guidance else 0)
+
     def denoise(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """One call of the UNet, or of the engine in its place: the prediction, like z."""
         engine = (self._engines or {}).get("unet")
@@ -188,7 +200,7 @@ class GuidedPipeline:
         z = self.latents(pack)
         images = pack.decode(z)
         if (pixels := self.pixel_guidance) is not None:
-            images = refine(images, lambda x: pack.gradient(pixels, x)[0], config.refine_steps, config.refine_step)
+            images = refine(images, lambda x: pack.stepping(pixels, x), config.refine_steps, config.refine_step)
         finite = (z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)).cpu()
         if not finite.all():
             raise FloatingPointError(f"the images {pack.ids.cpu()[~finite].tolist()} are not finite")

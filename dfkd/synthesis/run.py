@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from dfkd.config import GenerateConfig, plain
+from dfkd.config import GenerateConfig, LoggingConfig, plain
 from dfkd.config.synthesis import SHARD_IMAGES
 from dfkd.data import MANIFEST, ShardFolder, ShardPool, open_folder, read_manifest, require_space
 from dfkd.errors import UsageError
 from dfkd.extension import described
+from dfkd.logs import Logs, check_logs
 from dfkd.runtime import Rank, cpu_threads, own_rank
 from dfkd.synthesis.batching import ShortMemory, calling, release
 from dfkd.synthesis.plan import Plan, make_plan
 from dfkd.synthesis.synthesizer import Sample, Synthesizer
+from dfkd.synthesis.watch import Progress, ShardLog, Watch
 
-Progress = Callable[[int, int], object]
 Say = Callable[[str], object]
 
 
@@ -38,21 +39,25 @@ def generate(
     config: GenerateConfig | None = None,
     say: Say | None = None,
     rank: Rank | None = None,
+    logging: LoggingConfig | None = None,
 ) -> ShardPool:
     """Make `count` images into shards in the folder `out`; returns its images.
 
     Started again it makes what is missing or damaged and nothing else. Processes that torchrun started share the shards
     out, and each returns when all are there.
 
-    progress: called with (images done, images of this process) after every call. config: batch, threads and how shards
-    are stored; the synthesizer's own `config` where not given. say: gets lines for people, in the first process.
-    rank: this process among several; by torchrun's environment where not given.
+    progress: called with (images done, images of this process) before the first call and after each, and within one
+    after every step of a method that tells (`Synthesizer`), then with fractions of images. config: batch, threads and
+    how shards are stored; the synthesizer's own `config` where not given. say: gets lines for people, in the first
+    process. rank: this process among several; by torchrun's environment where not given. logging: where the numbers of
+    every shard go beside OUT/log.jsonl. OUT/preview.png shows the newest images, by class.
 
     Raises UsageError: the folder holds images of another identity, cannot be written or is in use, the disk is too
-    small, or the smallest call runs out of memory.
+    small, a log's package is absent, or the smallest call runs out of memory.
     """
+    check_logs(logging or LoggingConfig())
     with open_run(synthesizer, Path(out), count, seed, config, say, rank) as run:
-        run.write(progress)
+        run.write(progress, logging)
     return open_folder(Path(out))
 
 
@@ -114,38 +119,45 @@ def open_run(
 class Run:
     """The images that a folder lacks, and how they get there.
 
-    plan: of a new folder, None of one that is continued. own: this process's missing shards; missing: of all processes,
-    where this is the first. call_size: images per call, fewer once memory was short.
+    plan: of a new folder, None of one that is continued. own: this process's missing shards, and whole: images of its
+    others; missing: shards of all processes, where this is the first. call_size: images per call, fewer once memory was
+    short.
     """
 
     def __init__(self, synthesizer: Synthesizer, seed: int, folder: ShardFolder, plan: Plan | None, say: Say) -> None:
         self.synthesizer, self.seed, self.folder, self.plan, self.say = synthesizer, seed, folder, plan, say
         self.call_size = int(folder.run["call_size"])
         self.own = folder.missing()
+        self.whole = self.images([i for i in range(folder.layout.shard_count()) if folder.rank.owns(i)])
+        self.whole -= self.images(self.own)
         self.missing = self.own + (folder.missing_of_others() if folder.rank.first else [])
 
     def images(self, shards: list[int]) -> int:
         """Images that the shards hold."""
         return sum(len(self.folder.layout.ids(index)) for index in shards)
 
-    def write(self, progress: Progress | None = None) -> Written:
-        """Make this process's missing shards, then wait for those of the others. Raises UsageError as `generate`."""
+    def write(self, progress: Progress | None = None, logging: LoggingConfig | None = None) -> Written:
+        """Make this process's missing shards, then wait for the others'. Arguments and errors as of `generate`."""
         layout, rank = self.folder.layout, self.folder.rank
         require_space(self.folder.path, self.images(self.missing), layout.image_size, layout.image_format)
         if self.plan and self.plan.needs:
             self.say(self.plan.describe())
         self.say(self._begins())
-        started, done, total = time.perf_counter(), 0, self.images(self.own)
-        for index in self.own:
-            begun, samples = time.perf_counter(), []
-            for sample in self._samples(layout.ids(index)):
-                samples.append(sample)
-                done += len(sample)
-                if progress is not None:
-                    progress(done, total)
-            images = torch.cat([sample.images for sample in samples]).permute(0, 2, 3, 1).contiguous().numpy()
-            records = [record for sample in samples for record in sample.records]
-            self.folder.write(index, images, records, time.perf_counter() - begun)
+        started, watch = time.perf_counter(), Watch(self.images(self.own), progress)
+        out, tells = self.folder.path, rank.first and bool(self.own)
+        with Logs(out, self.whole, logging or LoggingConfig(), layout.settings, tells) as logs:
+            shards = ShardLog(out, layout.class_names, logs)
+            for index in self.own:
+                begun, samples = time.perf_counter(), []
+                for sample in self._samples(layout.ids(index), watch.part):
+                    samples.append(sample)
+                    watch.add(len(sample))
+                images = torch.cat([sample.images for sample in samples])
+                records = [record for sample in samples for record in sample.records]
+                seconds = time.perf_counter() - begun
+                self.folder.write(index, images.permute(0, 2, 3, 1).contiguous().numpy(), records, seconds)
+                if rank.first:
+                    shards.add(self.whole + watch.done, images, records, seconds)
         if rank.count > 1:
             self.folder.wait_for_others()
         whole = layout.shard_count() - len(self.missing)
@@ -162,25 +174,33 @@ class Run:
             f"{groups}, {self.folder.run['threads']} threads{begun}{shared}"
         )
 
-    def _samples(self, ids: range) -> Iterator[Sample]:
-        """The images of a shard: calls of whole groups, the last one smaller where the shard ends."""
+    def _samples(self, ids: range, watch: Callable[[float], object]) -> Iterator[Sample]:
+        """The images of a shard: calls of whole groups, the last one smaller where the shard ends.
+
+        watch: gets the images of a call that are done, in parts, as far as the method tells.
+        """
         group, start = self.synthesizer.group, ids.start
         while start < ids.stop:
             images = max(self.call_size // group, 1) * group
-            sample = self._sampled(range(start, min(start + images, ids.stop)))
+            sample = self._sampled(range(start, min(start + images, ids.stop)), watch)
             if sample is not None:
                 start += len(sample)
                 yield sample
 
-    def _sampled(self, ids: range) -> Sample | None:
+    def _sampled(self, ids: range, watch: Callable[[float], object]) -> Sample | None:
         """The images of a call; None where memory was short, and the next call is to be smaller."""
         if hasattr(self.synthesizer, "call_size"):
             self.synthesizer.call_size = self.call_size
+        if hasattr(self.synthesizer, "on_progress"):
+            self.synthesizer.on_progress = lambda share: watch(share * len(ids))
         try:
             with calling(self.synthesizer.name):
                 return self.synthesizer(ids, seed=self.seed)
         except ShortMemory as error:
             network, why = error.network, error.why
+        finally:
+            if hasattr(self.synthesizer, "on_progress"):
+                self.synthesizer.on_progress = None
         # here the error is gone, and with it the frames that hold the failed call's tensors
         release(getattr(self.synthesizer, "device", torch.device("cpu")))
         self._halve(network, why)

@@ -1,7 +1,8 @@
 """What makes labelled images: the protocol of guided diffusion, DeepInversion, noise and methods of your own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -45,6 +46,7 @@ class Synthesizer(Protocol):
                                     folder was begun with, {network: key}, or is None in a new folder. Returns
                                     {network: key} of those in use
         choose_engines()            raise where a new folder's `use_engines` would find none, before calls are planned
+        on_progress: None           is set to a callable that takes the share, in 0..1, of a call that is done
         update(student)             take a newer student, for methods that go by what it does not know yet
     """
 
@@ -72,6 +74,17 @@ def own_size(config: GenerateConfig, teacher: Classifier) -> int:
     if not size:
         raise UsageError("the images have no size", "neither a prior nor the teacher states one", "give --size")
     return size
+
+
+def counted(total: int, watch: Callable[[float], object] | None) -> Callable[[], None]:
+    """What a method calls after each of so many steps, to tell `watch` the share that is done."""
+    taken = count(1)
+
+    def stepped() -> None:
+        if watch is not None:
+            watch(next(taken) / total)
+
+    return stepped
 
 
 @torch.no_grad()

@@ -99,6 +99,13 @@ def test_deepinversion_makes_the_teacher_sure_and_meets_its_statistics(teacher):
     assert (probabilities(sure) > probabilities(method(teacher, "noise")(range(GROUP))) + 0.05).all()
 
 
+def test_deepinversion_tells_the_share_of_its_steps(teacher):
+    seen, own = [], method(teacher, "deepinversion(steps=2, group=2)")
+    own.on_progress = seen.append
+    own([0, 3])  # of two groups
+    assert seen == [0.25, 0.5, 0.75, 1]
+
+
 def test_settings_enter_the_identity(teacher):
     plain, other = (method(teacher, f"deepinversion{more}").identity() for more in ("", "(steps=200, group=4)"))
     changed = {name for name in plain if plain[name] != other[name]}

@@ -130,6 +130,14 @@ def test_a_callback_sees_and_replaces_tensors():
     assert close(sample.images, (255 * black).round().to(torch.uint8).expand(3, -1, -1, -1))
 
 
+@pytest.mark.parametrize("more, steps", [({}, 3), ({"noise_edit_steps": 2, "refine_steps": 4}, 9)])
+def test_a_call_tells_the_share_of_its_steps(more, steps):
+    pipe, seen = pipeline(group=2, batch=2, steps=3, **more), []
+    pipe.on_progress = seen.append
+    pipe(range(4))  # two packs
+    assert seen == pytest.approx([(i + 1) / (2 * steps) for i in range(2 * steps)])
+
+
 def test_identity_names_all_that_images_follow_from():
     base = pipeline().identity()
     assert json.loads(json.dumps(base)) == base and base["size"] == 8 and base["group"] == 7

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import dfkd
-from dfkd.config import GenerateConfig
-from dfkd.data import read_folder
+from dfkd.config import GenerateConfig, LoggingConfig
+from dfkd.data import Record, read_folder
 from dfkd.errors import UsageError
 from dfkd.synthesis.run import generate, identity_of
 from dfkd.synthesis.synthesizer import Synthesizer
+from dfkd.synthesis.watch import measured
 from tests.synthesis.tinted import Tinted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +47,7 @@ def test_images_labels_records_and_progress(tmp_path):
     pool = generate(synthesizer, tmp_path, 30, 7, lambda *done: seen.append(done), CONFIG, said.append)
     assert pool.labels.tolist() == [i % 3 for i in range(30)] and pool.class_names == ("zero", "one", "two")
     assert pool.read(torch.tensor([5, 29]))[:, 0, 0, 0].tolist() == [5, 29]
-    assert seen == [(8, 30), (16, 30), (24, 30), (30, 30)]
+    assert seen == [(0, 30), (8, 30), (16, 30), (24, 30), (30, 30)]
     records = read_folder(tmp_path).records
     assert [(r.id, r.label, r.class_name, r.seed) for r in records[:2]] == [(0, 0, "zero", 7), (1, 1, "one", 7)]
     assert run_of(tmp_path) == {"call_size": 8, "threads": 1}
@@ -88,6 +90,56 @@ def test_started_again_it_makes_what_is_missing_or_damaged(tmp_path):
 
 class Killed(BaseException):
     pass
+
+
+def log_of(path):
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_shard_is_told_and_shown(tmp_path):
+    shown = []
+
+    def look(ids):
+        preview = tmp_path / "preview.png"
+        shown.append((ids[0], Image.open(preview).size if preview.exists() else None))
+
+    made(tmp_path, 36, synthesizer=Tinted(before=look))
+    assert [first for first, size in shown if size is None] == [0, 8]  # before the first shard was written
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == [16, 32, 36] and all(line["images_per_second"] > 0 for line in lines)
+    (tmp_path / "shard-00001.tar").unlink()
+    made(tmp_path, 36)
+    assert [line["step"] for line in log_of(tmp_path)] == [16, 36]  # what is made again is told again
+    before = (tmp_path / "log.jsonl").read_text()
+    made(tmp_path, 36)
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_a_shards_numbers():
+    records = [Record(i, 0, "zero", 7, "", losses={"bn": 2.0 * i, "cls": 1.0}, teacher_probability=i) for i in (0, 1)]
+    assert measured(records, 0.5) == {"teacher_probability": 0.5, "bn": 1.0, "cls": 1.0, "images_per_second": 4}
+
+
+def test_a_call_tells_how_far_it_is(tmp_path):
+    """The hook is gone after the run: the synthesizer may be called again by itself."""
+
+    class Telling(Tinted):
+        on_progress = None
+
+        def __call__(self, ids, labels=None, seed=0):
+            self.on_progress(0.25)
+            return super().__call__(ids, labels, seed)
+
+    seen = []
+    synthesizer = made(tmp_path, 12, synthesizer=Telling(), progress=lambda *done: seen.append(done))
+    assert seen == [(0, 12), (2, 12), (8, 12), (9, 12), (12, 12)] and synthesizer.on_progress is None
+
+
+def test_logs_whose_package_is_absent_are_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--tensorboard needs the package tensorboard"):
+        made(tmp_path / "out", logging=LoggingConfig(tensorboard=True))
+    assert not (tmp_path / "out").exists()
 
 
 def kill_at(image):

@@ -6,7 +6,7 @@ with L_bn relative to each layer's scale and a view that is a random shift, and 
 step and the same for the whole group. No prior enters; guided diffusion is measured against it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, get_type_hints
@@ -22,7 +22,7 @@ from dfkd.runtime import choose_kernels, generator
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.losses import BatchNormLoss, CrossEntropy, GuidanceLoss, Seen
 from dfkd.synthesis.prompts import chosen_classes, labels_of
-from dfkd.synthesis.synthesizer import Sample, label_probability, own_size, records_of
+from dfkd.synthesis.synthesizer import Sample, counted, label_probability, own_size, records_of
 from dfkd.teachers import Classifier
 from dfkd_engine.prior import Prior
 from dfkd_kernels.philox import philox_uniform
@@ -74,6 +74,7 @@ class DeepInversion:
 
     name = "deepinversion"
     needs_prior = False
+    on_progress: Callable[[float], object] | None = None
     reads = ("size", "only", "group", "kernels")
 
     def __init__(self, prior: Prior | None, teacher: Classifier, config: GenerateConfig, **settings: Any) -> None:
@@ -103,19 +104,23 @@ class DeepInversion:
         asked = [int(i) for i in ids]
         given = {} if labels is None else dict(zip(asked, labels, strict=True))
         found: dict[int, tuple[Tensor, Record]] = {}
-        for number in dict.fromkeys(i // self.group for i in asked):
+        groups = list(dict.fromkeys(i // self.group for i in asked))
+        stepped = counted(len(groups) * self.settings.steps, self.on_progress)
+        for number in groups:
             members = torch.arange(number * self.group, (number + 1) * self.group)
             targets = labels_of(members, self.classes)
             for place, image in enumerate(members.tolist()):
                 targets[place] = given.get(image, targets[place])
-            images, losses = self._optimised(members, targets, seed)
+            images, losses = self._optimised(members, targets, seed, stepped)
             sure = label_probability(self.teacher, images, targets, self.call_size)
             records = records_of(members.tolist(), targets, self.class_names, seed, sure, losses)
             found |= {record.id: (images[i], record) for i, record in enumerate(records)}
         records = tuple(found[i][1] for i in asked)
         return Sample(torch.stack([found[i][0] for i in asked]), torch.tensor([r.label for r in records]), records)
 
-    def _optimised(self, ids: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _optimised(
+        self, ids: Tensor, labels: Tensor, seed: int, stepped: Callable[[], None]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One group: images uint8 [G, 3, H, W] on the CPU and their losses at the last step, {name: [G]}."""
         own, shape = self.settings, (3, self.image_size, self.image_size)
         views = generator(seed, "deepinversion", int(ids[0]) // self.group)
@@ -130,6 +135,7 @@ class DeepInversion:
             x.grad, losses = self.guidance.gradient(x.detach(), labels, self.call_size, view)
             adam.step()
             x.data.clamp_(0, 1)
+            stepped()
         return (x.detach() * 255).round().to(torch.uint8).cpu(), losses
 
 
