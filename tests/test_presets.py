@@ -61,6 +61,33 @@ def test_published_distillation(name: str, lr: float, epochs: int, decay: float)
     assert (asked.train.batch_size, asked.train.optimiser.momentum, asked.temperature) == (256, 0.9, 30.0)
 
 
+# Fast-Datafree's train_scratch.py and DiffDFKD's: batch, rate, epochs, decay of all parameters, and what the rate does.
+SCRATCH = {
+    **dict.fromkeys(("cifar10", "cifar10-label", "cifar100", "tiny-imagenet"), (256, 0.1, 200, 1e-4, "multistep")),
+    **dict.fromkeys(("domainnet-sketch", "domainnet-quickdraw"), (128, 0.01, 120, 2e-4, "constant")),
+}
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_published_teachers_take_plain_sgd(name: str) -> None:
+    train = TeacherTrainConfig.preset(name).train
+    own = train.optimiser
+    assert (train.batch_size, own.lr, train.epochs, own.weight_decay, own.schedule) == SCRATCH[name]
+    assert (own.optimiser, own.momentum, own.nesterov, own.decay) == ("sgd", 0.9, False, "all")
+    if own.schedule == "multistep":
+        assert (own.milestone_parts(), own.gamma) == ((0.6, 0.75, 0.9), 0.2)
+
+
+@pytest.mark.parametrize("given", [{"epochs": 1}, {"steps": 5}])
+@pytest.mark.parametrize("name", presets())
+def test_a_length_that_is_given_takes_the_place_of_the_presets(name: str, given: dict[str, int]) -> None:
+    ((length, value),) = given.items()
+    for cls in (TrainTeacherCommand, DistillCommand):
+        if cls.SECTION in presets()[name]:
+            asked = parse(cls, ["--out", "x", "--preset", name, f"--{length}", str(value), *COMMANDS[cls]], "dfkd-it")
+            assert {key: asked.flat()[key] for key in ("steps", "epochs")} == {"steps": None, "epochs": None, **given}
+
+
 def test_the_demo_sets_every_command() -> None:
     for config in (TeacherTrainConfig, GenerateConfig, DistillConfig):
         assert config.preset("demo").changed()  # type: ignore[attr-defined]

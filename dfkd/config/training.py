@@ -4,18 +4,24 @@ from dataclasses import MISSING, dataclass
 
 from dfkd.config.fields import Config, nested, option
 
-VIEWS = ("none", "crop-flip", "shift", "affine", "affine-colour", "rrc-flip")
+VIEWS = ("none", "crop-flip", "crop-altflip", "shift", "affine", "affine-colour", "rrc-flip")
 MIXES = ("none", "mixup", "cutmix", "both")
 LOADERS = ("auto", "dali", "resident", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig(Config):
-    """Optimiser: SGD, its rate over the run, and an average of the weights"""
+    """Optimiser: its rate over the run, and an average of the weights"""
 
     EXAMPLE = "--lr 0.1 --schedule cosine --warmup 100"
 
+    optimiser: str = option(
+        "sgd",
+        "sgd, or muon: SGD whose updates of the convolutions' filters are made orthogonal",
+        choices=("sgd", "muon"),
+    )
     lr: float = option(0.1, "highest learning rate", low=0)
+    muon_lr: float = option(0.05, "muon: highest learning rate of the filters", low=0)
     momentum: float = option(0.9, "momentum", low=0, high=1)
     nesterov: bool = option(False, "Nesterov's momentum")
     weight_decay: float = option(5e-4, "weight decay", low=0)
@@ -25,12 +31,13 @@ class OptimiserConfig(Config):
     schedule: str = option(
         "cosine",
         "learning rate over the run; onecycle: a rise from 1/25 over the first 30 %, then a cosine to 0",
-        choices=("multistep", "cosine", "onecycle"),
+        choices=("multistep", "cosine", "onecycle", "constant"),
     )
     milestones: tuple[str, ...] = option(
         ("150/240", "180/240", "210/240"),
-        "multistep: x 0.1 at these parts of the run (a fraction or a decimal below 1)",
+        "multistep: it falls at these parts of the run (a fraction or a decimal below 1)",
     )
+    gamma: float = option(0.1, "multistep: by this factor", low=0, high=1)
     warmup: int = option(0, "linear rise of the learning rate at the start", low=0, unit="steps")
     clip_norm: float = option(0.0, "largest 2-norm of the gradient, which is scaled down to it; 0: off", low=0)
     ema: float = option(
@@ -39,6 +46,8 @@ class OptimiserConfig(Config):
 
     def validate(self) -> None:
         self.milestone_parts()
+        if self.optimiser == "muon" and not self.lr:
+            raise ValueError("--optimiser muon with --lr 0: both rates follow one schedule; give --lr above 0")
 
     def milestone_parts(self) -> tuple[float, ...]:
         """The milestones as parts of the run, ascending."""
@@ -106,7 +115,11 @@ class TrainConfig(Config):
     epochs: int | None = option(None, "length of the run, in passes over the images", low=1, unit="epochs")
     steps: int | None = option(None, "length of the run in batches; instead of --epochs", low=1, unit="steps")
     batch_size: int = option(256, "images per step, of all processes together", low=2, unit="images")
-    augment: str = option("crop-flip", "random views of the images", choices=VIEWS)
+    augment: str = option(
+        "crop-flip",
+        "random views of the images; crop-altflip: an image is mirrored in every other epoch",
+        choices=VIEWS,
+    )
     checkpoint_every: int | None = option(
         None, "between checks, each with a checkpoint; a twentieth of the run", low=1, unit="steps"
     )
@@ -122,6 +135,11 @@ class TrainConfig(Config):
     def validate(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("either --steps or --epochs is the length of the run: give one of the two")
+        if self.optimiser.optimiser == "muon":
+            for flag, given in (("--cuda-graph", self.compute.cuda_graph), ("--amp fp16", self.compute.amp == "fp16")):
+                if given:
+                    why = "torch's capture and its scale of gradients know SGD alone"
+                    raise ValueError(f"--optimiser muon with {flag}: {why}; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from dfkd.data.views import Views, apply_views, draw
+from dfkd.data.views import Views, apply_views, coin, draw
 from dfkd.runtime import generator
 
 READ_ROWS = 1024  # images that read_all holds in their own size at a time
@@ -98,6 +98,16 @@ class Order:
             start += len(parts[-1])
         return torch.cat(parts)
 
+    def mirrored(self, step: int) -> Tensor:
+        """bool [size(step)]: which images of the global batch an alternating flip mirrors.
+
+        A coin for each image decides about its first epoch, and from then on every other epoch has it mirrored: in two
+        epochs both views are seen, which random flips miss for half of the images (Jordan, arXiv:2404.00498).
+        """
+        start = step * self.batch_size
+        epoch = torch.arange(start, start + self.size(step)) // self.count
+        return _coins(self.seed, self.count)[self.global_batch(step)] ^ (epoch % 2).bool()
+
     def batch(self, step: int) -> Tensor:
         """Positions int64 of this rank: its rows of the global batch."""
         return self.global_batch(step)[self.rows(step)]
@@ -124,6 +134,8 @@ def steps(order: Order, kind: str, size: int, start: int) -> Iterator[Step]:
     for step in range(start, order.steps):
         random = generator(order.seed, "view", step)
         views = draw(kind, order.size(step), size, size, random)
+        if kind == "crop-altflip":
+            views = views.mirror(order.mirrored(step))
         yield Step(order.batch(step), views.rows(order.rows(step)), random)
 
 
@@ -196,3 +208,8 @@ def resize(images: Tensor, size: int) -> Tensor:
 @lru_cache(maxsize=2)  # a batch may touch two epochs
 def _permutation(seed: int, count: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
+@lru_cache(maxsize=1)
+def _coins(seed: int, count: int) -> Tensor:
+    return coin(count, generator(seed, "flip", 0))

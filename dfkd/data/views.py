@@ -6,7 +6,7 @@ in every loader. Distances are stated for 32x32 images and grow with the image.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -46,11 +46,17 @@ class Views:
         """Views of some of the images."""
         return Views(*(None if part is None else part[rows] for part in (self.window, self.matrix, self.colour)))
 
+    def mirror(self, flip: Tensor) -> "Views":
+        """The same windows, mirrored where `flip` (bool [B]) says so."""
+        assert self.window is not None  # of views that crop
+        return replace(self, window=torch.cat((self.window[:, :2], flip.long()[:, None]), dim=1))
+
 
 def draw(kind: str, batch: int, height: int, width: int, generator: Generator) -> Views:
     """Random views of ``batch`` images of height x width; rows are independent.
 
-    kind: none; crop-flip (zero padding of 4, random crop, horizontal flip); shift (the same without the flip);
+    kind: none; crop-flip (zero padding of 4, random crop, horizontal flip); crop-altflip (the same here: Order.mirrored
+    knows what is mirrored in which epoch); shift (without the flip);
     affine (rotation of +-15 degrees, scale .85 to 1.15, shift of +-3 pixels, reflected at the border, no flip);
     affine-colour (affine, then contrast, brightness and channel gains); rrc-flip (a random part of 8 to 100 % of the
     area and of ratio 3/4 to 4/3, enlarged to the full size, and a flip).
@@ -58,11 +64,11 @@ def draw(kind: str, batch: int, height: int, width: int, generator: Generator) -
     """
     if kind == "none":
         return Views()
-    if kind in ("crop-flip", "shift"):
+    if kind in ("crop-flip", "crop-altflip", "shift"):
         pad = padding(height, width)
         top = torch.randint(0, 2 * pad[0] + 1, (batch,), generator=generator)
         left = torch.randint(0, 2 * pad[1] + 1, (batch,), generator=generator)
-        flip = coin(batch, generator) if kind == "crop-flip" else torch.zeros(batch, dtype=torch.bool)
+        flip = torch.zeros(batch, dtype=torch.bool) if kind == "shift" else coin(batch, generator)
         return Views(window=torch.stack((top, left, flip.long()), dim=1))
     if kind == "affine":
         return Views(matrix=_affine_matrix(batch, height, width, generator))

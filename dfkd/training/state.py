@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from dfkd.config import OptimiserConfig, TrainConfig
+from dfkd.training.muon import Muon, filters
 
 RISE = 0.3  # share of a onecycle run in which the rate rises
 
@@ -17,13 +18,16 @@ RISE = 0.3  # share of a onecycle run in which the rate rises
 def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
     """The rate of step 0 <= step < total.
 
-    multistep: the highest, x 0.1 from each milestone on; cosine: half a cosine from the highest to 0, which begins
-    after the warm-up; onecycle: a straight rise from 1/25 over the first 30 %, then half a cosine to 0 (Smith and
-    Topin, arXiv:1708.07120). During the first `warmup` steps it is multiplied by (step + 1) / (warmup + 1).
+    constant: the highest; multistep: the highest, times gamma from each milestone on; cosine: half a cosine from the
+    highest to 0, which begins after the warm-up; onecycle: a straight rise from 1/25 over the first 30 %, then half a
+    cosine to 0 (Smith and Topin, arXiv:1708.07120). During the first `warmup` steps it is multiplied by
+    (step + 1) / (warmup + 1).
     """
     peak = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
+    if config.schedule == "constant":
+        return peak
     if config.schedule == "multistep":
-        return peak * 0.1 ** sum(step >= round(part * total) for part in config.milestone_parts())
+        return peak * config.gamma ** sum(step >= round(part * total) for part in config.milestone_parts())
     if config.schedule == "cosine":
         done = max(0, step - config.warmup) / max(1, total - config.warmup)
         return peak * (1 + math.cos(math.pi * done)) / 2
@@ -48,16 +52,21 @@ class State:
         optimiser, fused = config.optimiser, device.type == "cuda"
         self.network, self.clip_norm = network, optimiser.clip_norm
         groups = parameter_groups(network, optimiser)
+        nesterov = optimiser.nesterov and optimiser.momentum > 0
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         # A captured step (--cuda-graph) reads its rate from the device.
         self._rate = torch.tensor(optimiser.lr, device=device) if config.compute.cuda_graph else None
-        self.optimizer = torch.optim.SGD(
-            groups,
-            lr=optimiser.lr if self._rate is None else self._rate,
-            momentum=optimiser.momentum,
-            nesterov=optimiser.nesterov and optimiser.momentum > 0,
-            fused=fused or None,  # on a GPU: it skips a step without asking the device
-        )
+        self.optimizer: torch.optim.Optimizer
+        if optimiser.optimiser == "muon":
+            self.optimizer = Muon(groups, optimiser.lr, optimiser.momentum, nesterov)
+        else:
+            self.optimizer = torch.optim.SGD(
+                groups,
+                lr=optimiser.lr if self._rate is None else self._rate,
+                momentum=optimiser.momentum,
+                nesterov=nesterov,
+                fused=fused or None,  # on a GPU: it skips a step without asking the device
+            )
         if fused and optimiser.momentum:
             # A first step that is skipped would leave behind what it allocated for the momentum.
             for p in self._parameters:
@@ -82,10 +91,10 @@ class State:
             self._rate.fill_(lr)
             return
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
 
     def descend(self, loss: Tensor) -> None:
-        """The gradient of the loss, and SGD's step along it; on a GPU without waiting for it."""
+        """The gradient of the loss, and the optimiser's step along it; on a GPU without waiting for it."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
@@ -139,11 +148,21 @@ class State:
 
 
 def parameter_groups(network: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
-    """SGD's groups: one whose parameters decay, and where weights alone do, one of biases and norms."""
+    """The optimiser's groups, each with its weight_decay: none for biases and norms where weights alone decay.
+
+    Of muon one is of filters, whose learning rate is `rate` times that of the others.
+    """
     learned = [p for p in network.parameters() if p.requires_grad]
-    decaying = [p for p in learned if config.decay == "all" or p.ndim > 1]
-    spared = [p for p in learned if config.decay != "all" and p.ndim <= 1]
+    own = filters(network) if config.optimiser == "muon" else []
+    taken = set(map(id, own))
+    rest = [p for p in learned if id(p) not in taken]
+    decaying = [p for p in rest if config.decay == "all" or p.ndim > 1]
+    spared = [p for p in rest if config.decay != "all" and p.ndim <= 1]
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    if config.optimiser == "muon":
+        groups = [{**group, "muon": False} for group in groups]
+        rate = config.muon_lr / config.lr
+        groups.append({"params": own, "weight_decay": config.weight_decay, "muon": True, "rate": rate})
     return [group for group in groups if group["params"]]
 
 

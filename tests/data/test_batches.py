@@ -97,6 +97,18 @@ def test_views_of_some_rows_are_the_rows_of_all_views(kind: str) -> None:
     assert torch.equal(apply_views(before[5:9], views.rows(slice(5, 9))), apply_views(before, views)[5:9])
 
 
+def test_an_alternating_flip_shows_both_views_of_every_image_in_two_epochs() -> None:
+    order = Order(seed=1, count=50, batch_size=12, length=4 * 50)  # batches across the ends of epochs
+    seen = torch.zeros(4, 50, dtype=torch.bool)
+    found = list(steps(order, "crop-altflip", 8, 0))
+    for number, step in enumerate(found):
+        assert step.views.window is not None
+        epochs = torch.arange(number * 12, number * 12 + len(step.positions)) // 50
+        seen[epochs, step.positions] = step.views.window[:, 2].bool()
+    assert torch.equal(seen[0], ~seen[1]) and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    assert 10 < seen[0].sum() < 40  # a fair coin for each image
+
+
 def test_unknown_kinds_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="crop-flop"):
         augment(images(), "crop-flop", seeded())

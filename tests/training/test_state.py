@@ -118,6 +118,15 @@ def test_multistep_drops_at_the_published_epochs() -> None:
         assert found[first] == pytest.approx(rate) and found[last] == pytest.approx(rate)
 
 
+def test_a_factor_of_ones_own_and_a_rate_that_stays() -> None:
+    """Fast-Datafree's teachers: x 0.2 after 120, 150 and 180 of 200 epochs; DomainNet's keep theirs."""
+    own = {"milestones": ("120/200", "150/200", "180/200"), "gamma": 0.2}
+    found = rates(200, lr=0.1, schedule="multistep", **own)
+    for epoch, rate in ((119, 0.1), (120, 0.02), (150, 0.004), (199, 8e-4)):
+        assert found[epoch] == pytest.approx(rate)
+    assert set(rates(120, lr=0.01, schedule="constant")) == {0.01}
+
+
 def test_cosine_and_onecycle_end_at_nearly_nothing() -> None:
     found = rates(100, lr=1.0, schedule="cosine")
     assert found[0] == 1 and found[50] == pytest.approx(0.5) and found == sorted(found, reverse=True)
@@ -127,7 +136,7 @@ def test_cosine_and_onecycle_end_at_nearly_nothing() -> None:
     assert 0 < found[-1] < 1e-3 and 0 < cycle[-1] < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["multistep", "cosine"])
+@pytest.mark.parametrize("kind", ["multistep", "cosine", "constant"])
 def test_warm_up_rises_linearly_to_the_peak(kind: str) -> None:
     assert rates(100, lr=1.0, schedule=kind, warmup=4)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(map(math.isfinite, rates(4, lr=1.0, schedule=kind, warmup=10)))  # a run shorter than its warm-up

@@ -51,7 +51,15 @@ def test_statistics_are_those_of_the_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"label_smoothing": 0.3}, {"decay": "all", "weight_decay": 0.1}, {"nesterov": False}, {"seed": 1}]
+    "changes",
+    [
+        {"optimiser": "muon"},
+        {"augment": "crop-altflip"},
+        {"label_smoothing": 0.3},
+        {"decay": "all", "weight_decay": 0.1},
+        {"nesterov": False},
+        {"seed": 1},
+    ],
 )
 def test_another_value_gives_another_teacher(tmp_path: Path, changes: dict[str, Any]) -> None:
     run_teacher(tmp_path / "one", teacher_settings(weight_decay=0.1))
