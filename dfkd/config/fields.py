@@ -44,15 +44,17 @@ def option(
     flag: str = "",
     extensible: bool = False,
     identity: bool = True,
+    none: Any = None,
 ) -> Any:
     """A field with what `--help` and the checks need. A default of MISSING makes it required.
 
     low and high are inclusive; unit is shown beside them ("images", "pixels"); flag is the flat name where it is not
     the field's own. extensible: beside the choices, `FILE.py:NAME` names an object in a file of the user's own.
     identity: False for what decides where and how a result is computed, and not what comes out.
+    none: what the word `none` stands for, where that is not None.
     """
     facts = {"help": help, "choices": choices, "unit": unit, "low": low, "high": high, "flag": flag}
-    facts |= {"extensible": extensible, "identity": identity}
+    facts |= {"extensible": extensible, "identity": identity, "none": none}
     return field(default=default, metadata=facts)
 
 
@@ -80,6 +82,8 @@ class Leaf:
 
         Raises ValueError, which says what is wanted.
         """
+        if self.facts["none"] is not None and isinstance(value, str) and value.lower() == "none":
+            value = self.facts["none"]
         found = convert(value, self.kind)
         check(found, self.facts)
         return found

@@ -1,5 +1,6 @@
 """Settings of synthesis: whose teacher, how images are sampled and guided, how much a call holds, what runs it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,13 @@ NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
 }
 
 
+def channel_fault(mean: Sequence[float], std: Sequence[float]) -> str | None:
+    """What no mean or standard deviation of images in 0..1 can be, in words; None where nothing is wrong."""
+    if any(not 0 <= value <= 1 for value in mean):
+        return f"mean {', '.join(map(str, mean))}"
+    return f"std {', '.join(map(str, std))}" if any(not 0 < value <= 5 for value in std) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Config):
     """Teacher: which classifier, and what it is fed"""
@@ -35,17 +43,29 @@ class TeacherConfig(Config):
         " file:PATH.py:FUNCTION; a folder of dfkd-train-teacher knows its own",
     )
     checkpoint: Path | None = option(
-        None, "folder of dfkd-train-teacher, or a .safetensors, .pth or .pt file", flag="teacher_checkpoint"
+        None, "folder of dfkd-train-teacher, timm or transformers, or a weight file", flag="teacher_checkpoint"
     )
     normalisation: str | None = option(
         None, "mean and standard deviation for a teacher file that states none", choices=tuple(NORMALISATIONS)
     )
-    mean: tuple[float, ...] | None = option(None, "mean per channel instead, of images in 0..1", flag="teacher_mean")
-    std: tuple[float, ...] | None = option(None, "standard deviation per channel instead", flag="teacher_std")
-    input_size: int | None = option(
-        None, "side of the teacher's images; none: its own", unit="pixels", low=1, flag="teacher_input_size"
+    mean: tuple[float, ...] | None = option(
+        None, "mean per channel instead, of images in 0..1; none: 0,0,0", flag="teacher_mean", none=(0, 0, 0)
     )
-    classes: tuple[str, ...] = option((), "class names in the order of the teacher's logits, where it states none")
+    std: tuple[float, ...] | None = option(
+        None, "standard deviation per channel instead; none: 1,1,1", flag="teacher_std", none=(1, 1, 1)
+    )
+    input_size: int | None = option(
+        None,
+        "side of the teacher's images, instead of what its source states; a weight file of another library states none",
+        unit="pixels",
+        low=1,
+        flag="teacher_input_size",
+    )
+    classes: tuple[str, ...] = option(
+        (),
+        "class names in the order of the teacher's logits, where it states none; @FILE: one a line, or JSON, or TOML;"
+        " @cifar10, @cifar100, @tiny-imagenet, @imagenet, @domainnet",
+    )
 
     def validate(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -53,6 +73,8 @@ class TeacherConfig(Config):
                 raise ValueError(f"teacher_{name} has {len(values)} numbers: it must be three, one a channel")
             if values is not None and self.normalisation is not None:
                 raise ValueError(f"teacher_{name} and normalisation are both given: leave one out")
+        if (fault := channel_fault(self.mean or (), self.std or ())) is not None:
+            raise ValueError(f"teacher_{fault} is not of images in 0..1: divide those of 0..255 by 255")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ config.json: architecture, num_classes, class_names, input_size, mean, std, and 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dfkd.config import NORMALISATIONS, TeacherConfig
+from dfkd.config.fields import convert
+from dfkd.config.synthesis import channel_fault
 from dfkd.errors import UsageError
-from dfkd.files import read_object, replace_file, replace_text
+from dfkd.files import replace_file, replace_text
 from dfkd.rgb import square
-from dfkd.teachers import adapters, zoo
+from dfkd.teachers import trial
 from dfkd.teachers.adapters import Channels
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_SHAPE = {"architecture": str, "class_names": [str], "mean": [float], "std": [float], "input_size": int}
+from dfkd.teachers.sources import CONFIG, WEIGHTS, read_source
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,10 @@ class Classifier:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         object.__setattr__(self, "mean", tuple(map(float, self.mean)))
         object.__setattr__(self, "std", tuple(map(float, self.std)))
+        if (fault := channel_fault(self.mean, self.std)) is not None:
+            raise UsageError(f"a classifier of {fault}", "both are of images in 0..1", "divide those of 0..255 by 255")
+        if twice := [name for name in self.class_names if self.class_names.count(name) > 1]:
+            raise UsageError(f"a classifier with two classes named {twice[0]!r}", "classes are matched by name")
 
     @classmethod
     def from_pretrained(
@@ -68,24 +71,33 @@ class Classifier:
     ) -> Self:
         """A classifier in evaluation mode, on the CPU, every weight found and used.
 
-        source: a folder of `save_pretrained` (of dfkd-train-teacher, or OUT/last of dfkd-distill) or its
-        model.safetensors; a pretrained `timm:NAME`, `torchvision:NAME` or `transformers:FOLDER_OR_ID`; or another
-        .safetensors, .pth or .pt file (a state dict, or a dict that holds one as `state_dict` or `model`; keys may
-        start with `module.`), which needs architecture, class_names, mean and std.
-        The other arguments override what the source says.
+        source: a folder of `save_pretrained` (of dfkd-train-teacher, or OUT/last of dfkd-distill), of timm or of
+        transformers, or its model.safetensors; a pretrained `timm:NAME`, `torchvision:NAME` or
+        `transformers:FOLDER_OR_ID`; or another weight file (dfkd.teachers.weights), which needs architecture,
+        class_names, mean, std and, unless the architecture is of the zoo, input_size; a `file:` network may state them.
+        The other arguments override what the source says. class_names: also text, as `--classes` takes it.
 
-        Raises UsageError: something is missing, or architecture, class count or any weight does not fit.
+        Raises UsageError: something is missing, architecture, class count or any weight does not fit, or the network
+        answers otherwise than with logits (`tried`).
         """
-        given = {"class_names": class_names, "mean": mean, "std": std, "input_size": input_size}
-        if isinstance(source, str) and adapters.handles(source):
-            found: dict[str, Any] = {**adapters.pretrained(source)._asdict(), "architecture": source}
-        else:
-            found = _read(Path(source), architecture, given)
-        if class_names is not None and len(class_names) != (count := len(found["class_names"])):
-            what = f"{len(class_names)} class names for a {found['architecture']} of {count} classes"
-            raise UsageError(what, "every logit has one name")
-        given |= {"source": str(source)}
-        return cls(**(found | {key: value for key, value in given.items() if value is not None}))
+        names = convert(class_names, tuple[str, ...]) if isinstance(class_names, str) else class_names
+        given = {"class_names": names, "mean": mean, "std": std, "input_size": input_size}
+        return cls(**read_source(source, architecture, given), source=str(source)).tried()
+
+    def tried(self, training: bool = False) -> Self:
+        """The classifier, once its network was seen to answer a few images with logits [B, len(class_names)].
+
+        Where the logits are part of the answer ({"logits": ...}, or the one part of that shape) the network is wrapped
+        so that it answers with them alone. training: the network will be trained, and is tried in that mode too.
+        Raises UsageError: another number of logits, probabilities, NaN, an answer that depends on the rest of the batch
+        or on chance, or a network that fails on images of input_size.
+        """
+        noise = torch.rand(trial.ROWS, 3, self.input_size, self.input_size, generator=torch.Generator().manual_seed(0))
+        level = torch.linspace(0.1, 0.9, trial.ROWS).view(-1, 1, 1, 1)
+        images = self.prepare(torch.lerp(level, noise, 0.5).to(self.device))
+        name = self.architecture or type(self.module).__name__
+        module = trial.tried(self.module, images, len(self.class_names), name, training)
+        return self if module is self.module else self.replace(module=module)
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
         """Write folder/model.safetensors and folder/config.json, which also holds `facts` (in JSON's types).
@@ -192,124 +204,13 @@ class Classifier:
         """One line for people: what it is and what it is fed."""
         channels = [", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std)]
         name, side = self.architecture or type(self.module).__name__, self.input_size
-        fed = f"fed {side} x {side} pixels, mean {channels[0]}, std {channels[1]}"
-        return f"{name}, {len(self.class_names)} classes, {fed}"
+        scaled = "in 0..1" if (self.mean, self.std) == ((0,) * 3, (1,) * 3) else "mean {}, std {}".format(*channels)
+        return f"{name}, {len(self.class_names)} classes, fed {side} x {side} pixels, {scaled}"
 
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether it is the layer that torchvision and detectron2 have by this name, whose four tensors are buffers."""
     return type(layer).__name__ == "FrozenBatchNorm2d"
-
-
-def load_teacher(config: TeacherConfig, class_names: Sequence[str] = ()) -> Classifier:
-    """The classifier that the settings describe, in evaluation mode, on the CPU.
-
-    class_names: names for a source that states none, where `config.classes` is empty too (those of the images).
-    Raises UsageError: nothing is given, what `Classifier.from_pretrained` raises, or --classes that a folder of dfkd
-    contradicts: its order of logits is its own.
-    """
-    source = config.checkpoint or config.teacher
-    if source is None:
-        todo = "give --teacher-checkpoint FOLDER, or --teacher timm:NAME"
-        raise UsageError("no teacher is given", "labels come from it", todo)
-    mean, std = NORMALISATIONS[config.normalisation] if config.normalisation else (None, None)
-    ours = config.checkpoint is not None and _config_of(config.checkpoint) is not None
-    nameless = not ours and (config.checkpoint is not None or str(source).startswith("timm:"))
-    names = config.classes or (tuple(class_names) if nameless else ())
-    teacher = Classifier.from_pretrained(
-        source,
-        architecture=config.teacher,
-        class_names=None if ours else names or None,
-        mean=config.mean or mean,
-        std=config.std or std,
-        input_size=config.input_size,
-    )
-    if config.classes and config.classes != teacher.class_names:
-        raise UsageError(
-            f"--classes names {len(config.classes)} classes: {', '.join(config.classes[:10])}",
-            f"the teacher has {len(teacher.class_names)}: {', '.join(teacher.class_names[:10])}",
-            "leave --classes out, or give the teacher's in its order",
-        )
-    return teacher
-
-
-def _config_of(checkpoint: Path) -> Path | None:
-    """config.json beside the weights that a folder of save_pretrained, or its weight file, stands for; else None."""
-    if checkpoint.is_dir():
-        return checkpoint / CONFIG
-    beside = checkpoint.parent / CONFIG
-    return beside if checkpoint.name == WEIGHTS and beside.exists() else None
-
-
-def _read(checkpoint: Path, architecture: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a classifier on disk, its module filled."""
-    if not checkpoint.exists():
-        if str(checkpoint) in zoo.names():
-            raise UsageError(f"'{checkpoint}' has no weights of its own", todo="give a checkpoint beside the name")
-        todo = "give a folder, a .safetensors, .pth or .pt file, or timm:NAME"
-        raise UsageError(f"no checkpoint {checkpoint}", todo=todo)
-    for part in ("last", "student/last"):
-        if checkpoint.is_dir() and not (checkpoint / CONFIG).exists() and (checkpoint / part / CONFIG).exists():
-            raise UsageError(f"{checkpoint} is a run's folder", "its network lies deeper", f"give {checkpoint / part}")
-    if (file := _config_of(checkpoint)) is not None:
-        found, weights = _read_config(file), file.parent / WEIGHTS
-        if architecture is not None and found["architecture"] not in ("", architecture):
-            what = f"{checkpoint} holds a {found['architecture']}, not a {architecture}"
-            raise UsageError(what, todo="leave the name out or correct it")
-        found["architecture"] = found["architecture"] or architecture or ""
-        if not found["architecture"]:
-            why = "it was saved from a module without an architecture's name"
-            raise UsageError(f"{checkpoint} cannot be built", why, "give file:PATH.py:FUNCTION as the architecture")
-    else:
-        needed = {"architecture": architecture, **{key: given[key] for key in ("class_names", "mean", "std")}}
-        if absent := [key.replace("_", " ") for key, value in needed.items() if not value]:
-            what = f"{checkpoint} alone does not describe a classifier"
-            raise UsageError(what, f"missing: {', '.join(absent)}", "give them as options")
-        found, weights = {**needed, "input_size": zoo.input_size(str(architecture))}, checkpoint
-    found["module"] = zoo.build(found["architecture"], len(found["class_names"]))
-    _fill(found["module"], _read_weights(weights), weights, found["architecture"], len(found["class_names"]))
-    return found
-
-
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], file: Path, architecture: str, classes: int) -> None:
-    own = module.state_dict()
-    kinds = {"absent": sorted(own.keys() - weights.keys()), "unknown": sorted(weights.keys() - own.keys())}
-    facts = [f"{len(keys)} {kind}, e.g. {keys[0]}" for kind, keys in kinds.items() if keys]
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    facts += [f"{key} is {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}" for key in shapes[:2]]
-    if facts:
-        what = f"{file} does not fit {architecture} with {classes} classes"
-        raise UsageError(what, "; ".join(facts), "check the architecture and the class names")
-    module.load_state_dict(weights, strict=True)
-    module.eval()
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    found: Any
-    try:
-        if file.suffix == ".safetensors":
-            found = safetensors.torch.load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UsageError(f"no file {file}", "the checkpoint is incomplete") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {file}", error.strerror or str(error)) from error
-    except Exception as error:  # the bytes lead torch.load anywhere; what it advises is not safe
-        kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
-        why = f"it is damaged, no {kind} file, or holds other objects than tensors"
-        raise UsageError(f"cannot read {file}", why, "give tensors only: safetensors, or a state dict") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UsageError(f"{file} holds no state dict", todo="save model.state_dict(), or a dict with key state_dict")
-    return {key.removeprefix("module."): value for key, value in found.items()}
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    config = read_object(file, _SHAPE, "give a folder that dfkd wrote", needed=_SHAPE)
-    return {key: config[key] for key in _SHAPE}
 
 
 def _pixels(image: Image.Image, side: int) -> Tensor:

@@ -125,9 +125,8 @@ class Gadget:
 def test_what_does_not_fit_is_refused(trained, tmp_path):
     file = tmp_path / "t.pth"
     torch.save({"state_dict": Gadget()}, file)
-    with pytest.raises(UsageError, match=r"cannot read.*tensors only") as caught:
+    with pytest.raises(UsageError, match=r"holds no state dict.*a whole pickled object.*Gadget"):
         Classifier.from_pretrained(file, **DESCRIBED)
-    assert "weights_only" not in str(caught.value)
     state = dict(trained.state_dict())
     torch.save(state, file)
     with pytest.raises(UsageError, match=r"fc\.weight is \(3, 64\), wanted \(2, 64\)"):
