@@ -46,12 +46,8 @@ def open_splits(name: str, size: int) -> dict[str, Images]:
     for split in SPLITS:
         source.check(split)
     train = source.listing("train")
-    if len(train.class_names) < 2:
-        what = (
-            f"{train.place} has one class, {train.class_names[0]}"
-            if train.class_names
-            else f"no image in {train.place}"
-        )
+    if len(train.class_names) == 1:
+        what = f"{train.place} has one class, {train.class_names[0]}"
         raise UsageError(what, "a teacher tells classes apart", "give the folder whose folders are the classes")
     if lacking := train.lacking():
         raise UsageError(f"no images to learn {', '.join(lacking)} from", train.described(), "add some or take it out")
