@@ -48,6 +48,7 @@ def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
         match_classes(_test_images(asked, teacher.input_size), teacher.class_names)
     save = partial(save_settings, asked, asked.out, COMMAND)
     speak = say if world.first else (lambda text: None)
+    speak(f"teacher: {teacher.described()}")
     with progress("distilling", "img", world.first, asked.out / LOG) as draw:
         student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak, on_new=save)
     return tested(asked, student) if world.first else None

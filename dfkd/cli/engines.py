@@ -254,9 +254,10 @@ _COMMANDS: dict[str, tuple[type[Config], Callable[[Any, Sequence[str]], dict[str
 
 
 def _functions(chosen: EngineSet) -> "tuple[Function, ...]":
+    from dfkd.cli.progress import say
     from dfkd.synthesis.command import pipeline_of
 
-    found: tuple[Function, ...] = getattr(pipeline_of(chosen.run), "functions", tuple)()
+    found: tuple[Function, ...] = getattr(pipeline_of(chosen.run, say), "functions", tuple)()
     return found
 
 

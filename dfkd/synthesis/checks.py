@@ -55,14 +55,15 @@ def latent_size(size: int, prior: Prior) -> tuple[int, int]:
 
 
 def copy_student(student: Classifier, teacher: Classifier) -> Classifier:
-    """A frozen copy beside the teacher, whoever trains the student further. Raises UsageError for other classes."""
+    """A frozen copy beside the teacher, whoever trains the student further. Raises UsageError for other classes, and as
+    `Classifier.tried`."""
     if student.class_names != teacher.class_names:
         raise UsageError(
             f"the student has {len(student.class_names)} classes that are not the teacher's",
             f"the teacher has {len(teacher.class_names)}: {', '.join(teacher.class_names[:10])}",
             "give a student distilled from this teacher",
         )
-    return student.replace(module=copy.deepcopy(student.module)).freeze(teacher.device)
+    return student.replace(module=copy.deepcopy(student.module)).freeze(teacher.device).tried()
 
 
 def require_losses(config: GuidanceConfig, losses: Sequence[object]) -> None:
@@ -76,19 +77,15 @@ def require_losses(config: GuidanceConfig, losses: Sequence[object]) -> None:
 
 @torch.no_grad()
 def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> None:
-    """Show the teacher, and the guidance losses, two grey images of this side.
+    """Show the guidance two grey images of this side; that the teacher gives logits, `Classifier.tried` has seen.
 
-    Raises UsageError: BatchNorm layers that are not used once, a number of logits that is not that of the class names,
-    or a loss that fails or is not one number for every image.
+    Raises UsageError: BatchNorm layers that are not used once, or a loss that fails or is not one number for every
+    image.
     """
-    grey = torch.full((2, 3, side, side), 0.5, device=teacher.device)
-    logits = guidance.judge(grey)[0] if guidance else teacher.logits(grey)
-    if logits.shape != (2, len(teacher.class_names)):
-        what, names = f"teacher {teacher.architecture} gives {logits.shape[-1]} logits", len(teacher.class_names)
-        raise UsageError(what, f"there are {names} class names", "name every logit with --classes")
     if guidance is None:
         return
-    seen = guidance.seen(grey, logits.argmax(1))
+    grey = torch.full((2, 3, side, side), 0.5, device=teacher.device)
+    seen = guidance.seen(grey, guidance.judge(grey)[0].argmax(1))
     for loss in guidance.losses:
         with running(f"the guidance loss {loss.name}"):
             values = loss(seen)

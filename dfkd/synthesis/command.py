@@ -53,14 +53,17 @@ def check(asked: GenerateCommand) -> None:
     check_source(asked.prior)
 
 
-def pipeline_of(asked: GenerateCommand) -> Synthesizer:
-    """The synthesizer that the settings name, its networks loaded and on their device.
+def pipeline_of(asked: GenerateCommand, say: Say = lambda text: None) -> Synthesizer:
+    """The synthesizer that the settings name, its networks loaded and on their device; the first process says what the
+    teacher is and what it is fed.
 
     Raises UsageError or EngineError: a network is absent or damaged, or does not fit the others.
     """
     rank, config = own_rank(), asked.generate
     device = resolve_device(config.compute.device, rank)
     teacher, student, prior = load_teacher(asked.teacher).freeze(device), None, None
+    if rank.first:
+        say(f"teacher: {teacher.described()}")
     if asked.student_checkpoint is not None:
         student = Classifier.from_pretrained(asked.student_checkpoint).freeze(device)
     if needs_prior(config):
@@ -91,7 +94,7 @@ def run(asked: GenerateCommand, say: Say, progress: Progress | None = None) -> d
     rank = own_rank()
     check_logs(asked.logging)
     make_writable(asked.out)
-    synthesizer = pipeline_of(asked)
+    synthesizer = pipeline_of(asked, say)
     names, size = synthesizer.class_names, synthesizer.image_size
     with open_run(synthesizer, asked.out, asked.count, asked.seed, asked.generate, say, rank) as work:
         if rank.first:
@@ -136,7 +139,7 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
 
     Raises UsageError as `pipeline_of`, and for a method whose network calls are not known.
     """
-    pipe, missing = pipeline_of(asked), asked.count
+    pipe, missing = pipeline_of(asked, say), asked.count
     if not isinstance(pipe, GuidedPipeline):
         raise UsageError(f"--plan-only with --method {pipe.name}", "its network calls are not known", "leave it out")
     found = make_plan(pipe, asked.generate)

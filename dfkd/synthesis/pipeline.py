@@ -86,7 +86,7 @@ class GuidedPipeline:
         chosen = choose_kernels(compute.kernels, self.device)
         self.kernels, self._kernels_why = chosen.name, chosen.why
         self.prior = prepare_prior(prior, config, self.device, self.kernels)
-        self.teacher = teacher.freeze(self.device)
+        self.teacher = teacher.freeze(self.device).tried()
         self.class_names = teacher.class_names
         self.classes = chosen_classes(self.class_names, sampling.only)
         self.prompt = prior.prompt if sampling.prompt is None else sampling.prompt

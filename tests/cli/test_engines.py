@@ -55,7 +55,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "sets.toml").write_text(SETS)
     found.sets = tmp_path / "sets.toml"
 
-    def pipeline_of(command):
+    def pipeline_of(command, say):
         found.asked.append(command)
         return SimpleNamespace(functions=lambda: found.functions)
 

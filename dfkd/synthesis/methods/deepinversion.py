@@ -80,7 +80,7 @@ class DeepInversion:
     def __init__(self, prior: Prior | None, teacher: Classifier, config: GenerateConfig, **settings: Any) -> None:
         with settings_of(f"method {config.method!r}"):
             self.settings = Settings(**settings)
-        self.teacher = teacher
+        self.teacher = teacher = teacher.tried()
         self.class_names, self.image_size = teacher.class_names, own_size(config, teacher)
         self.classes = chosen_classes(teacher.class_names, config.sampling.only)
         self.group, self.call_size = self.settings.group or config.batching.group, config.batching.batch

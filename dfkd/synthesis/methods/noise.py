@@ -29,7 +29,7 @@ class Noise:
         with settings_of(f"method {config.method!r}"):
             if not 0 <= convert(grey, float) <= 1:
                 raise ValueError(f"grey is {grey}: it must be at least 0 and at most 1")
-        self.teacher, self.grey, self.call_size = teacher, grey, config.batching.batch
+        self.teacher, self.grey, self.call_size = teacher.tried(), grey, config.batching.batch
         self.class_names, self.image_size = teacher.class_names, own_size(config, teacher)
         self.classes = chosen_classes(teacher.class_names, config.sampling.only)
 
