@@ -13,12 +13,13 @@ from dfkd.errors import UsageError
 from dfkd.files import make_writable, replace_text
 
 COMMAND = "dfkd-evaluate"
+SIZE = 32  # of the images until the classifier, which wants their class names, says its own
 SHOWN = 20  # classes up to which the last line of output holds the confusion matrix; --out always does
 
 
 def run(asked: EvaluateCommand) -> dict[str, Any]:
     """Load, test, write --out where it is given; returns what was measured."""
-    from dfkd.evaluation import check_data, evaluate, open_images
+    from dfkd.evaluation import described, evaluate, learned_from, open_test
     from dfkd.runtime import resolve_device
     from dfkd.teachers import Classifier, load_teacher
 
@@ -27,17 +28,17 @@ def run(asked: EvaluateCommand) -> dict[str, Any]:
         todo = "give --checkpoint FOLDER, or --teacher timm:NAME"
         raise UsageError("no classifier is given", "it is what is tested", todo)
     device = resolve_device(asked.device)
-    check_data("--data", asked.data)
-    named = open_images(asked.data, asked.split, 32).class_names
-    classifier = load_teacher(given, named).freeze(device)
+    learned = learned_from(given.checkpoint, asked.reference)
+    images = open_test(asked.data, asked.split, SIZE, learned)
+    classifier = load_teacher(given, images.class_names).freeze(device)
     teacher = Classifier.from_pretrained(asked.reference).freeze(device) if asked.reference else None
     if asked.out is not None:
         make_writable(asked.out.parent)
-    say(f"testing {classifier.described()}")
+    say(f"testing {classifier.described()}, on {described(images)}")
     with progress("testing", "img") as watch:
-        found = evaluate(classifier, asked.data, teacher, asked.split, asked.limit, watch)
+        found = evaluate(classifier, images, teacher, asked.split, asked.limit, watch)
     facts = {"checkpoint": given.checkpoint or given.teacher, "architecture": classifier.architecture}
-    result = {**facts, "data": asked.data, "split": asked.split, **asdict(found)}
+    result = {**facts, "data": asked.data, "split": asked.split, "source": described(images), **asdict(found)}
     result["accuracy"] = result.pop("accuracy")  # last, where one looks first
     if asked.out is not None:
         replace_text(asked.out, json.dumps(plain(result), indent=1) + "\n")

@@ -1,6 +1,6 @@
 """How good a classifier is on labelled real images, alone and beside its teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -44,7 +44,7 @@ def ask(
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """What the classifier, and the teacher, answer on labelled images. Arguments and errors as of `evaluate`."""
-    judges = [judge.eval() for judge in (classifier, teacher) if judge is not None]
+    judges = [judge.eval().tried() for judge in (classifier, teacher) if judge is not None]
     images = data
     if isinstance(images, str):
         learned = learned_from(*(judge.source for judge in judges))
@@ -52,7 +52,7 @@ def ask(
     # Each sees the images resized from the file to its own size.
     sizes = {judge.input_size for judge in judges}
     pools = {size: images.fitted(size) if isinstance(images, ImageFiles) else images for size in sizes}
-    truth = match_classes(images, classifier)[images.labels]
+    truth = match_classes(images, classifier.class_names)[images.labels]
     rows = evenly(len(truth), limit or len(truth))
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in judges]
     done = 0
@@ -77,15 +77,18 @@ def evenly(total: int, most: int) -> Tensor:
     return torch.arange(count) * total // max(count, 1)
 
 
-def match_classes(images: Images, classifier: Classifier) -> Tensor:
-    """int64: the images' class number -> the classifier's, by name. Raises UsageError for one that it does not know."""
-    places = {name: place for place, name in enumerate(classifier.class_names)}
+def match_classes(images: Images, class_names: Sequence[str]) -> Tensor:
+    """int64: the images' class number -> that of a classifier of these classes, by name; -1 for classes without images.
+
+    Raises UsageError for images of a class that it does not know.
+    """
+    places = {name: place for place, name in enumerate(class_names)}
     new = torch.tensor([places.get(name, -1) for name in images.class_names])
     unknown = [images.class_names[label] for label in sorted(set(images.labels.tolist())) if new[label] < 0]
     if unknown:
         raise UsageError(
             f"the images have the classes {some_names(unknown)}",
-            f"the classifier knows {some_names(classifier.class_names)}",
+            f"the classifier knows {some_names(class_names)}",
             "give images of its classes, or its class names in the order of its logits",
         )
     return new

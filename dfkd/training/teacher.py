@@ -5,7 +5,6 @@ the end. Of the library this module and dfkd.evaluation alone read real images.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from dfkd import teachers
 from dfkd.config import TeacherTrainConfig
-from dfkd.data import Form, Images
+from dfkd.data import Form, Images, some_names
+from dfkd.errors import UsageError
 from dfkd.runtime import resolve_device, seed_global
 from dfkd.teachers import Classifier
 from dfkd.training.folder import WEIGHTS, finished, run_folder, write_result
@@ -28,6 +28,8 @@ from dfkd.training.world import World
 STATISTICS = 10_000  # images that mean and standard deviation are taken from, at most
 CONTENT = "training_images"  # the field of the identity that is known once the images are read
 ROWS = 500  # images of a call that judges
+SAMPLE = 16  # images of each split that are decoded before the first step
+SPLITS = ("train", "validation", "test")
 
 
 def train_teacher(
@@ -51,8 +53,8 @@ def train_teacher(
     was stopped goes on where its last checkpoint was, with the same result (bit for bit on a CPU); a finished one
     returns at once, without reading an image.
 
-    Raises UsageError for an unknown architecture, images that cannot be read, what cannot work on the device, an `out`
-    of other settings or in use, and a run that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the
+    Raises UsageError for an unknown architecture, images that cannot be read, a network that answers otherwise than
+    with logits or cannot be trained, what cannot work on the device, an `out` of other settings or in use, and a run
     end of the step (in the main thread).
     """
     out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
@@ -63,8 +65,7 @@ def train_teacher(
     with run_folder(out, (WEIGHTS, "config.json"), config.train.resume, world, on_new):
         if world.from_first(lambda: finished(out, out / WEIGHTS, identity, ignoring=[CONTENT])):
             return Classifier.from_pretrained(out).to(world.device)
-        split = _opener(data, input_size or teachers.input_size(architecture))
-        learning, validation = split("train"), split("validation")
+        learning, validation, testing = _splits(data, input_size or teachers.input_size(architecture))
         identity[CONTENT] = learning.digest[:16]
         classifier = _untrained(learning, config, architecture, world)
         say(f"{architecture} on {len(learning.labels)} images, {world.device}")
@@ -84,7 +85,8 @@ def train_teacher(
         state = fit(training, config.train, out, identity, world, progress, say)
         classifier = classifier.replace(module=state.result.eval())
         if world.first:
-            testing = split("test")
+            # Saved before it is tested: nothing that a test meets can cost the network.
+            classifier.save_pretrained(out, data=identity["data"])
             result = {
                 "accuracy": accuracy(classifier, testing),
                 "validation_accuracy": accuracy(classifier, validation),
@@ -94,6 +96,7 @@ def train_teacher(
                 "skipped": int(state.skipped),
                 "device": str(world.device),
                 "processes": world.size,
+                "threads": torch.get_num_threads(),
                 "class_names": list(classifier.class_names),
                 "out": str(out),
             }
@@ -110,14 +113,27 @@ def identity_of(
     return {**config.identity(), "data": named, "architecture": architecture, "input_size": input_size, CONTENT: None}
 
 
-def _opener(data: str | Mapping[str, Images], size: int) -> Callable[[str], Images]:
-    """Opens the images of a split. Raises UsageError where there will be none to test the teacher on."""
-    if not isinstance(data, str):
-        return data.__getitem__
-    from dfkd.evaluation import check_data, open_images
+def _splits(data: str | Mapping[str, Images], size: int) -> tuple[Images, Images, Images]:
+    """Images to learn from, to validate and to test on, of the same classes in one order; a few of each are decoded.
 
-    check_data("--data", data, "test")
-    return partial(open_images, data, size=size)
+    Raises UsageError for any of them that cannot be, so that none is missed once the network is trained.
+    """
+    if isinstance(data, str):
+        from dfkd.evaluation import open_splits
+
+        data = open_splits(data, size)
+    for split in SPLITS:
+        what, todo = f"the images' split '{split}'", "give images for train, validation and test"
+        if split not in data:
+            raise UsageError(f"{what} is missing", f"there are {', '.join(data)}", todo)
+        images, names = data[split], data["train"].class_names
+        if not (count := len(images.labels)):
+            raise UsageError(f"{what} is empty", todo=todo)
+        if images.class_names != names:
+            why = f"it has {some_names(images.class_names)}, train has {some_names(names)}"
+            raise UsageError(f"{what} has other classes", why, "give the same classes in the same order")
+        images.read(evenly(count, SAMPLE))
+    return data["train"], data["validation"], data["test"]
 
 
 @torch.no_grad()
@@ -140,13 +156,13 @@ def _untrained(learning: Images, config: TeacherTrainConfig, architecture: str, 
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = statistics(learning)
     side = learning.read(torch.tensor([0])).shape[-1]
-    return Classifier(network, learning.class_names, mean, std, side, architecture)
+    return Classifier(network, learning.class_names, mean, std, side, architecture).tried(training=True)
 
 
 def statistics(images: Images) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation per channel, of images in 0..1; of STATISTICS evenly spaced ones where more exist."""
     count = len(images.labels)
-    chosen = torch.arange(count) if count <= STATISTICS else torch.arange(STATISTICS) * count // STATISTICS
+    chosen = evenly(count, STATISTICS)
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for part in torch.split(chosen, ROWS):
         pixels = images.read(part)
@@ -157,6 +173,11 @@ def statistics(images: Images) -> tuple[tuple[float, float, float], tuple[float,
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).sqrt().clamp_min(1e-3)
     return _rounded(mean), _rounded(std)
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """At most `most` positions int64 spread evenly over `count`, ascending."""
+    return torch.arange(count) if count <= most else torch.arange(most) * count // most
 
 
 def _rounded(values: Tensor) -> tuple[float, float, float]:

@@ -13,10 +13,11 @@ from PIL import Image
 from dfkd import evaluation
 from dfkd.cli import distill as cli
 from dfkd.cli.progress import progress
+from dfkd.data import Images
 from dfkd.files import folder_lock
 from dfkd.teachers import Classifier
 from tests.cli.small_generate import last_line, save_classifier, status_of
-from tests.shard_folders import CLASS_NAMES, make
+from tests.shard_folders import CLASS_NAMES, class_folders, make
 from tests.training.small_run import equal, result, signals
 
 
@@ -102,21 +103,21 @@ def test_the_real_test_is_read_once_after_the_training(
 ) -> None:
     read = []
 
-    def evaluate(classifier: Classifier, data: str, **named: Any) -> evaluation.Evaluation:
-        read.append((data, named["split"]))
+    def evaluate(classifier: Classifier, data: Images) -> evaluation.Evaluation:
+        read.append(evaluation.described(data))
         assert (tmp_path / "last" / "model.safetensors").exists()
-        return own(classifier, data, **named)
+        return own(classifier, data)
 
     own = evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     real = f"imagefolder:{inputs / 'real'}"
     given = arguments(inputs, tmp_path, "--test", real)
     assert call(*given) == 0 and call(*given) == 0
-    assert read == [(real, "test")] * 2  # the last student and the best one
+    assert read == [f"30 images of 3 classes in {inputs / 'real'}"] * 2  # the last student and the best one
     found = result(tmp_path)
     confusion = torch.tensor(found["confusion"])
-    assert confusion.sum(1).tolist() == [2, 2, 2] and found["test_images"] == 6
-    assert found["accuracy"] == pytest.approx(float(confusion.diag().sum()) / 6) and 0 <= found["best_accuracy"] <= 1
+    assert confusion.sum(1).tolist() == [10, 10, 10] and found["test_images"] == 30
+    assert found["accuracy"] == pytest.approx(float(confusion.diag().sum()) / 30) and 0 <= found["best_accuracy"] <= 1
     assert call(*given, "--test-split", "validation") == 0  # another test of the same student
     assert result(tmp_path)["test_images"] == 3 and len(read) == 4
 
@@ -136,6 +137,7 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
         (["--test", "imagefolder:nowhere"], "there is no nowhere"),
         (["--test", "digit-on-photos"], "there is no such data"),
         (["--test", f"imagefolder:{tmp_path}/{{split}}"], "there is no"),
+        (["--test", class_folders(tmp_path / "ants", ("one", "ant"))], "the images have the classes ant"),
         (["--loss", "nowhere.py:Hint"], "no file nowhere.py"),
         (["--out", tmp_path / "file" / "out"], "cannot write to"),
     ]
@@ -147,7 +149,7 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
             given += more
         assert call(*given) == 2
         printed = capsys.readouterr()
-        assert printed.err.startswith("error: ") and message in printed.err and printed.out == ""
+        assert "error: " in printed.err and message in printed.err and printed.out == ""
     assert not (out / "checkpoint.pt").exists()
 
 

@@ -38,15 +38,24 @@ def call(data: Path, out: Path, *more: object) -> int:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The splits that were read so far."""
+    """The splits that pixels were read of so far."""
     splits: list[str] = []
-    own = evaluation.open_images
+    own = evaluation.open_splits
 
-    def open_images(name: str, split: str, size: int) -> Any:
-        splits.append(split)
-        return own(name, split, size)
+    def open_splits(name: str, size: int) -> dict[str, Any]:
+        return {split: watched(split, images) for split, images in own(name, size).items()}
 
-    monkeypatch.setattr(evaluation, "open_images", open_images)
+    def watched(split: str, images: Any) -> Any:
+        original = images.read
+
+        def read(positions: Any) -> Any:
+            splits.extend({split} - set(splits))
+            return original(positions)
+
+        monkeypatch.setattr(images, "read", read)
+        return images
+
+    monkeypatch.setattr(evaluation, "open_splits", open_splits)
     return splits
 
 

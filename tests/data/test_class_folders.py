@@ -119,7 +119,7 @@ def test_cifar_100_and_binary_files(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "test.bin").write_bytes(rows.tobytes())
     binary = list_cifar(cifar_files(tmp_path / "bin")["test"])
-    assert list(binary.labels) == [5, 6] and binary.images[0][0, 0].tolist() == [200, 0, 0]  # type: ignore[index]
+    assert list(binary.labels) == [5, 6] and np.array(binary.images[0])[0, 0].tolist() == [200, 0, 0]
     (tmp_path / "bin" / "test.bin").write_bytes(b"x" * 3000)
     with pytest.raises(UsageError, match="3000 bytes are not rows of 3074"):
         list_cifar([tmp_path / "bin" / "test.bin"])

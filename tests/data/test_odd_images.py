@@ -45,7 +45,9 @@ def rotated() -> dict[str, object]:
 
 def lab() -> Image.Image:
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    return ImageCms.profileToProfile(RGB, *profiles, outputMode="LAB")
+    image = ImageCms.profileToProfile(RGB, *profiles, outputMode="LAB")
+    assert image is not None
+    return image
 
 
 # What a file holds, and the pixels that are wanted of it, within 2 levels (JPEG's more are its own).
