@@ -26,8 +26,21 @@ MAY_IMPORT = {
     "tests": set(PACKAGES),
 }
 # The folders and files of dfkd; each imports those before it alone.
-ORDER = ("errors", "config", "priors", "files", "rgb", "runtime", "extension", "teachers", "data", "compiled")
-ORDER += ("synthesis", "evaluation", "training", "onnx_file", "run", "cli", "__main__")
+ORDER = (
+    "errors",
+    "config",
+    "priors",
+    "files",
+    "logs",
+    "model_card",
+    "rgb",
+    "runtime",
+    "extension",
+    "teachers",
+    "data",
+    "compiled",
+)
+ORDER += ("synthesis", "evaluation", "training", "export", "run", "cli", "__main__")
 # The ways from noise to student. The commands and the training of teachers stand apart: they may read real images.
 DATA_FREE = ("dfkd_kernels", "dfkd_engine", "dfkd.teachers", "dfkd.data", "dfkd.compiled", "dfkd.synthesis")
 DATA_FREE += ("dfkd.training", "dfkd.cli.generate")

@@ -1,4 +1,4 @@
-"""dfkd-export: a student or a teacher -> one ONNX file."""
+"""dfkd-export: a student or a teacher -> one file that runs without this package, and its model card."""
 
 import sys
 from collections.abc import Sequence
@@ -12,29 +12,34 @@ COMMAND = "dfkd-export"
 
 def run(asked: ExportCommand) -> dict[str, Any]:
     """Load, export, try, put in place; returns the file and what it was found to be."""
+    from dfkd import model_card
     from dfkd.errors import UsageError
+    from dfkd.export import SUFFIXES, export, onnx_file
+    from dfkd.export.deployed import INPUT, OUTPUT
     from dfkd.files import make_writable, replace_file
-    from dfkd.onnx_file import INPUT, OUTPUT, onnx_model, require_packages, verify
     from dfkd.teachers import Classifier
 
-    require_packages()
+    if asked.format == "onnx":
+        onnx_file.require_packages()
     if not asked.checkpoint.is_dir():
         raise UsageError(f"no folder {asked.checkpoint}", todo="give OUT/last of dfkd-distill, or a teacher's folder")
     classifier = Classifier.from_pretrained(asked.checkpoint)
-    out = asked.out or asked.checkpoint / "model.onnx"
+    out = asked.out or asked.checkpoint / f"model{SUFFIXES[asked.format]}"
     make_writable(out.parent)
-    content = onnx_model(classifier, asked.images, asked.opset)
-    error = verify(content, classifier, asked.images)
+    content, error = export(classifier, asked.format, asked.images, asked.opset)
     replace_file(out, lambda file: file.write(content))
+    card = model_card.write_beside(out, model_card.read_facts(asked.checkpoint), asked.images)
     side = classifier.input_size
     return {
         "out": out,
+        "format": asked.format,
         "bytes": len(content),
         "architecture": classifier.architecture,
         "input": {"name": INPUT, "dtype": asked.images, "shape": ["batch", 3, side, side]},
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(classifier.class_names)]},
-        "opset": asked.opset,
+        "opset": asked.opset if asked.format == "onnx" else None,
         "class_names": classifier.class_names,
+        "card": card,
         "error": error,
     }
 

@@ -170,17 +170,24 @@ class ReportCommand(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand(Config):
-    """Write a student or a teacher as one ONNX file: images in, logits out, normalisation and class names inside.
+    """Write a student or a teacher as one file: images in, logits out, normalisation and class names inside.
 
-    The file is tried against torch before it is put in place.
+    --format onnx is for ONNX Runtime, TensorRT and the like; torch-export (.pt2) is a program that torch loads without
+    this package. The file is tried against the network before it is put in place. MODEL.md beside it is its model
+    card: what it was made from, how good it was found to be, how to load it. A MODEL.md of your own stays.
     """
 
     SECTION = "export"
 
     checkpoint: Path = option(MISSING, "folder of a student (OUT/last of dfkd-distill) or of dfkd-train-teacher")
-    out: Path | None = option(None, "file to write; model.onnx in the folder")
+    out: Path | None = option(None, "file to write; model.onnx or model.pt2 in the folder")
+    format: str = option("onnx", "of the file", choices=("onnx", "torch-export"))
     images: str = option("float32", "what goes in: float32 in 0..1, or uint8 in 0..255", choices=("float32", "uint8"))
     opset: int = option(18, "version of ONNX's operators", low=18, high=23)
+
+    def validate(self) -> None:
+        if self.format != "onnx" and self.opset != 18:
+            raise ValueError(f"--opset {self.opset} with --format {self.format}: it is of ONNX files; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

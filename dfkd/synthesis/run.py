@@ -96,6 +96,8 @@ def open_run(
     plan = None if before else make_plan(synthesizer, config, rank.neighbours)
     call_size = plan.call_size if plan else int(before["call_size"])
     facts = {"call_size": call_size, "threads": before.get("threads") or cpu_threads(config.compute.threads)}
+    if (prior := getattr(synthesizer, "prior", None)) is not None:
+        facts["prior"] = str(getattr(prior, "source", ""))  # for people: the images follow from its digests
     if hasattr(synthesizer, "call_size"):
         synthesizer.call_size = call_size
     with threads(int(facts["threads"])):
