@@ -99,24 +99,36 @@ class Classifier:
         module = trial.tried(self.module, images, len(self.class_names), name, training)
         return self if module is self.module else self.replace(module=module)
 
-    def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
-        """Write folder/model.safetensors and folder/config.json, which also holds `facts` (in JSON's types).
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write folder/model.safetensors, folder/config.json and folder/README.md, its model card.
 
-        Each file is whole or absent.
+        The card tells of the run whose folder it was loaded from, or that returned it. A README.md that is no such card
+        stays.
         """
-        folder = Path(folder)
+        self.write(Path(folder))
+        hub.save_card(self, Path(folder))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to the repository "OWNER/NAME" of the Hugging Face hub, made if needed.
+
+        token: that may write; the one of `hf auth login` where not given. Returns the repository's address.
+        Raises UsageError: no network, no such right, or no such name.
+        """
+        return hub.push(self, repo_id, private, token)
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        names = [spec.name for spec in dataclasses.fields(self) if spec.name not in ("module", "source")]
+        return {**{name: getattr(self, name) for name in names}, "num_classes": len(self.class_names)}
+
+    def write(self, folder: Path, **facts: Any) -> None:
+        """Weights and config.json alone, which also holds `facts` (in JSON's types). Each file is whole or absent."""
         folder.mkdir(parents=True, exist_ok=True)
-        known = {
-            spec.name: getattr(self, spec.name)
-            for spec in dataclasses.fields(self)
-            if spec.name not in ("module", "source")
-        }
-        config = {**facts, **known, "num_classes": len(self.class_names)}
         # contiguous(): safetensors keeps no strides, and training leaves weights channels-last.
         weights = {key: value.detach().cpu().contiguous() for key, value in self.module.state_dict().items()}
         content = safetensors.torch.save(weights)
         replace_file(folder / WEIGHTS, lambda file: file.write(content))
-        replace_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        replace_text(folder / CONFIG, json.dumps({**facts, **self.config()}, indent=2, sort_keys=True) + "\n")
 
     def __call__(self, images: Tensor | Image.Image | Sequence[Image.Image]) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W] in 0..1 (or uint8), or of PIL images of any size.

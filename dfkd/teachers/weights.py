@@ -123,14 +123,18 @@ class Inert(dict[Any, Any]):
 
 def _read_pickle(file: Path) -> Any:
     """What torch.load finds, other objects than tensors and plain containers replaced by Inert ones."""
+    names: list[str] = []
     try:
-        stand_ins = [(type(name, (Inert,), {"origin": name}), name) for name in _globals(file)]
-        inert: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [*stand_ins]
+        names = _globals(file)
+        inert: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+        inert += [(type(name, (Inert,), {"origin": name}), name) for name in names]
         with torch.serialization.safe_globals(inert):  # torch's own allowed names come before these
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"cannot read {file}", error.strerror or str(error)) from error
     except Exception as error:  # the bytes lead torch.load anywhere; what it advises is not safe
+        if whole := [name for name in names if name.startswith("torch.nn.modules.")]:
+            _refuse(file, f"it holds a whole pickled network, with a {whole[0]}, that only its own code can open")
         why = "it is damaged, or holds other objects than tensors"
         raise UsageError(f"cannot read {file}", why, f"give a state dict of tensors only; {_HOME}") from error
 
