@@ -1,6 +1,7 @@
 """dfkd-evaluate: a checkpoint on a labelled folder; what is printed, kept and refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from dfkd.cli import evaluate as cli
 from dfkd.teachers import Classifier
 from tests.cli.small_generate import CLASS_NAMES, last_line, save_classifier, status_of
+from tests.teachers import weight_files
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,54 @@ def test_refusals_in_words(small_teacher, folder, tmp_path, capsys):
     for argv, words in cases:
         assert call(*argv) == 2
         assert words in capsys.readouterr().err
+
+
+class TestWeightFiles:
+    """Every form of a checkpoint through the command, on images that the network tells apart."""
+
+    @pytest.fixture(scope="class")
+    def shades(self, tmp_path_factory):
+        root = tmp_path_factory.mktemp("shades")
+        for name, level in {"bright": 230, "dark": 25, "grey": 128}.items():
+            (root / name).mkdir()
+            for index in range(4):
+                Image.new("RGB", (12, 12), (level + index,) * 3).save(root / name / f"{index}.png")
+        return root
+
+    @pytest.mark.parametrize("form", [*weight_files.SAVED, *weight_files.WRITTEN])
+    def test_the_same_accuracy_from_every_form(self, form, shades, tmp_path, capsys):
+        write = weight_files.WRITTEN.get(form, lambda file: torch.save(weight_files.SAVED[form](), file))
+        write(file := tmp_path / form)
+        assert self.asked(file, shades, tmp_path) == 0
+        printed = capsys.readouterr()
+        assert "3 classes, fed 12 x 12 pixels, mean 0.5, 0.5, 0.5, std 0.25, 0.25, 0.25" in printed.err
+        assert last_line(printed.out)["accuracy"] == 1.0
+
+    @pytest.mark.parametrize("name", weight_files.REFUSED)
+    def test_what_is_no_network_is_refused_in_one_line(self, name, shades, tmp_path, capsys):
+        write, words = weight_files.REFUSED[name]
+        write(tmp_path / name)
+        assert self.asked(tmp_path / name, shades, tmp_path) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert re.search(words, line) and "weights_only" not in line
+
+    def asked(self, file, shades, tmp_path):
+        network = ("--teacher", weight_files.write_described(tmp_path), "--checkpoint", file)
+        return call(*network, "--classes", "bright,dark,grey", "--data", f"imagefolder:{shades}", "--split", "all")
+
+
+def test_classes_from_a_file_and_how_it_is_fed(tmp_path, folder, capsys):
+    """Names with commas; and options that say otherwise than the network's own file."""
+    names = ["zero, or nought", "one", "two"]
+    for old, new in zip(sorted(CLASS_NAMES), sorted(names), strict=True):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / new).symlink_to(folder / old)
+    (tmp_path / "names.txt").write_text("\n".join(sorted(names)))
+    torch.save(weight_files.weights(), tmp_path / "t.pth")
+    network = ("--teacher", weight_files.write_described(tmp_path), "--checkpoint", tmp_path / "t.pth")
+    fed = ("--teacher-mean", "none", "--teacher-std", "none", "--teacher-input-size", 10)
+    asked = ("--classes", f"@{tmp_path / 'names.txt'}", "--data", f"imagefolder:{tmp_path / 'images'}")
+    assert call(*network, *fed, *asked, "--split", "all") == 0
+    printed = capsys.readouterr()
+    assert "fed 10 x 10 pixels, in 0..1" in printed.err
+    assert list(last_line(printed.out)["per_class"]) == sorted(names)
