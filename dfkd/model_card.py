@@ -41,7 +41,7 @@ TRAINING = ("data", "epochs", "steps", "batch_size", "lr", "augment", "mix", "te
 class Facts:
     """What a card says.
 
-    network: config.json of `Classifier.save_pretrained`. teacher: of a student, name and digest; "" of a teacher.
+    network: of `Classifier.config`. teacher: of a student, name and digest; "" of a teacher.
     prior, licence: source and licence of the diffusion prior. images: how many, and settings by name. training:
     settings by name. tests: accuracy in 0..1 by who was tested. tested_on: with which images. agreement: with the
     teacher on held-out synthetic images.
@@ -62,12 +62,13 @@ def read_facts(folder: Path, network: Mapping[str, Any] | None = None) -> Facts:
     """The facts of a network in the folder of its run: OUT/last or OUT/best of a student, or a teacher's own.
 
     Its images are looked for in RUN/synthetic, and the tests of its controls in RUN/evaluation.json, where RUN holds
-    OUT. network: what config.json says, where the folder has none.
+    OUT. network: what `Classifier.config` says; the folder's config.json where it is not given.
     """
-    network = _read(folder / CONFIG) or network or {}
-    home = folder if (folder / RESULT).exists() else folder.parent
+    network = network or _read(folder / CONFIG)
+    home = folder.parent if folder.name in ("last", "best") else folder
     result = _read(home / RESULT)
-    run = result.get("run", {})
+    if not isinstance(run := result.get("run"), dict):
+        return Facts(network)
     training = {name: run[name] for name in TRAINING if run.get(name) is not None}
     training |= {"data": _placeless(training["data"])} if "data" in training else {}
     if "teacher" not in run:

@@ -28,7 +28,7 @@ def run(asked: ExportCommand) -> dict[str, Any]:
     make_writable(out.parent)
     content, error = export(classifier, asked.format, asked.images, asked.opset)
     replace_file(out, lambda file: file.write(content))
-    card = model_card.write_beside(out, model_card.read_facts(asked.checkpoint), asked.images)
+    card = model_card.write_beside(out, model_card.read_facts(asked.checkpoint, classifier.config()), asked.images)
     side = classifier.input_size
     return {
         "out": out,

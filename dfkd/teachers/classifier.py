@@ -23,7 +23,7 @@ from dfkd.config.synthesis import channel_fault
 from dfkd.errors import UsageError
 from dfkd.files import replace_file, replace_text
 from dfkd.rgb import square
-from dfkd.teachers import trial
+from dfkd.teachers import hub, trial
 from dfkd.teachers.adapters import Channels
 from dfkd.teachers.sources import CONFIG, WEIGHTS, read_source
 
@@ -99,14 +99,21 @@ class Classifier:
         module = trial.tried(self.module, images, len(self.class_names), name, training)
         return self if module is self.module else self.replace(module=module)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write folder/model.safetensors, folder/config.json and folder/README.md, its model card.
+    def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
+        """Write folder/model.safetensors and folder/config.json, which also holds `facts` (in JSON's types).
 
-        The card tells of the run whose folder it was loaded from, or that returned it. A README.md that is no such card
-        stays.
+        Of one that was loaded, or returned by a training, also folder/README.md: its model card, from what is on record
+        where it came from. A README.md that is no such card stays. Each file is whole or absent.
         """
-        self.write(Path(folder))
-        hub.save_card(self, Path(folder))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # contiguous(): safetensors keeps no strides, and training leaves weights channels-last.
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.module.state_dict().items()}
+        content = safetensors.torch.save(weights)
+        replace_file(folder / WEIGHTS, lambda file: file.write(content))
+        replace_text(folder / CONFIG, json.dumps({**facts, **self.config()}, indent=2, sort_keys=True) + "\n")
+        if self.source:
+            hub.save_card(self, folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes to the repository "OWNER/NAME" of the Hugging Face hub, made if needed.
@@ -120,15 +127,6 @@ class Classifier:
         """What config.json says of it."""
         names = [spec.name for spec in dataclasses.fields(self) if spec.name not in ("module", "source")]
         return {**{name: getattr(self, name) for name in names}, "num_classes": len(self.class_names)}
-
-    def write(self, folder: Path, **facts: Any) -> None:
-        """Weights and config.json alone, which also holds `facts` (in JSON's types). Each file is whole or absent."""
-        folder.mkdir(parents=True, exist_ok=True)
-        # contiguous(): safetensors keeps no strides, and training leaves weights channels-last.
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.module.state_dict().items()}
-        content = safetensors.torch.save(weights)
-        replace_file(folder / WEIGHTS, lambda file: file.write(content))
-        replace_text(folder / CONFIG, json.dumps({**facts, **self.config()}, indent=2, sort_keys=True) + "\n")
 
     def __call__(self, images: Tensor | Image.Image | Sequence[Image.Image]) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W] in 0..1 (or uint8), or of PIL images of any size.
