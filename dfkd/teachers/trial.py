@@ -46,7 +46,8 @@ def tried(module: nn.Module, images: Tensor, classes: int, name: str, training: 
     before = [layer.training for layer in module.modules()]
     try:
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-            answers, again, alone = (_answer(module.eval(), part, name) for part in (images, images, images[:1]))
+            answers, again = (_answer(module.eval(), images, name) for _ in range(2))
+            alone = _alone(module, images[:1], name)
             learning = _answer(copy.deepcopy(module).train(), images, f"{name} in training") if training else answers
     finally:
         for layer, mode in zip(module.modules(), before, strict=True):
@@ -75,6 +76,14 @@ def _answer(module: nn.Module, images: Tensor, name: str) -> Any:
     side = images.shape[-1]
     with running(f"{name}, given {len(images)} images of {side} x {side},"):
         return module(images)
+
+
+def _alone(module: nn.Module, image: Tensor, name: str) -> Any:
+    """The answer to one image, where a batch was answered."""
+    try:
+        return _answer(module, image, name)
+    except UsageError as error:
+        raise UsageError(f"{name} answers an image by the rest of its batch", error.why, _EVAL) from error
 
 
 def _place(answer: Any, rows: int, classes: int, name: str) -> int | str | None:
