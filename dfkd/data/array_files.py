@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfkd.config.lists import names_in
 from dfkd.data.image_files import Listing
 from dfkd.data.list_files import numbered
 from dfkd.errors import UsageError
@@ -52,12 +53,12 @@ def cifar_files(root: Path) -> dict[str, list[Path]]:
 def list_cifar(files: Sequence[Path]) -> Listing:
     """CIFAR-10 and CIFAR-100 in the form of torchvision's pickles or the .bin files; of the latter the fine labels.
 
-    Class names come from the files beside them, else are numbers. Raises UsageError for files that hold something else.
+    Class names come from the files beside them, else from the package. Raises UsageError for files of something else.
     """
     parts = [_cifar_binary(file) if file.suffix == ".bin" else _cifar_pickle(file) for file in files]
     pixels = np.concatenate([part[0] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = [label for part in parts for label in part[1]]
-    names = _cifar_names(files[0].parent)
+    names = _cifar_names(files[0].parent) or names_in("cifar10" if "batch" in files[0].name else "cifar100")
     return numbered(list(np.ascontiguousarray(pixels)), labels, dict(enumerate(names)), _place(files))
 
 

@@ -2,7 +2,8 @@
 
 Images may lie deeper (Tiny-ImageNet's CLASS/images/IMAGE). Hidden folders, those that begin with a dot, and __MACOSX
 are no classes. Tiny-ImageNet's val/ has no class folders but val_annotations.txt. Folders named by WordNet numbers
-(n01440764) take their words from words.txt or LOC_synset_mapping.txt, where it lies in ROOT or beside it.
+(n01440764) are called by the package's words where they are those of ImageNet or Tiny-ImageNet, as teachers are; others
+take theirs from words.txt or LOC_synset_mapping.txt, where it lies in ROOT or beside it.
 """
 
 import json
@@ -12,12 +13,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dfkd.config.lists import names_in
 from dfkd.data.image_files import Listing, some_names
 from dfkd.errors import UsageError
 
 SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"}
 SUFFIXES |= {".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
 ANNOTATIONS = "val_annotations.txt"
+# Number of classes, the first and the last of them, sorted -> the package's list of their words.
+KNOWN = {(1000, "n01440764", "n15075141"): "imagenet", (200, "n01443537", "n12267677"): "tiny-imagenet"}
 WORDS = ("words.txt", "LOC_synset_mapping.txt")
 NO_IMAGES = {".json", ".jsonl", ".txt", ".csv", ".md", ".db", ".ini", ""}  # beside images, and missed by nobody
 
@@ -68,12 +72,14 @@ def class_folders(root: Path) -> list[str]:
 
 
 def words_of(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """The classes' names: words for WordNet numbers where a file beside root tells them, else the folders' own.
+    """The classes' names: words for WordNet numbers where they are known, else the folders' own.
 
-    Of several words the first; where two classes share it (ImageNet's two cranes), the number stands behind it.
+    Of several words in a file the first; where two classes share it (ImageNet's two cranes), the number stands behind.
     """
-    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+    if not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return tuple(names)
+    if known := KNOWN.get((len(names), names[0], names[-1])):
+        return names_in(known)
     file = next((place / name for place in (root, root.parent) for name in WORDS if (place / name).is_file()), None)
     if file is None:
         return tuple(names)

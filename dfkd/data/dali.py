@@ -9,8 +9,9 @@ normalise, cast, channels last. It reads nothing and draws nothing by itself: ev
     matrix   warp_affine. DALI repeats the border where we reflect it, so the reflected border is laid around the image
              first. Equal but for the rounding of positions (below 0.01 of a level at 32x32)
     colour   arithmetic on what was warped
-    decoding has the bits of Pillow for PNG, BMP, lossless WebP and, on the CPU, JPEG (libjpeg-turbo, accurate DCT,
-             fancy upsampling); nvJPEG on a GPU differs by a few levels
+    decoding has the bits of Pillow for PNG and, on the CPU, JPEG of 8-bit grey or RGB (libjpeg-turbo, accurate DCT,
+             fancy upsampling); nvJPEG on a GPU differs by a few levels. What is anything else reaches DALI as a PNG
+             of what Pillow reads (ImageFiles.encoded)
     resizing pixels that are not in the networks' size are only decoded here; torch resizes them, as in the other
              sources, and applies the view: DALI's bicubic kernel is another (a = -0.5, ours is -0.75)
     fitting  image files of any size, cut and resized as dfkd.data.codec does with Pillow, in float where Pillow rounds

@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 
+from dfkd.config.lists import names_in
 from dfkd.config.words import nearest
 from dfkd.data import Listing, list_file, list_folder, list_parquet
 from dfkd.data.array_files import cifar_files, idx_files, list_cifar, list_idx
@@ -27,7 +28,7 @@ Places = dict[str, list[Path]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set by name: KIND:PATH, and `?classes=A,B` or `?classes=@FILE` (one a line) for some of its classes."""
+    """A data set by name: KIND:PATH, and `?classes=A,B` or `?classes=@FILE` (dfkd.config.lists) for some classes."""
 
     kind: str
     path: str
@@ -142,12 +143,9 @@ def _chosen(name: str, words: str) -> tuple[str, ...]:
         )
     if value.startswith("@"):
         try:
-            lines = Path(value[1:]).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UsageError(
-                f"cannot read {value[1:]}", error.strerror or str(error), "give one class a line"
-            ) from None
-        return tuple(line.strip() for line in lines if line.strip())
+            return names_in(value[1:])
+        except ValueError as error:
+            raise UsageError(f"unknown data '{name}'", str(error)) from None
     return tuple(value.split(","))
 
 

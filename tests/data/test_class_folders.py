@@ -11,6 +11,7 @@ from PIL import Image
 
 from dfkd.data import ImageFiles, list_file, list_folder
 from dfkd.data.array_files import cifar_files, idx_files, list_cifar, list_idx
+from dfkd.data.class_folders import words_of
 from dfkd.errors import UsageError
 from tests.shard_folders import class_folders
 
@@ -112,8 +113,8 @@ def test_cifar_pickles(tmp_path: Path) -> None:
 
 def test_cifar_100_and_binary_files(tmp_path: Path) -> None:
     cifar(tmp_path / "cifar-100-python", "train", [7, 3], b"fine_labels")
-    found = list_cifar(cifar_files(tmp_path)["train"]).compact()
-    assert found.class_names == ("3", "7") and list(found.labels) == [1, 0]
+    found = list_cifar(cifar_files(tmp_path)["train"])
+    assert len(found.class_names) == 100 and found.occurring() == ["bear", "beetle"] and found.labels == [7, 3]
     rows = np.zeros((2, 3074), np.uint8)
     rows[:, 1], rows[:, 2] = (5, 6), 200
     (tmp_path / "bin").mkdir()
@@ -161,3 +162,13 @@ def test_idx_files_are_named_by_their_labels(tmp_path: Path, first: tuple[int, .
     files[1].write_bytes(b"<html>")
     with pytest.raises(UsageError, match="is no idx file"):
         list_idx(files)
+
+
+@pytest.mark.parametrize(
+    ("missing", "first", "last"), [(False, "tench", "toilet tissue"), (True, "n01440764", "n15075141")]
+)
+def test_the_folders_of_imagenet_are_called_as_its_teachers_classes_are(missing: bool, first: str, last: str) -> None:
+    """Of the 1 000 numbers the first and the last are enough to know them, if none is missing."""
+    names = ["n01440764", *(f"n02{number:06d}" for number in range(998 - missing)), "n15075141"]
+    found = words_of(Path("nowhere"), names)
+    assert (found[0], found[-1], len(set(found))) == (first, last, 1000 - missing)
