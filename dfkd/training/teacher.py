@@ -55,7 +55,7 @@ def train_teacher(
 
     Raises UsageError for an unknown architecture, images that cannot be read, a network that answers otherwise than
     with logits or cannot be trained, what cannot work on the device, an `out` of other settings or in use, and a run
-    end of the step (in the main thread).
+    that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the end of the step (in the main thread).
     """
     out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
     world = world or World(resolve_device(config.train.compute.device))
@@ -102,7 +102,7 @@ def train_teacher(
             }
             classifier.save_pretrained(out, data=identity["data"], accuracy=result["accuracy"])
             write_result(out, identity, result)
-    return classifier
+    return classifier.replace(source=str(out))
 
 
 def identity_of(
