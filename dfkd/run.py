@@ -6,13 +6,13 @@
 OUT/teacher                          trained, unless the file names one that exists
 OUT/synthetic, OUT/student           the guided images and the student that learned from them
 OUT/baselines/NAME/...               the same for every baseline
-OUT/evaluation.json                  the students' tests on real images
+OUT/evaluation.json, OUT/evaluation  the students' tests on real images
 OUT/report                           the page
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,15 +34,17 @@ from dfkd.config import (
 from dfkd.config.words import nearest
 from dfkd.data import MANIFEST, open_folder
 from dfkd.errors import UsageError
-from dfkd.evaluation import check_data, class_names_of, evaluate, open_images
+from dfkd.evaluation import check_data, class_names_of, open_test
 from dfkd.evaluation.accuracy import match_classes
 from dfkd.evaluation.run_folder import EVALUATION
-from dfkd.files import make_writable, replace_text, save_settings, sha256
+from dfkd.evaluation.students import examine
+from dfkd.files import make_writable, save_settings, sha256
 from dfkd.runtime import own_rank, resolve_device
 from dfkd.synthesis import command as synthesis
+from dfkd.synthesis.controls import CONTROLS, at_equal_seconds
 from dfkd.synthesis.prompts import chosen_classes
 from dfkd.teachers import Classifier, load_teacher
-from dfkd.teachers.classifier import WEIGHTS
+from dfkd.teachers.sources import WEIGHTS
 from dfkd.training.distill import check as check_distill
 from dfkd.training.distill import distill
 from dfkd.training.folder import RESULT
@@ -55,7 +57,7 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Say = Callable[[str], None]
 Section = Mapping[str, Any]
 
-SECTIONS = ("description", "preset", "teacher", "generate", "distill", "evaluate", "baselines")
+SECTIONS = ("description", "preset", "teacher", "generate", "distill", "evaluate", "controls", "baselines")
 TEACHER = set(leaves(TeacherConfig))
 # Options of a stage that follow from its place in the run.
 OWN = {
@@ -68,11 +70,15 @@ OWN = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A set of images and the student that learns from it; name "" is the guided images, any other a baseline."""
+    """A set of images and the student that learns from it; name "" is the guided images, any other a baseline.
+
+    control: whether it is one of `controls`, whose steps may follow from the seconds of the guided images.
+    """
 
     name: str
     generate: GenerateCommand
     distill: DistillCommand
+    control: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class Job:
     evaluate: EvaluateCommand | None
 
 
-def read_job(file: Section, out: Path, seed: int = 0) -> Job:
-    """The run that a file describes. seed: of every stage whose section names none.
+def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = ()) -> Job:
+    """The run that a file describes. seed: of every stage whose section names none. controls: beside those of the file.
 
     Raises UsageError, naming the section: an unknown section or option, a value that does not fit, a teacher, data set,
     architecture or method that does not exist; and UsageError or EngineError for what a stage would refuse later, as
@@ -109,6 +115,8 @@ def read_job(file: Section, out: Path, seed: int = 0) -> Job:
     for layer in files:
         for name, differing in layer.get("baselines", {}).items():
             baselines.setdefault(name, []).append(section({name: differing}, name))
+    made = [name for name in _controls(files, controls) if name not in baselines]  # a section of that name comes first
+    baselines |= {name: [section({name: CONTROLS[name].settings}, name)] for name in made}
     variants = []
     for name, differing in baselines.items():
         folder, where = (out / "baselines" / name, f"baselines.{name}") if name else (out, "generate")
@@ -117,7 +125,7 @@ def read_job(file: Section, out: Path, seed: int = 0) -> Job:
         generating = _settings(GenerateCommand, where, "generate", images, fixed, seed, architecture)
         fixed = {**given, "out": folder / "student", "data": [str(folder / "synthetic")]}
         learning = _settings(DistillCommand, "distill", "distill", layers["distill"], fixed, seed, architecture)
-        variants.append(Variant(name, generating, learning))
+        variants.append(Variant(name, generating, learning, name in made))
     test = None
     if any(layers["evaluate"]):
         test = _settings(EvaluateCommand, "evaluate", "evaluate", layers["evaluate"], {})
@@ -151,28 +159,33 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
     teacher = load_teacher(job.classifier)
     say(f"teacher: {teacher.described()}")
     if job.evaluate is not None:  # the students' classes will be the teacher's
-        match_classes(open_images(job.evaluate.data, job.evaluate.split, teacher.input_size), teacher)
+        match_classes(open_test(job.evaluate.data, job.evaluate.split, teacher.input_size), teacher.class_names)
     students = {}
     for variant in job.variants:
         words = f"{variant.name}: " if variant.name else ""
         if words:
             say(f"baseline {variant.name}")
-        synthesis.run(variant.generate, say, partial(progress, f"{words}images"))
-        pool, asked = open_folder(variant.generate.out), variant.distill
+        generating = variant.generate
+        if variant.control:
+            generating = at_equal_seconds(generating, CONTROLS[variant.name], job.variants[0].generate.out)
+        synthesis.run(generating, say, partial(progress, f"{words}images"))
+        pool, asked = open_folder(generating.out), variant.distill
         watch, save = partial(progress, f"{words}student"), partial(save_settings, asked, asked.out, "dfkd-distill")
         student = distill(pool, teacher, asked.distill, asked.out, progress=watch, say=say, on_new=save)
         students[variant.name] = student
     tests = _evaluate(job, students, teacher, partial(progress, "test"))
-    page = _report(job, say)
+    page, report = _report(job, say)
+    for answer in report["answers"]:
+        say(f"{answer['question']} {answer['short']}. {answer['text']}")
+    own = tests.get("student", {})
     return {
         "out": job.out,
         "report": page,
         "images": job.variants[0].generate.count,
-        "teacher_accuracy": tests.get("student", {}).get("teacher_accuracy"),
-        "agreement": tests.get("student", {}).get("agreement"),
-        "calibration": tests.get("student", {}).get("calibration"),
         "baselines": {name: test["accuracy"] for name, test in tests.get("baselines", {}).items()},
-        "accuracy": tests.get("student", {}).get("accuracy"),
+        "differences": report["accuracy"]["differences"],
+        "missing_controls": report["accuracy"]["missing_controls"],
+        **{name: own.get(name) for name in ("outcomes", "teacher_accuracy", "agreement", "calibration", "accuracy")},
     }
 
 
@@ -186,6 +199,17 @@ def _check_names(files: Sequence[Section]) -> None:
         for inner, differing in content.items() if name == "baselines" else ():
             if not isinstance(differing, Mapping) or Path(inner).name != inner or not inner:
                 raise UsageError(f"[baselines] {inner}", "a baseline is a section", "write [baselines.NAME]")
+
+
+def _controls(files: Sequence[Section], more: Sequence[str]) -> tuple[str, ...]:
+    """The names in `controls` of every layer, and these. Raises UsageError for one that is none."""
+    layers = [*(layer.get("controls", ()) for layer in files), more]
+    if wrong := [layer for layer in layers if isinstance(layer, str) or not isinstance(layer, Sequence)]:
+        raise UsageError(f"controls is {wrong[0]!r}", "it is a list of names", 'write controls = ["unguided"]')
+    for name in (names := tuple(dict.fromkeys(name for layer in layers for name in layer))):
+        if name not in CONTROLS:
+            raise UsageError(f"controls: there is no {name!r}", f"there are {', '.join(CONTROLS)}")
+    return names
 
 
 def _settings(
@@ -256,6 +280,8 @@ def _check(job: Job) -> None:
         teachers.check(job.classifier.teacher)
     if job.evaluate is not None:
         check_data("[evaluate] data", job.evaluate.data, job.evaluate.split)
+        if job.teacher is not None and (names := class_names_of(job.teacher.data)):
+            match_classes(open_test(job.evaluate.data, job.evaluate.split, 32), names)
         resolve_device(job.evaluate.device)
     for variant in job.variants:
         config = variant.distill.distill
@@ -284,32 +310,19 @@ def _evaluate(
         return {}
     of: dict[str, Any] = {variant.name: sha256(variant.distill.out / "last" / WEIGHTS) for variant in job.variants}
     of |= {"teacher": teacher.digest(), "data": asked.data, "split": asked.split, "limit": asked.limit}
-    path = job.out / EVALUATION
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known.get("of") == plain(of):
-        return known
-    device = resolve_device(asked.device)
-    teacher.freeze(device)
-    tests = {
-        name: asdict(evaluate(student.freeze(device), asked.data, teacher, asked.split, asked.limit, progress))
-        for name, student in students.items()
-    }
-    ours = tests.pop("")
-    found = {"data": asked.data, "split": asked.split, "images": ours["images"], "student": ours, "baselines": tests}
-    found["of"] = of
-    replace_text(path, json.dumps(plain(found), indent=1) + "\n")
-    return found
+    return examine(job.out, students, teacher, asked, plain(of), progress)
 
 
-def _report(job: Job, say: Say) -> Path:
-    """OUT/report, written anew where something that it shows is newer."""
-    from dfkd.evaluation.page import HTML, write_report
+def _report(job: Job, say: Say) -> tuple[Path, dict[str, Any]]:
+    """The page of OUT/report and what report.json holds, written anew where something that it shows is newer."""
+    from dfkd.evaluation.page import HTML, JSON, write_report
 
-    page = job.out / "report" / HTML
+    page, data = (job.out / "report" / name for name in (HTML, JSON))
     inputs = [job.out / EVALUATION]
     inputs += [path for one in job.variants for path in (one.generate.out / MANIFEST, one.distill.out / RESULT)]
     newest = max(path.stat().st_mtime for path in inputs if path.exists())
-    if not page.exists() or page.stat().st_mtime < newest:
+    if not data.exists() or data.stat().st_mtime < newest:
         say("writing the report")
         write_report(run=job.out)
-    return page
+    found: dict[str, Any] = json.loads(data.read_text(encoding="utf-8"))
+    return page, found

@@ -13,15 +13,21 @@ from PIL import Image
 
 from dfkd import run
 from dfkd.cli import run as cli
-from dfkd.config import DistillConfig, GenerateConfig, presets
+from dfkd.config import DistillConfig, GenerateConfig, presets, read_preset, section
 from dfkd.errors import UsageError
+from dfkd.evaluation import students
+from dfkd.evaluation.run_folder import Baseline
+from dfkd.evaluation.tested import strong_kind
 from dfkd.run import read_job
+from dfkd.synthesis.controls import CONTROLS
 from dfkd.teachers import Classifier
 from dfkd_engine.errors import EngineError
 from tests.cli.small_generate import CLASS_NAMES, last_line, save_classifier, status_of
 from tests.synthesis.small_sd import make_small_sd
 
 FILE = """
+controls = ["deepinversion"]
+
 [teacher]
 data = "imagefolder:{images}"
 architecture = "resnet8"
@@ -76,17 +82,19 @@ def done(place: Path) -> Path:
 
 
 def test_everything_lies_in_one_folder(done: Path) -> None:
+    controls = {"noise", "deepinversion"}
     for part in ("teacher", "student", "baselines/noise/student"):
         assert (done / part / "result.json").exists() and (done / part / "settings.json").exists()
     for part in ("synthetic", "baselines/noise/synthetic"):
         assert (done / part / "manifest.json").exists()
         assert json.loads((done / part / "settings.json").read_text())["options"]["seed"] == 3
     tests = json.loads((done / "evaluation.json").read_text())
-    assert tests["images"] == 6 and tests["baselines"].keys() == {"noise"}
+    assert tests["images"] == 6 and tests["baselines"].keys() == controls
     report = json.loads((done / "report" / "report.json").read_text())
     assert report["accuracy"]["student"] == tests["student"]["accuracy"]
-    assert report["accuracy"]["baselines"] == {"noise": tests["baselines"]["noise"]["accuracy"]}
-    assert report["missing"] == {} and list(report["teacher_views"]) == ["guided images", "noise"]
+    assert report["accuracy"]["baselines"] == {name: tests["baselines"][name]["accuracy"] for name in controls}
+    assert report["missing"] == {} and set(report["teacher_views"]) == {"guided images", *controls}
+    assert set(report["costs"]) == {"teacher", "student"} and len(report["answers"]) == 4
     assert Classifier.from_pretrained(done / "student" / "last").class_names == tuple(sorted(CLASS_NAMES))
 
 
@@ -101,11 +109,39 @@ def test_started_again_it_does_nothing_twice(
         raise AssertionError("tested again")
 
     before = state()
-    monkeypatch.setattr(run, "evaluate", again)
+    monkeypatch.setattr(students, "ask", again)
     assert status_of(cli.main, "--config", place / "job.toml", "--out", done, "--seed", 3) == 0
-    result = last_line(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    result = last_line(printed.out)
     assert state() == before
-    assert list(result)[-1] == "accuracy" and result["baselines"].keys() == {"noise"}
+    assert list(result)[-1] == "accuracy" and result["baselines"].keys() == {"noise", "deepinversion"}
+    assert sum(result["outcomes"][who] for who in ("both_right", "student_only", "teacher_only", "both_wrong")) == 6
+    assert "Can the student replace the teacher?" in printed.err
+
+
+def test_a_control_keeps_the_steps_of_equal_seconds(done: Path) -> None:
+    steps = json.loads((done / "baselines/deepinversion/equal-seconds.json").read_text())["steps"]
+    settings = json.loads((done / "baselines/deepinversion/synthetic/settings.json").read_text())
+    assert settings["options"]["method"] == f"deepinversion(steps={steps})"
+
+
+@pytest.mark.parametrize("preset", ["demo", "cifar10", "domainnet-sketch"])
+def test_controls_are_what_the_report_takes_for_strong(preset: str, tmp_path: Path) -> None:
+    file = {"preset": preset, "teacher": {"data": "digits-on-photos"}, **_adversary(preset, tmp_path)}
+    job = read_job({**file, "controls": ["noise"]}, tmp_path / "out", controls=list(CONTROLS))
+    made = {one.name: Baseline(None, None, 0.0, {"options": one.generate.flat()}) for one in job.variants[1:]}
+    assert {name: strong_kind(one) for name, one in made.items()} == {
+        "unguided": None,
+        "unguided-pixels": "unguided-pixels",
+        "deepinversion": "deepinversion",
+        "noise": None,
+    }
+
+
+def test_a_section_comes_before_a_control_of_its_name(tmp_path: Path) -> None:
+    sections = {"deepinversion": {"method": "deepinversion(steps=3)"}}
+    _, own = parsed(tmp_path, controls=["deepinversion"], baselines=sections).variants
+    assert own.generate.generate.method == "deepinversion(steps=3)" and not own.control
 
 
 def test_other_settings_are_refused_by_the_stage(
@@ -160,7 +196,9 @@ def test_a_preset_may_be_the_start(tmp_path: Path) -> None:
     assert ours.generate.seed == 5 and job.evaluate is not None
 
 
-@pytest.mark.parametrize("name", [name for name in presets() if name != "fedcado"])  # which trains no student
+@pytest.mark.parametrize(
+    "name", [name for name in presets() if section(read_preset(name), "distill")]
+)  # others: teachers
 def test_every_preset_is_a_run_once_it_has_data(name: str, tmp_path: Path) -> None:
     job = read_job({"preset": name, "teacher": {"data": "digits-on-photos"}, **_adversary(name, tmp_path)}, tmp_path)
     assert job.teacher is not None and job.variants[0].generate.teacher.checkpoint == tmp_path / "teacher"
@@ -190,7 +228,7 @@ def _adversary(name: str, student: Path) -> dict[str, Any]:
         ({"distill": {"student": "resnet8", "amp": "fp16", "device": "cpu"}}, r"--amp fp16 on a CPU"),
         ({"distill": {"student": "file:absent.py:net"}}, r"no file absent.py"),
         ({"teacher": {"data": "digits-on-photos", "amp": "fp16", "device": "cpu"}}, r"--amp fp16 on a CPU"),
-        ({"evaluate": {"data": "digits-on-photos", "split": "all"}}, r"it has no split 'all'"),
+        ({"evaluate": {"data": "digits-on-photos", "split": "all"}}, r"has no split 'all'"),
         ({"baselines": {"b": {"guidance-stepp": 1}}}, r"\[baselines.b\] guidance-stepp.*did you mean guidance-step"),
         ({"distill": {}}, r"\[distill\] student is missing"),
         ({"distill": {"student": "resnet9"}}, r"unknown architecture 'resnet9'"),
@@ -202,6 +240,9 @@ def _adversary(name: str, student: Path) -> dict[str, Any]:
         ({"preset": "dmo"}, r"no preset 'dmo'"),
         ({"generate": 3}, r"generate is 3: it is a section"),
         ({"baselines": {"../x": {}}}, r"\[baselines\] ../x: a baseline is a section"),
+        ({"controls": ["unguidd"]}, r"controls: there is no 'unguidd': there are unguided, unguided-pixels"),
+        ({"controls": "noise"}, r"controls is 'noise': it is a list"),
+        ({"controls": [3]}, r"controls: there is no 3"),
         ({"baselines": {"noise": 3}}, r"\[baselines\] noise: a baseline is a section"),
     ],
 )

@@ -22,7 +22,7 @@ def run(asked: RunCommand) -> dict[str, Any]:
 
     from dfkd.run import read_job, run_job
 
-    job = read_job(file, out, asked.seed)
+    job = read_job(file, out, asked.seed, asked.controls)
     with _Bars() as bars:
         return run_job(job, bars.draw, say)
 

@@ -14,7 +14,9 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from dfkd.evaluation.answers import Bin
 from dfkd.evaluation.metrics import BINS, Band, Confidence
+from dfkd.evaluation.tested import ClassAccuracy
 
 WIDTH = 5.6  # inches
 DPI = 200
@@ -161,6 +163,52 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], theme: Them
             if count:
                 colour = theme.surface if share[row, column] > 0.2 else theme.text
                 axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=size)
+    return figure
+
+
+def reliability(bins: Mapping[str, Sequence[Bin]], theme: Theme) -> Figure:
+    """Share of right answers by how sure the network was; the area of a dot is its share of the images."""
+    figure, axes = _single(3.6, theme)
+    axes.plot((0, 1), (0, 1), "--", color=theme.muted, linewidth=1.2)
+    for (name, found), colour in zip(bins.items(), (theme.accent, theme.series[0]), strict=False):
+        if found:
+            x, y = [one.probability for one in found], [one.accuracy for one in found]
+            most = max(one.images for one in found)
+            areas = [max(140 * one.images / most, 6) for one in found]
+            axes.plot(x, y, color=colour, linewidth=1.4, label=name)
+            axes.scatter(x, y, areas, color=colour, zorder=3)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.04)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("probability of its answer", color=theme.text, fontsize=TEXT)
+    axes.set_ylabel("right", color=theme.text, fontsize=TEXT)
+    axes.legend(loc="upper left", fontsize=SMALL, frameon=False, labelcolor=theme.text)
+    return figure
+
+
+def class_accuracy(classes: Sequence[ClassAccuracy], theme: Theme) -> Figure:
+    """Accuracy by class with its interval, the student's worst at the top, NAMED at most; the teacher's beside it."""
+    worst = sorted(classes, key=lambda one: one.student)[:NAMED]
+    figure, axes = _single(0.32 * len(worst) + 1.3, theme)
+    places = np.arange(len(worst))
+    for name, shift, colour in (("student", -0.14, theme.accent), ("teacher", 0.14, theme.series[0])):
+        own = name == "student"
+        drawn = [
+            (place + shift, one.student if own else one.teacher, one.interval if own else one.teacher_interval)
+            for place, one in enumerate(worst)
+        ]
+        known = [(place, value, ends) for place, value, ends in drawn if value is not None and ends is not None]
+        if known:
+            y, x, ends = zip(*known, strict=True)
+            axes.hlines(y, [low for low, _ in ends], [high for _, high in ends], color=colour, linewidth=2, alpha=0.55)
+            axes.plot(x, y, "o", color=colour, markersize=5.5, label=name)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_yticks(places, [_short(one.name) for one in worst])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("right, with the 95 % interval", color=theme.text, fontsize=TEXT)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=SMALL, frameon=False, labelcolor=theme.text)
     return figure
 
 

@@ -18,12 +18,13 @@ from dfkd.evaluation.report import OURS, Report, measure
 from dfkd.evaluation.run_folder import RunFolder, read_run
 from dfkd.files import make_writable, replace_file, replace_text
 from dfkd.runtime import resolve_device
-from dfkd.teachers import load_teacher
+from dfkd.teachers import Classifier, load_teacher
 
 HTML, JSON = "report.html", "report.json"
 BASELINE_COLUMNS = 8
 DESCRIPTIONS = {
     "unguided": "the prior alone, without the teacher's gradient",
+    "unguided-pixels": "the prior unguided, then the teacher's gradient on the finished pixels",
     "deepinversion": "pixels optimised against the teacher, without a prior",
     "noise": "random pixels",
 }
@@ -47,10 +48,12 @@ def write_report(
     found = read_run(run, synthetic, student, teacher)
     out = out or (run or found.synthetic.path.parent) / "report"
     make_writable(out)
-    judge = None
+    judge, learned, where = None, None, resolve_device(device)
     if judged and found.guide is not None:
-        judge = load_teacher(found.guide, found.synthetic.pool.class_names).freeze(resolve_device(device))
-    report = measure(found, judge, judged)
+        judge = load_teacher(found.guide, found.synthetic.pool.class_names).freeze(where)
+    if found.student is not None and (last := found.student.path / "last").exists():
+        learned = Classifier.from_pretrained(last).freeze(where)
+    report = measure(found, judge, judged, learned)
     return report, write(report, found, out)
 
 
@@ -69,6 +72,7 @@ def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
             few = strips(baseline.images, BASELINE_COLUMNS)
             written.append(_save(out / f"contact_sheet_{name}.png", _png(sheet(few))))
             others.append({"name": name, "picture": _uri(_png(stack(few)))})
+    mistakes = list(zip(report.errors.mistakes, run.mistakes, strict=True)) if report.errors and run.mistakes else []
     page = _environment().get_template("report.html.j2")
     html = page.render(
         report=report,
@@ -79,10 +83,12 @@ def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
         ],
         shown=max(row.shown for row in rows),
         others=others,
+        mistakes=[{"picture": _uri(_png(picture)), "what": mistake} for mistake, picture in mistakes],
         ours=OURS,
         descriptions=DESCRIPTIONS,
         losses=figures.LOSSES,
         counted=figures.COUNTED,
+        named=figures.NAMED,
     )
     replace_text(out / HTML, html)
     replace_text(out / JSON, json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")
@@ -106,6 +112,11 @@ def _charts(report: Report) -> dict[str, Callable[[Theme], Figure]]:
         charts["bn_gap"] = lambda theme: figures.layer_gaps(gaps, theme)
     if student is not None and (matrix := student.confusion) is not None:
         charts["confusion"] = lambda theme: figures.confusion(matrix, images.class_names, theme)
+    if (wrong := report.errors) is not None and wrong.reliability:
+        bins = {"student": wrong.reliability, "teacher": wrong.teacher_reliability}
+        charts["reliability"] = lambda theme: figures.reliability(bins, theme)
+    if wrong is not None and wrong.classes:
+        charts["class_accuracy"] = lambda theme: figures.class_accuracy(wrong.classes, theme)
     if student is not None and (log := student.log):
         charts["training"] = lambda theme: figures.training_curve(log, theme)
     return charts

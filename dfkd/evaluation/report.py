@@ -10,42 +10,23 @@ import torch
 import dfkd
 from dfkd.errors import UsageError
 from dfkd.evaluation.accuracy import evenly
+from dfkd.evaluation.cost import Cost, costs
 from dfkd.evaluation.metrics import (
     Band,
     Confidence,
     Confusion,
     TeacherView,
     confidence,
-    interval,
     loss_bands,
     teacher_view,
     top_confusions,
 )
 from dfkd.evaluation.run_folder import RunFolder
+from dfkd.evaluation.tested import Accuracy, Errors, accuracy, errors
+from dfkd.evaluation.verdict import Answer, answers
 from dfkd.teachers import Classifier
 
 OURS = "guided images"  # their name beside the baselines'
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 on real test images, in 0..1; None where it was not measured.
-
-    interval: Wilson's 95 % of the student's, for the choice of test images alone, not of seeds. baselines: best first.
-    margin: student minus best baseline in percentage points, None without baselines. chance: 1 / classes.
-    test, split: of the real images.
-    """
-
-    student: float | None
-    teacher: float | None
-    interval: tuple[float, float] | None
-    baselines: dict[str, float]
-    best_baseline: str | None
-    margin: float | None
-    chance: float
-    test: str | None
-    split: str
-    test_images: int
 
 
 @dataclass(frozen=True)
@@ -65,8 +46,8 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class StudentFacts:
-    """agreement: with the teacher on held-out synthetic images; real_agreement: on the test images. calibration: its
-    expected error there, in 0..1. confusion: rows are the truth. None for what was not measured.
+    """agreement: with the teacher on held-out synthetic images; real_agreement: on the test images. confusion: there;
+    rows are the truth. None for what was not measured.
     """
 
     architecture: str | None
@@ -74,7 +55,6 @@ class StudentFacts:
     seconds: float | None
     agreement: float | None
     real_agreement: float | None
-    calibration: float | None
     confusion: tuple[tuple[int, ...], ...] | None
     top_confusions: tuple[Confusion, ...]
     log: tuple[Mapping[str, Any], ...]
@@ -82,14 +62,20 @@ class StudentFacts:
 
 @dataclass(frozen=True)
 class Report:
-    """ranking: the baselines that left a folder, best first; teacher_views: the guided images, then those of the
-    baselines in that order, {} without the teacher."""
+    """answers: to what a reader wants to know first. costs: of "teacher" and "student", as far as they were loaded.
+
+    ranking: the baselines that left a folder, best first. teacher_views: the guided images, then those of the baselines
+    in that order, {} without the teacher.
+    """
 
     title: str
     version: str
     missing: Mapping[str, str]
     notes: tuple[str, ...]
+    answers: tuple[Answer, ...]
     accuracy: Accuracy
+    errors: Errors | None
+    costs: dict[str, Cost]
     ranking: tuple[str, ...]
     images: ImageFacts
     teacher_architecture: str | None
@@ -99,20 +85,24 @@ class Report:
     settings: dict[str, Mapping[str, Any]]
 
 
-def measure(run: RunFolder, teacher: Classifier | None, judged: int) -> Report:
+def measure(run: RunFolder, teacher: Classifier | None, judged: int, student: Classifier | None = None) -> Report:
     """Measure a run. The teacher, where it is at hand, judges `judged` images of each set, spread over the ids.
 
     Raises UsageError where teacher and images disagree about the classes.
     """
     _check_classes(run, teacher)
-    accuracy = _accuracy(run)
-    ranking = sorted(run.baselines, key=lambda name: -accuracy.baselines.get(name, 0.0))
+    tested, wrong = accuracy(run), errors(run)
+    ranking = sorted(run.baselines, key=lambda name: -tested.baselines.get(name, 0.0))
+    spent = costs({name: one for name, one in (("teacher", teacher), ("student", student)) if one is not None})
     return Report(
         title=run.title,
         version=dfkd.__version__,
         missing=run.missing,
         notes=tuple(_notes(run, teacher)),
-        accuracy=accuracy,
+        answers=answers(tested, wrong, spent),
+        accuracy=tested,
+        errors=wrong,
+        costs=spent,
         ranking=tuple(ranking),
         images=_images(run),
         teacher_architecture=teacher.architecture if teacher else None,
@@ -148,29 +138,6 @@ def _notes(run: RunFolder, teacher: Classifier | None) -> list[str]:
     if learned is not None and learned != run.synthetic.pool.digest[:16]:
         notes.append("The student was distilled from other images than these (their digests differ).")
     return notes
-
-
-def _accuracy(run: RunFolder) -> Accuracy:
-    """evaluation.json first; what it does not say is taken from the folders' own results."""
-    own, tests = (run.student.result if run.student else {}), run.evaluation
-    tested = tests.get("student", own)
-    student, images = tested.get("accuracy"), int(tests.get("images", own.get("test_images", 0)))
-    known = {name: base.student.result.get("accuracy") for name, base in run.baselines.items() if base.student}
-    known |= {name: test["accuracy"] for name, test in tests.get("baselines", {}).items()}
-    ranked = sorted(((name, float(value)) for name, value in known.items() if value is not None), key=lambda x: -x[1])
-    best = ranked[0] if ranked else None
-    return Accuracy(
-        student=student,
-        teacher=tested.get("teacher_accuracy", run.teacher.result.get("accuracy") if run.teacher else None),
-        interval=interval(student, images) if student is not None and images else None,
-        baselines=dict(ranked),
-        best_baseline=best[0] if best else None,
-        margin=100 * (student - best[1]) if best and student is not None else None,
-        chance=1 / len(run.synthetic.pool.class_names),
-        test=tests.get("data", own.get("test")),
-        split=tests.get("split", own.get("test_split", "test")),
-        test_images=images,
-    )
 
 
 def _images(run: RunFolder) -> ImageFacts:
@@ -215,7 +182,6 @@ def _student(run: RunFolder) -> StudentFacts | None:
         seconds=result.get("seconds"),
         agreement=result.get("agreement"),
         real_agreement=run.evaluation.get("student", {}).get("agreement"),
-        calibration=tested.get("calibration"),
         confusion=tuple(tuple(row) for row in matrix) if matrix else None,
         top_confusions=top_confusions(matrix, names) if matrix else (),
         log=run.student.log,
@@ -230,5 +196,6 @@ def _seconds(run: RunFolder) -> dict[str, float]:
         "distillation": run.student.result.get("seconds") if run.student else None,
     }
     trained = [base.student.result.get("seconds") or 0 for base in run.baselines.values() if base.student]
+    parts |= {f"images of {name}": base.seconds for name, base in run.baselines.items()}
     parts["baselines' students"] = sum(trained)
     return {stage: float(value) for stage, value in parts.items() if value}

@@ -1,10 +1,15 @@
 """What the other commands left on disk, read for the report. Nothing here opens a real image."""
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from dfkd.config import TeacherConfig, leaves
 from dfkd.data import MANIFEST, Record, ShardPool, open_folder, read_manifest
@@ -12,14 +17,22 @@ from dfkd.errors import SettingError, UsageError
 from dfkd.files import checked_object, read_object
 
 RESULT, SETTINGS, LOG, EVALUATION = "result.json", "settings.json", "log.jsonl", "evaluation.json"
+RIGHT, MISTAKES = "evaluation/right.npz", "evaluation/mistakes.png"
 
 # Shapes of these files, as `read_object` takes them.
 _NUMBER = (float, None)
+_OUTCOMES = dict.fromkeys(("both_right", "student_only", "teacher_only", "both_wrong", "same_wrong"), int)
+_BINS = ([{"images": int, "probability": float, "accuracy": float}], None)
 _TEST = {
-    **dict.fromkeys(("accuracy", "teacher_accuracy", "agreement", "calibration"), _NUMBER),
+    **dict.fromkeys(("accuracy", "teacher_accuracy", "agreement", "calibration", "teacher_calibration"), _NUMBER),
+    **dict.fromkeys(("per_class", "teacher_per_class"), ({...: _NUMBER}, None)),
+    **dict.fromkeys(("reliability", "teacher_reliability"), _BINS),
     "confusion": ([[int]], None),
+    "outcomes": (_OUTCOMES, None),
 }
-_SETTINGS: dict[str, Any] = {"command": str, "options": {}, "versions": {}}
+_MISTAKE = {"truth": str, "student": str, "teacher": str, "student_probability": float, "teacher_probability": float}
+_OPTIONS = {"method": str, "guidance_step": float, "guide_from": float, "refine_steps": int}
+_SETTINGS: dict[str, Any] = {"command": str, "options": _OPTIONS, "versions": {}}
 _LINE = {"step": int, ...: float}
 _RESULT = {
     **_TEST,
@@ -31,7 +44,9 @@ _RESULT = {
     "seconds": _NUMBER,
     "run": {"student": (str, None), "data": str},
 }
-_EVALUATION = {"data": str, "split": str, "images": int, "student": _TEST, "baselines": {...: _TEST}}
+_EVALUATION: dict[str, Any] = {"data": str, "split": str, "images": int, "student": _TEST}
+_EVALUATION |= {"baselines": {...: _TEST}, "mistakes": [_MISTAKE]}
+_ANEW = "delete the folder evaluation, and start dfkd-run again"
 
 
 @dataclass(frozen=True)
@@ -57,18 +72,25 @@ class Trained:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Images and student that guided images are compared with; None for what is absent."""
+    """Images and student that guided images are compared with; None for what is absent.
+
+    seconds: that its shards took, 0 if unknown. settings: of the images.
+    """
 
     images: ShardPool | None
     student: Trained | None
+    seconds: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """A run as it lies on disk.
 
-    evaluation: the tests of evaluation.json, {} without one. guide: how the teacher that guided the images is loaded,
-    None where nothing says so. missing: the parts that are not there, and what would supply each.
+    evaluation: the tests of evaluation.json, {} without one. right: which of its test images "student", "teacher" and
+    "baselines/NAME" have right, bool [N] each, {} where that was not kept. mistakes: thumbnails of the mistakes that it
+    names, in their order. guide: how the teacher that guided the images is loaded, None where nothing says so.
+    missing: the parts that are not there, and what would supply each.
     """
 
     title: str
@@ -77,6 +99,8 @@ class RunFolder:
     student: Trained | None
     baselines: Mapping[str, Baseline]
     evaluation: Mapping[str, Any]
+    right: Mapping[str, npt.NDArray[np.bool_]]
+    mistakes: tuple[Image.Image, ...]
     guide: TeacherConfig | None
     missing: Mapping[str, str]
 
@@ -124,8 +148,41 @@ def read_run(
     evaluation = _json(run / EVALUATION, _EVALUATION) if run else {}
     for test in (parts["student"].result if parts["student"] else {}, evaluation.get("student", {})):
         _check_confusion(test.get("confusion"), len(found.pool.class_names))
+    right = _right(run / RIGHT, int(evaluation.get("images", 0))) if run and evaluation else {}
+    mistakes = _tiles(run / MISTAKES, len(evaluation.get("mistakes", ()))) if run else ()
     title = (run or images.parent).resolve().name
-    return RunFolder(title, found, parts["teacher"], parts["student"], baselines, evaluation, guide, missing)
+    teacher_found, student_found = parts["teacher"], parts["student"]
+    tests = (evaluation, right, mistakes)
+    return RunFolder(title, found, teacher_found, student_found, baselines, *tests, guide, missing)
+
+
+def _right(path: Path, images: int) -> dict[str, npt.NDArray[np.bool_]]:
+    """The masks of `images` test images; {} where the file is absent. Raises UsageError for another content."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot read {path}", str(error), _ANEW) from None
+    if wrong := [name for name, mask in found.items() if mask.shape != (images,) or mask.dtype != np.bool_]:
+        raise UsageError(f"{path}: {wrong[0]}", f"it is no mask of the {images} images of {EVALUATION}", _ANEW)
+    return found
+
+
+def _tiles(path: Path, count: int) -> tuple[Image.Image, ...]:
+    """The `count` square tiles of a strip; () where the file is absent or none is wanted."""
+    if not path.is_file() or not count:
+        return ()
+    try:
+        strip = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}", str(error), _ANEW) from None
+    side = strip.height
+    if strip.width != side * count:
+        what = f"it is {strip.width}x{side}, and {EVALUATION} names {count} mistakes"
+        raise UsageError(f"{path} cannot be used", what, _ANEW)
+    return tuple(strip.crop((side * i, 0, side * (i + 1), side)) for i in range(count))
 
 
 def _check_confusion(matrix: Sequence[Sequence[int]] | None, classes: int) -> None:
@@ -148,9 +205,13 @@ def _guide(options: Mapping[str, Any], teacher: Trained | None) -> TeacherConfig
 
 def _read_synthetic(path: Path) -> Synthetic:
     pool = open_folder(path)
-    seconds = [float(shard["seconds"]) for shard in read_manifest(path)[1]]
-    took = sum(seconds) if all(seconds) else 0.0
-    return Synthetic(path, pool, tuple(pool.records()), took, _json(path / SETTINGS, _SETTINGS))
+    return Synthetic(path, pool, tuple(pool.records()), _seconds(path), _json(path / SETTINGS, _SETTINGS))
+
+
+def _seconds(images: Path) -> float:
+    """Seconds that all shards took; 0 where one does not say."""
+    seconds = [float(shard["seconds"]) for shard in read_manifest(images)[1]]
+    return sum(seconds) if all(seconds) else 0.0
 
 
 def _read_trained(path: Path | None) -> Trained | None:
@@ -165,8 +226,10 @@ def _read_baselines(folder: Path) -> dict[str, Baseline]:
     found = {}
     for path in sorted(entry for entry in folder.glob("*") if entry.is_dir()):
         images = path / "synthetic"
-        pool = open_folder(images) if (images / MANIFEST).exists() else None
-        found[path.name] = Baseline(pool, _read_trained(path / "student"))
+        student, settings = _read_trained(path / "student"), _json(images / SETTINGS, _SETTINGS)
+        there = (images / MANIFEST).exists()
+        pool, seconds = (open_folder(images), _seconds(images)) if there else (None, 0.0)
+        found[path.name] = Baseline(pool, student, seconds, settings)
     return found
 
 

@@ -53,7 +53,7 @@ def test_the_page_stands_alone(whole: Path) -> None:
     html = (whole / "report" / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"https?://|<script|<link|@import|url\(", html)
     sources = re.findall(r'(?:src|srcset)="([^"]*)"', html)
-    assert len(sources) == 3 + 2 + 2 * 6  # a strip per class, a sheet per baseline, six charts in two themes
+    assert len(sources) == 3 + 2 + 1 + 2 * 8  # a strip per class, a sheet per baseline, a mistake, charts in two themes
     for source in sources:
         kind, _, data = source.partition(";base64,")
         assert kind == "data:image/png"
@@ -65,18 +65,21 @@ def test_the_page_is_well_formed_and_says_what_was_measured(whole: Path) -> None
     page.feed((whole / "report" / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
     text = " ".join(page.text.split())
-    for part in ("one & <only>", "76.7 %", "+26.7", "unguided", "BN gap", "1 min 01 s", "dfkd-generate"):
+    for part in ("one & <only>", "76.7 %", "16.7 points behind", "unguided", "BN gap", "1 min 01 s", "dfkd-generate"):
         assert part in text, part
-    assert "Not in this report" not in text
+    assert "Not in this report" not in text and "+26.7" not in text  # no strong control: no difference to a baseline
 
 
 def test_json_and_pictures_lie_beside_it(whole: Path) -> None:
     found = {path.name for path in (whole / "report").iterdir()}
     charts = {"class_balance", "loss_curves", "confidence", "bn_gap", "confusion", "training"}
+    charts |= {"reliability", "class_accuracy"}
     sheets = {"contact_sheet", "contact_sheet_noise", "contact_sheet_unguided"}
     assert found == {"report.html", "report.json", *(f"{name}.png" for name in charts | sheets)}
     data = json.loads((whole / "report" / "report.json").read_text())
-    assert data["accuracy"]["best_baseline"] == "unguided"
+    assert data["accuracy"]["differences"] == {} and data["costs"]["teacher"]["parameters"] > 0
+    assert [answer["question"][:3] for answer in data["answers"]] == ["Can", "How", "Is "]
+    assert data["errors"]["outcomes"]["teacher_only"] == 5 and data["errors"]["mistakes"][0]["truth"] == "two"
     assert data["images"]["losses"]["cls"]["mean"][0] == 2.0
 
 

@@ -1,11 +1,13 @@
 """A run's folders as the commands leave them, small and without having run them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from dfkd.data import Record, ShardFolder, open_folder
@@ -55,23 +57,44 @@ def write_student(path: Path, accuracy: float | None, data: str = "") -> None:
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_run(root: Path) -> Path:
-    """A run with every part."""
+PIXELS = {"method": "guided", "guidance_step": 0.1, "guide_from": 1.0, "refine_steps": 40}
+INVERSION = {"method": "deepinversion(steps=70)"}
+WEAK = {"noise": (0.2, {"method": "noise"}), "unguided": (0.5, {"method": "guided", "guidance_step": 0.0})}
+STRONG = {"in_pixels": (0.6, PIXELS), "inverted": (0.4, INVERSION)}  # whatever their names
+
+
+def write_run(root: Path, baselines: Mapping[str, tuple[float, Mapping[str, Any]]] = WEAK) -> Path:
+    """A run with every part. baselines: by name, their student's accuracy and the settings of their images."""
     teacher = write_teacher(root / "teacher")
     images = write_images(root / "synthetic", teacher_digest=teacher.digest())
     write_student(root / "student", 23 / 30, open_folder(images).digest[:16])
-    for name, accuracy in (("noise", 0.2), ("unguided", 0.5)):
-        write_images(root / "baselines" / name / "synthetic", count=6, guided=False)
-        write_student(root / "baselines" / name / "student", accuracy)
+    right = {"student": np.arange(30) < 23, "teacher": np.arange(30) < 28}
+    for name, (accuracy, options) in baselines.items():
+        folder = root / "baselines" / name
+        write_images(folder / "synthetic", count=6, guided=False)
+        write_json(folder / "synthetic" / "settings.json", {"command": "", "options": options, "versions": {}})
+        write_student(folder / "student", accuracy)
+        right[f"baselines/{name}"] = np.arange(30) < 30 * accuracy
+    bins = [{"images": 10, "probability": 0.6, "accuracy": 0.5}, {"images": 20, "probability": 0.95, "accuracy": 0.9}]
     test = {
         "accuracy": 23 / 30,
-        "teacher_accuracy": 0.95,
+        "teacher_accuracy": 28 / 30,
         "agreement": 0.8,
+        "outcomes": {"both_right": 23, "student_only": 0, "teacher_only": 5, "both_wrong": 2, "same_wrong": 1},
         "calibration": 0.05,
+        "teacher_calibration": 0.02,
+        "reliability": bins,
+        "teacher_reliability": bins,
+        "per_class": dict(zip(CLASS_NAMES, (0.8, 0.9, 0.6), strict=True)),
+        "teacher_per_class": dict(zip(CLASS_NAMES, (0.9, 1.0, 0.9), strict=True)),
         "confusion": CONFUSION,
     }
-    tests = {"data": "digits-on-photos", "split": "test", "images": 30, "student": test}
-    write_json(
-        root / "evaluation.json", tests | {"baselines": {"noise": {"accuracy": 0.2}, "unguided": {"accuracy": 0.5}}}
-    )
+    mistake = {"truth": "two", "student": "zero", "student_probability": 0.97}
+    mistake |= {"teacher": "two", "teacher_probability": 0.88}
+    tests = {"data": "digits-on-photos", "split": "test", "images": 30, "student": test, "mistakes": [mistake]}
+    tests["baselines"] = {name: {"accuracy": accuracy} for name, (accuracy, _) in baselines.items()}
+    write_json(root / "evaluation.json", tests)
+    (root / "evaluation").mkdir()
+    np.savez(root / "evaluation" / "right.npz", **right)
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(root / "evaluation" / "mistakes.png")
     return root

@@ -1,7 +1,9 @@
 """The report's numbers: where they come from, what is missing, what does not belong together."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -10,13 +12,27 @@ from dfkd.data import Record, ShardFolder, open_folder
 from dfkd.data.contact_sheet import MOST_ROWS, sheet, stack, strips
 from dfkd.errors import UsageError
 from dfkd.evaluation import figures
+from dfkd.evaluation.answers import Bin, Outcomes
+from dfkd.evaluation.cost import Cost
 from dfkd.evaluation.figures import DARK, LIGHT
-from dfkd.evaluation.metrics import Band, confidence
+from dfkd.evaluation.metrics import Band, confidence, interval
 from dfkd.evaluation.page import duration, number, percent, signed
 from dfkd.evaluation.report import OURS, measure
 from dfkd.evaluation.run_folder import read_run
+from dfkd.evaluation.students import Mistake
+from dfkd.evaluation.tested import ClassAccuracy, accuracy, errors
+from dfkd.evaluation.verdict import answers
 from dfkd.teachers import Classifier
-from tests.evaluation.fake_run import CLASS_NAMES, write_images, write_json, write_run, write_student, write_teacher
+from tests.evaluation.fake_run import (
+    CLASS_NAMES,
+    STRONG,
+    WEAK,
+    write_images,
+    write_json,
+    write_run,
+    write_student,
+    write_teacher,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_run_is_measured(whole: Path) -> None:
     report = measure(read_run(whole), Classifier.from_pretrained(whole / "teacher"), 5)
     assert (report.missing, report.notes) == ({}, ())
-    assert report.accuracy.best_baseline == "unguided"
-    assert report.accuracy.margin == pytest.approx(100 * (23 / 30 - 0.5))
+    assert set(report.accuracy.missing_controls) == {"unguided-pixels", "deepinversion"}
     assert list(report.accuracy.baselines) == list(report.ranking) == ["unguided", "noise"]
     assert list(report.teacher_views) == [OURS, "unguided", "noise"]
     assert {view.images for view in report.teacher_views.values()} == {5}
@@ -36,8 +51,9 @@ def test_a_whole_run_is_measured(whole: Path) -> None:
     assert report.images.sure_counts == (2, 2, 2)  # probabilities rise with the id, the classes take turns
     assert report.images.images_per_second == 6
     assert report.student is not None
-    assert (report.student.real_agreement, report.student.calibration, report.accuracy.teacher) == (0.8, 0.05, 0.95)
-    assert report.seconds == {"teacher": 61.0, "synthesis": 2.0, "distillation": 48.0, "baselines' students": 96.0}
+    assert (report.student.real_agreement, report.accuracy.teacher) == (0.8, pytest.approx(28 / 30))
+    baselines = {"images of noise": 2.0, "images of unguided": 2.0, "baselines' students": 96.0}
+    assert report.seconds == {"teacher": 61.0, "synthesis": 2.0, "distillation": 48.0} | baselines
 
 
 def test_without_an_evaluation_the_folders_own_results_are_taken(tmp_path: Path) -> None:
@@ -46,7 +62,52 @@ def test_without_an_evaluation_the_folders_own_results_are_taken(tmp_path: Path)
     assert report.accuracy.student == pytest.approx(23 / 30)
     assert report.accuracy.teacher == 0.96
     assert report.accuracy.baselines == {"unguided": 0.5, "noise": 0.2}
-    assert report.student is not None and report.student.calibration is None
+    assert (report.errors, report.accuracy.behind, report.accuracy.teacher_interval) == (None, None, None)
+
+
+def test_errors_are_the_tests(whole: Path) -> None:
+    found = errors(read_run(whole))
+    assert found is not None and found.outcomes == Outcomes(23, 0, 5, 2, 1)
+    assert (found.calibration, found.teacher_calibration, found.reliability[0].images) == (0.05, 0.02, 10)
+    worst = found.classes[2]
+    assert (worst.name, worst.images, worst.student, worst.teacher) == ("two", 10, 0.6, 0.9)
+    assert worst.interval == interval(0.6, 10) and worst.teacher_interval == interval(0.9, 10)
+    assert found.mistakes == (Mistake("two", "zero", 0.97, "two", 0.88),)
+
+
+def test_no_difference_is_stated_before_the_strong_controls_were_run(whole: Path, tmp_path: Path) -> None:
+    weak = accuracy(read_run(whole))
+    assert weak.differences == {} and weak.missing_controls == dict.fromkeys(
+        ("unguided-pixels", "deepinversion"), "not run"
+    )
+    half = accuracy(read_run(write_run(tmp_path / "half", {**WEAK, "in_pixels": STRONG["in_pixels"]})))
+    assert half.differences == {} and list(half.missing_controls) == ["deepinversion"]
+    full = accuracy(read_run(write_run(tmp_path / "full", {**WEAK, **STRONG})))
+    assert full.missing_controls == {} and list(full.differences) == ["in_pixels", "unguided", "inverted", "noise"]
+    assert full.differences["in_pixels"].value == pytest.approx(5 / 30)
+
+
+def test_a_control_of_far_fewer_seconds_is_none(tmp_path: Path) -> None:
+    root = write_run(tmp_path, STRONG)
+    manifest = tmp_path / "baselines" / "inverted" / "synthetic" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seconds": 2.0', '"seconds": 0.9'))
+    found = accuracy(read_run(root))
+    assert found.missing_controls == {"deepinversion": "its images took 0.9 s, the guided ones 2 s"}
+    assert found.differences == {}
+
+
+def test_the_answers(whole: Path, tmp_path: Path) -> None:
+    replaced, sure, guided = answers(accuracy(read_run(whole)), errors(read_run(whole)), {})
+    assert replaced.short == "16.7 points behind" and not replaced.open
+    assert "fewer than 1000" in sure.text and sure.open
+    assert guided.short == "unknown" and "--controls unguided-pixels,deepinversion" in guided.text
+    strong = read_run(write_run(tmp_path, STRONG))
+    assert answers(accuracy(strong), errors(strong), {})[2].short == "16.7 points ahead of in_pixels"
+    (whole_again := write_run(tmp_path / "again", STRONG) / "evaluation" / "right.npz").unlink()
+    found = answers(accuracy(read_run(whole_again.parents[1])), None, {})
+    assert [answer.short for answer in found[::2]] == ["76.7 %", "unknown"]
+    cheap, dear = (Cost("net", size, 4 * size, 10 * size, 1.0, "cpu") for size in (1000, 5000))
+    assert answers(accuracy(strong), None, {"teacher": dear, "student": cheap})[3].short == "5.0× fewer weights"
 
 
 def test_parts_that_do_not_belong_together_are_noted(tmp_path: Path) -> None:
@@ -63,6 +124,17 @@ def test_folders_named_one_by_one_take_their_place(whole: Path, tmp_path: Path) 
     assert len(found.synthetic.records) == 3
     assert found.student is not None
     assert read_run(None, synthetic=images).student is None
+
+
+def put(path: Path, data: bytes) -> None:
+    write_json(path.parents[1] / "evaluation.json", {"images": 4})
+    path.parent.mkdir()
+    path.write_bytes(data)
+
+
+def masks(images: int) -> bytes:
+    np.savez(file := io.BytesIO(), student=np.ones(images, bool))
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -98,6 +170,8 @@ def test_folders_named_one_by_one_take_their_place(whole: Path, tmp_path: Path) 
         (lambda root: (root / "synthetic" / "manifest.json").unlink(), "dfkd-generate"),
         (lambda root: (root / "synthetic" / "shard-00000.tar").write_bytes(b""), "shard-00000.tar was altered"),
         (lambda root: write_json(root / "student" / "result.json", {"class_names": ["a"]}), "do not belong together"),
+        (lambda root: put(root / "evaluation" / "right.npz", b"PK"), "cannot read .*right.npz"),
+        (lambda root: put(root / "evaluation" / "right.npz", masks(3)), "it is no mask of the 4 images"),
     ],
 )
 def test_a_damaged_run_is_refused(tmp_path: Path, change: "object", message: str) -> None:
@@ -187,6 +261,9 @@ def test_charts_take_the_extremes() -> None:
     drawn(figures.class_balance([0] * 40, None, names, LIGHT))
     drawn(figures.confusion(torch.zeros(40, 40).int().tolist(), names, LIGHT))
     drawn(figures.confidence_histogram(confidence(torch.ones(9).double().numpy()), LIGHT))
+    classes = [ClassAccuracy(name, 9, 0.5, (0.2, 0.8), None, None) for name in names]
+    drawn(figures.class_accuracy(classes, LIGHT))
+    drawn(figures.reliability({"student": (Bin(3, 1.0, 0.0),), "teacher": ()}, LIGHT))
     drawn(figures.training_curve([{"step": 1, "loss": 0.0}], LIGHT))
     drawn(figures.layer_gaps({name: [0.1, 5.0] for name in names[:9]}, LIGHT))
 
