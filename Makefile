@@ -74,4 +74,7 @@ $(INSTALLED): pyproject.toml build/constraints.txt
 	@echo "setting up $(VENV) (once; it takes minutes and about 2 GB)" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c build/constraints.txt -e '.[dev]' >&2
+	@# For tests of teachers alone, out of sight: PyPI's torchvision does not import beside the CPU build of torch.
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c build/constraints.txt \
+	  --no-deps --upgrade --target $(VENV)/beside timm torchvision >&2
 	@touch $@
