@@ -64,16 +64,16 @@ def distill(
     architecture's name where `student` is a bare module; OUT/result.json has the numbers. A run that was stopped goes
     on where its last checkpoint was, with the same result (bit for bit on a CPU); a finished one returns at once.
 
-    Raises UsageError for classes that disagree, what cannot work on the device or with other settings, an `out` of
-    other settings or in use, and a run that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the end
-    of the step (in the main thread).
+    Raises UsageError for classes that disagree, a network that answers otherwise than with logits or cannot be trained,
+    what cannot work on the device or with other settings, an `out` of other settings or in use, and a run that has
+    diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the end of the step (in the main thread).
     """
     out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
     world = world or World(resolve_device(config.train.compute.device))
     kernels = check(config, world)
     images = match_network(_opened(data, config, say), teacher.class_names, teacher.input_size)
-    untrained = _untrained(student, teacher, config, images.class_names)
-    _check_pair(images, teacher, untrained.module)
+    _check_pair(images, teacher)
+    teacher, untrained = teacher.tried(), _untrained(student, teacher, config, images.class_names).tried(training=True)
     own = (*own_losses(config), *losses)
     identity = identity_of(images, teacher, config, own, untrained if student is not None else None)
     teacher, pupil = teacher.freeze(world.device), _pupil(untrained, config, world)
@@ -81,7 +81,7 @@ def distill(
     with run_folder(out, ("last", "best"), config.train.resume, world, on_new):
         if world.from_first(lambda: finished(out, out / "last" / WEIGHTS, identity)):
             pupil.module.load_state_dict(safetensors.torch.load_file(out / "last" / WEIGHTS))
-            return pupil.eval()
+            return pupil.eval().replace(source=str(out / "last"))
         say(f"kernels: {kernels.name} ({kernels.why})")
         say(f"losses: {', '.join(loss.describe() for loss in bound)}")
         rows, held = split(images.ids, config.held_out)
@@ -99,12 +99,13 @@ def distill(
                 "seconds": round(state.seconds, 3),
                 "device": str(world.device),
                 "processes": world.size,
+                "threads": torch.get_num_threads(),
                 "kernels": vars(kernels),
                 "class_names": list(images.class_names),
                 "out": str(out),
             }
             write_result(out, identity, result)
-    return pupil
+    return pupil.replace(source=str(out / "last"))
 
 
 def check(config: DistillConfig, world: World) -> KernelChoice:
@@ -229,8 +230,8 @@ def _untrained(
     return teacher.replace(module=network, architecture=config.student, source="")
 
 
-def _check_pair(images: Images, teacher: Classifier, student: nn.Module) -> None:
-    """Raise UsageError where classes or sizes disagree, or there is too little data."""
+def _check_pair(images: Images, teacher: Classifier) -> None:
+    """Raise UsageError where the classes disagree, or there is too little data."""
     if teacher.class_names != images.class_names:
         theirs, ours = teacher.class_names, images.class_names
         why = f"it has {len(theirs)}, the images have {len(ours)}"
@@ -242,20 +243,6 @@ def _check_pair(images: Images, teacher: Classifier, student: nn.Module) -> None
     if len(images.ids) < 2:
         raise UsageError(
             f"the data has {len(images.ids)} images", "training and held-out images need one each at least"
-        )
-    side, training = teacher.input_size, student.training
-    try:
-        with torch.no_grad():
-            answers = student.eval()(torch.zeros(2, 3, side, side, device=next(student.parameters()).device)).shape[1]
-    except RuntimeError as error:
-        what = f"the student cannot take images of the teacher's size, {side}x{side}"
-        raise UsageError(what, str(error).splitlines()[0], "choose another --student") from None
-    finally:
-        student.train(training)
-    if answers != len(images.class_names):
-        raise UsageError(
-            f"the student has {answers} classes and the images {len(images.class_names)}",
-            todo="build the student with the number of classes of the images",
         )
 
 

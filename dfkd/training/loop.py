@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dfkd.config import TrainConfig
-from dfkd.data import Batch, Form, Images, Order, Source, choose_loader, open_source, steps
+from dfkd.data import Batch, Form, Images, Order, Source, choose_loader, open_source, some_names, steps
 from dfkd.data.contact_sheet import preview
 from dfkd.errors import Stopped, UsageError
 from dfkd.logs import Logs
@@ -25,6 +25,7 @@ from dfkd.training.folder import CHECKPOINT, read_checkpoint, write_checkpoint
 from dfkd.training.guard import Guard
 from dfkd.training.state import State, learning_rate
 from dfkd.training.step import Loss, Step
+from dfkd.training.trial import without_gradient
 from dfkd.training.world import Agreement, World, deferred
 
 LOG_EVERY = 50
@@ -72,16 +73,20 @@ def fit(
     progress(images shown, images in all) is called before the first step and after each. torch's generators are left
     alone. The caller holds the folder. On a CPU a run that was stopped ends with the same bits as one that was not.
 
-    Raises UsageError for a checkpoint of another run, a loader that cannot work and a run that has diverged; Stopped
-    for SIGTERM and SIGINT, after a checkpoint at the end of the step (in the main thread).
+    Raises UsageError for a network that cannot be trained, a checkpoint of another run, a loader that cannot work and a
+    run that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the end of the step (in the main
+    thread).
     """
     order = order_of(config, len(training.positions), world)
+    unused = without_gradient(training.network, training.form, order.batch_size // world.size)
     state = State(training.network, config, world.device)
     guard = _begin(training, state, order, out, identity, world, say)
     if state.step == order.steps:
         return state
+    if unused:
+        say(f"{len(unused)} parameters get no gradient and stay as they are: {some_names(unused)}")
     every = config.checkpoint_every or -(-order.steps // CHECKS)
-    step, agreed = Step(training.loss, state, config, world), Agreement(world)
+    step, agreed = Step(training.loss, state, config, world, bool(unused)), Agreement(world)
     source = _source(training, config, order, say)
     started = time.perf_counter() - state.seconds
     progress(state.step * order.batch_size, order.length)

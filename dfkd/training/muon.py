@@ -18,23 +18,27 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def filters(network: nn.Module) -> list[nn.Parameter]:
+def filters(network: nn.Module) -> list[Tensor]:
     """The learned filters that Muon takes: of convolutions that are not grouped, in definition order."""
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
     return [layer.weight for layer in layers if layer.weight.requires_grad]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of the matrix U S V^T, [m, n], in bfloat16: five iterations of Newton and Schulz, odd polynomials."""
+    """About U V^T of the matrix U S V^T, [m, n]: five iterations of Newton and Schulz, which are odd polynomials.
+
+    In bfloat16 on a GPU, as the source has it; many a CPU is slower in it than in float32.
+    """
     a, b, c = QUINTIC
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     x = x / (x.norm() + 1e-7)  # no singular value is above 1
     if tall := len(x) > x.shape[1]:
         x = x.T
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    flat: Tensor = x.T if tall else x
+    return flat
 
 
 class Muon(torch.optim.Optimizer):

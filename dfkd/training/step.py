@@ -69,11 +69,12 @@ class Step:
     """Trains on a batch of this process, all of which have one size.
 
     loss: of (the network as it is called in training, images, labels), a scalar on its graph.
+    unused: whether some parameters of the network get no gradient.
     """
 
-    def __init__(self, loss: Loss, state: State, config: TrainConfig, world: World) -> None:
+    def __init__(self, loss: Loss, state: State, config: TrainConfig, world: World, unused: bool = False) -> None:
         self._loss, self._state, self._mode = loss, state, config.compute.compile
-        self._network = compiled(world.shared(state.network), self._mode)
+        self._network = compiled(world.shared(state.network, unused), self._mode)
         self._share = 1.0
         self._descent = Captured(self._descend) if config.compute.cuda_graph else self._descend
 

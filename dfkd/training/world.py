@@ -67,13 +67,14 @@ class World:
             values /= self.size
         return values
 
-    def shared(self, network: nn.Module) -> nn.Module:
+    def shared(self, network: nn.Module, unused: bool = False) -> nn.Module:
         """The network as it is to be called in training: its gradient becomes the mean over the ranks, and running
-        statistics are those of the first one."""
+        statistics are those of the first one. unused: some of its parameters get no gradient, which DDP has to look for
+        at every step."""
         if self.size == 1:
             return network
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices)
+        return DistributedDataParallel(network, device_ids=devices, find_unused_parameters=unused)
 
     def synchronised(self, network: nn.Module, wanted: str) -> nn.Module:
         """The network, whose BatchNorm layers, replaced in place, take statistics over all processes where that acts:

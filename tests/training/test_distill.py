@@ -84,11 +84,11 @@ def test_what_cannot_work_is_refused_before_it_starts(tmp_path: Path) -> None:
         return Classifier(teacher().module, names, (0.5,) * 3, (0.2,) * 3, 8)  # type: ignore[arg-type]
 
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({}, {"student": network(0, classes=4)}, "the student has 4 classes and the images 3"),
+        ({}, {"student": network(0, classes=4)}, "gives 4 logits: there are 3 class names"),
         (
             {},
             {"student": nn.Sequential(nn.Flatten(), nn.Linear(7, 3))},
-            "cannot take images of the teacher's size, 8x8",
+            "Sequential, given 4 images of 8 x 8",
         ),
         ({}, {"teacher": renamed("zero", "one")}, "it has 2, the images have 3"),
         ({}, {"teacher": renamed("zero", "two", "one")}, "label 1 is 'two' to the teacher and 'one' in the images"),

@@ -5,12 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dfkd.data import Pool
 from dfkd.errors import UsageError
 from dfkd.teachers import Classifier
-from dfkd.training.teacher import accuracy, statistics, train_teacher
-from tests.training.small_run import dies, equal, equal_states, lines, run_teacher, teacher_settings
+from dfkd.training.teacher import SAMPLE, accuracy, statistics, train_teacher
+from tests.training.small_run import (
+    dies,
+    equal,
+    equal_states,
+    lines,
+    pool,
+    run_teacher,
+    splits,
+    teacher_settings,
+)
 
 NAMES = ("dark", "light")
 
@@ -65,6 +75,45 @@ def test_another_value_gives_another_teacher(tmp_path: Path, changes: dict[str, 
     run_teacher(tmp_path / "one", teacher_settings(weight_decay=0.1))
     run_teacher(tmp_path / "two", teacher_settings(**{"weight_decay": 0.1, **changes}))
     assert not equal(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_test_that_fails_costs_no_network(tmp_path: Path) -> None:
+    class Damaged(Pool):
+        """Its last images cannot be read once the training is over."""
+
+        whole = True
+
+        def read(self, positions: Tensor) -> Tensor:
+            if not self.whole and len(positions) > SAMPLE:
+                raise UsageError("cannot read image 40")
+            return super().read(positions)
+
+    data = splits(60)
+    testing = Damaged(**{key: getattr(pool(60), key) for key in ("images", "labels", "ids", "class_names")})
+    testing.whole = False
+    with pytest.raises(UsageError, match="cannot read image 40"):
+        run_teacher(tmp_path, data={**data, "test": testing})
+    trained = Classifier.from_pretrained(tmp_path)
+    testing.whole = True
+    found = run_teacher(tmp_path, data={**data, "test": testing}, progress=dies(0))  # the test alone is repeated
+    assert found["test_images"] == 60 and equal_states(Classifier.from_pretrained(tmp_path), trained)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"test": None}, "split 'test' is missing: there are train, validation"),
+        ({"validation": pool(0)}, "split 'validation' is empty"),
+        ({"test": dark_and_light()}, "split 'test' has other classes: it has dark, light, train has zero, one, two"),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused_before_the_training(
+    tmp_path: Path, changed: dict[str, Pool | None], words: str
+) -> None:
+    data = {split: images for split, images in {**splits(), **changed}.items() if images is not None}
+    with pytest.raises(UsageError, match=words):
+        run_teacher(tmp_path, data=data)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_what_cannot_work_is_refused_before_it_starts(tmp_path: Path) -> None:
