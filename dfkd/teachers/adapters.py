@@ -185,10 +185,13 @@ def timm_folder(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, str
     """
     facts = config.get("pretrained_cfg") or config
     classes = int(config.get("num_classes") or facts["num_classes"])
-    library, name, settings = _library("timm"), str(config["architecture"]), config.get("model_args") or {}
+    library, name = _library("timm"), str(config["architecture"])
+    settings = {key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"}
     try:
         model: Any = library.create_model(name, num_classes=classes, **settings)
-        fed = (_three(facts["mean"]), _three(facts["std"]), side(facts["input_size"]))
+        # pretrained_cfg keeps the side of the weights that a training began with, unless timm was told another
+        size = settings.get("img_size") or config.get("input_size") or facts["input_size"]
+        fed = (_three(facts["mean"]), _three(facts["std"]), side(size))
     except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"cannot build what {folder} describes", why, "give a folder as timm writes it") from error
