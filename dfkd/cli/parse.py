@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
 
 import dfkd
+from dfkd.cli.closing import closing
 from dfkd.config.fields import Config, Leaf, leaves, merged, plain, presets, section, split_optional
 from dfkd.config.words import dashed, nearest
 from dfkd.errors import SettingError, Stopped, UsageError
-from dfkd.files import save_settings
+from dfkd.files import save_settings, system_fault
 from dfkd_engine.errors import EngineError, first_line
 
 __all__ = ["command", "parse", "save_settings"]
@@ -36,14 +37,18 @@ def command(
 ) -> int:
     """Parse, run, print the result as one line of JSON, the last of stdout; returns the exit status.
 
-    0: done. 2: UsageError, EngineError or SettingError, printed as `error: ...` on stderr. 1: any other exception, in
-    one line too, with its traceback before it where DFKD_DEBUG=1 is set. 130: interrupted. 128 + n: stopped by signal n
-    with its state saved. A result of None (of a process that is not the first of its run) is not printed.
+    On stderr the last lines say what was made and how to go on (dfkd.cli.closing).
+
+    0: done. 2: UsageError, EngineError or SettingError, or what the system refused (a full disk), printed as
+    `error: ...` on stderr. 1: any other exception, in one line too, with its traceback before it where DFKD_DEBUG=1 is
+    set. 130: interrupted. 128 + n: stopped by signal n with its state saved. A result of None (of a process that is not
+    the first of its run) is not printed.
     """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            result = run(parse(cls, sys.argv[1:] if argv is None else argv, name))
+            asked = parse(cls, sys.argv[1:] if argv is None else argv, name)
+            result = run(asked)
     except (UsageError, EngineError, SettingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,10 +61,15 @@ def command(
     except Exception as error:
         if os.environ.get("DFKD_DEBUG") == "1":
             traceback.print_exc()
+        if isinstance(error, OSError) and error.strerror:  # the system's own words: a full disk, a file that is gone
+            print(f"error: {system_fault(error)}", file=sys.stderr)
+            return 2
         fault = "This is a fault of the program or of an extension: set DFKD_DEBUG=1 for the traceback."
         print(f"error: {type(error).__name__}: {first_line(error)}. {fault}", file=sys.stderr)
         return 1
     if result is not None:
+        for line in closing(asked, result):
+            print(line, file=sys.stderr)
         print(json.dumps(plain(result), allow_nan=False), flush=True)
     return 0
 

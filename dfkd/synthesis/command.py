@@ -117,6 +117,7 @@ def run(asked: GenerateCommand, say: Say, progress: Progress | None = None) -> d
     result = {
         "out": asked.out,
         "images": asked.count,
+        "image_size": size,
         "images_written": written.images,
         "shards_written": written.shards,
         "shards_before": written.before,

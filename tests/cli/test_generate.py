@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dfkd.config import leaves
 from dfkd.config.commands import GenerateCommand
@@ -25,17 +26,22 @@ def test_what_it_writes(call, tmp_path, capfd):
     assert (result["images"], result["images_written"], result["shards_written"]) == (10, 10, 2)
     assert result["class_counts"] == [4, 3, 3] and result["class_names"] == ["zero", "one", "two"]
     assert result["images_per_second"] > 0 and result == json.loads((out / "result.json").read_text())
-    assert result["run"] == {"call_size": 64, "threads": torch.get_num_threads(), "engines": {}}
+    assert result["run"].items() >= {"call_size": 64, "threads": torch.get_num_threads(), "engines": {}}.items()
+    assert Path(result["run"]["prior"]).is_dir()
+    assert Image.open(out / "preview.png").width > 48 and len((out / "log.jsonl").read_text().splitlines()) == 2
     assert result["plan"]["calls"].keys() == {"unet", "decode", "gradient"} and result["kernels"] == "torch"
     # quiet without a terminal: lines about the run, no bars and no hints of the libraries that load the networks
     starts = [
+        "teacher: resnet8, 3 classes, fed 16 x 16 pixels",
         "kernels: torch",
         "unet, decode, gradient: eager",
         "plan: calls of 64 images",
         "10 images of 16x16, 10 to",
+        f"made: {out}, 10 images of 3 classes; preview.png shows some",
+        f"next: dfkd-distill --data {out} --teacher-checkpoint ",
     ]
     lines = streams.err.splitlines()
-    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+    assert len(lines) == len(starts) and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
     settings = json.loads((out / "settings.json").read_text())
     assert settings["command"] == "dfkd-generate" and settings["options"]["seed"] == 7
     manifest = json.loads((out / "manifest.json").read_text())
@@ -234,7 +240,7 @@ def test_plan_only_writes_nothing_and_counts_what_is_missing(call, tmp_path, cap
     total = sum(timing["seconds"] * timing["calls"] for timing in plan["timings"].values())
     assert plan["predicted_seconds"] == pytest.approx(total, abs=1e-3)
     assert plan["calls"]["gradient"]["bytes"] > plan["calls"]["decode"]["bytes"] / 2 > 0
-    assert said.err.splitlines()[-1].startswith("predicted: ")
+    assert said.err.splitlines()[-2].startswith("predicted: ")
     assert call("--out", out) == 0
     capsys.readouterr()
     assert call("--out", out, "--plan-only") == 0
