@@ -1,7 +1,8 @@
 """Folders that can be written and have one writer; JSON objects of a known shape, and the settings.json of a run."""
 
+import errno
 import json
-import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,6 +26,7 @@ __all__ = [
     "replace_text",
     "save_settings",
     "sha256",
+    "system_fault",
 ]
 
 
@@ -32,12 +34,25 @@ def make_writable(folder: Path) -> None:
     """Create the folder where needed and prove that files can be made in it; raises UsageError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"probe-{os.getpid()}{PARTIAL}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # has no name, so that a kill leaves nothing behind
     except OSError as error:
         why = error.strerror or str(error)
         raise UsageError(f"cannot write to {folder}", why, "choose a folder that can be written with --out") from None
+
+
+_ADVICE = {
+    "make room": (errno.ENOSPC, errno.EDQUOT),
+    "choose a place that can be read and written, or change its permissions": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "raise the limit (ulimit -n for open files, ulimit -f for their size)": (errno.EMFILE, errno.ENFILE, errno.EFBIG),
+}
+
+
+def system_fault(error: OSError) -> UsageError:
+    """What the system refused, in words: the file as far as it is known, the reason, and what to do."""
+    named = error.filename2 or error.filename
+    what = f"cannot use {named}" if named else "a file could not be used"
+    todo = next((text for text, numbers in _ADVICE.items() if error.errno in numbers), "see to it")
+    return UsageError(what, error.strerror or str(error), f"{todo}, then start again: what is finished stays")
 
 
 @contextmanager
@@ -111,13 +126,14 @@ def _misfit(value: Any, shape: Any, where: str) -> str:
     return next((fault for part in parts if (fault := _misfit(*part))), "")
 
 
-def save_settings(config: Config, folder: Path, command: str) -> Path:
-    """Write folder/settings.json: the command, every option by flat name, and the versions behind them.
+def save_settings(config: Config, folder: Path, command: str, name: str = "settings.json") -> Path:
+    """Write folder/NAME: the command, every option by flat name, and the versions behind them.
 
-    The text follows from the values alone, not from how they were given; `--config` of the command takes it back.
+    name: another one where the folder may be another command's. The text follows from the values alone, not from how
+    they were given; `--config` of the command takes it back.
     """
     versions = {"dfkd": dfkd.__version__, **{package: version(package) for package in ("diffusers", "torch")}}
     settings = {"command": command, "options": plain(config.flat()), "versions": versions}
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path := folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    replace_text(path := folder / name, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return path

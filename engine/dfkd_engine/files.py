@@ -29,7 +29,7 @@ _known: dict[Stamp, str] = {}
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write beside `path`, flush to the disk, rename over it: a crash leaves the old file or the new one.
 
-    A failure leaves the old file and nothing beside it.
+    A failure leaves the old file and nothing beside it; an OSError names the file.
     """
     beside = path.with_name(path.name + PARTIAL)
     try:
@@ -38,9 +38,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # of a write, which knows no name
+            error.filename = str(path)
         raise
     sync_folder(path.parent)  # the rename itself is on the disk only now
 

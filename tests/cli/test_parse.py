@@ -1,6 +1,8 @@
 """Settings classes drive flags, presets, files, help and checks; every wrong input says what, why and what to do."""
 
+import errno
 import json
+import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from dfkd.config import (
     EvaluateCommand,
     ExportCommand,
     GenerateCommand,
+    ReportCommand,
     RunCommand,
     TrainTeacherCommand,
     fields,
@@ -216,6 +219,18 @@ def test_no_flag_is_suggested_where_none_is_meant(cls: type[Config], argv: str, 
     assert str(caught.value) == message
 
 
+COMMANDS = (
+    DistillCommand, EvaluateCommand, ExportCommand, GenerateCommand, ReportCommand, RunCommand, TrainTeacherCommand
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", COMMANDS)
+def test_help_shows_no_path_of_this_machine(cls: type[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"], "dfkd-it")
+    assert not re.findall(r"[\s(=]/\w+", capsys.readouterr().out)
+
+
 def test_presets_are_offered_only_where_they_set_something() -> None:
     with pytest.raises(UsageError, match="unknown argument --preset"):
         parse(Oven, ["--preset", "tall"], "dfkd-oven")
@@ -281,6 +296,34 @@ class TestCommand:
         lines = capsys.readouterr().err.splitlines()
         assert lines[-1].startswith("error: ZeroDivisionError: by zero. ") and "DFKD_DEBUG=1" in lines[-1]
         assert (len(lines) > 1) == ("Traceback (most recent call last):" in lines) == (debug == "1")
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (
+                OSError(errno.ENOSPC, "No space left on device", "cake.tar"),
+                "cannot use cake.tar: No space left on device",
+            ),
+            (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. make room, then start again"),
+            (
+                OSError(errno.EROFS, "Read-only file system", "x"),
+                "x: Read-only file system. choose a place that can be",
+            ),
+            (PermissionError(errno.EACCES, "Permission denied", "x"), "choose a place that can be read and written"),
+            (OSError(errno.EMFILE, "Too many open files", "x"), "raise the limit (ulimit -n"),
+            (FileNotFoundError(errno.ENOENT, "No such file or directory", "flour"), "cannot use flour: No such file"),
+        ],
+    )
+    def test_what_the_system_refuses_is_no_fault_of_the_program(
+        self, error: OSError, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(error, "--out", "x") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and words in line and "fault" not in line
+
+    def test_an_error_that_only_inherits_from_oserror_is_ours(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run(OSError("no errno"), "--out", "x") == 1
+        assert "a fault of the program" in capsys.readouterr().err
 
     def test_a_setting_that_is_refused_late_is_the_users(self, capsys: pytest.CaptureFixture[str]) -> None:
         def work(asked: Cake) -> dict[str, Any]:
