@@ -19,7 +19,7 @@ SHOWN = 20  # classes up to which the last line of output holds the confusion ma
 
 def run(asked: EvaluateCommand) -> dict[str, Any]:
     """Load, test, write --out where it is given; returns what was measured."""
-    from dfkd.evaluation import described, evaluate, learned_from, open_test
+    from dfkd.evaluation import class_names_of, described, evaluate, learned_from, open_test
     from dfkd.runtime import resolve_device
     from dfkd.teachers import Classifier, load_teacher
 
@@ -30,7 +30,9 @@ def run(asked: EvaluateCommand) -> dict[str, Any]:
     device = resolve_device(asked.device)
     learned = learned_from(given.checkpoint, asked.reference)
     images = open_test(asked.data, asked.split, SIZE, learned)
-    classifier = load_teacher(given, images.class_names).freeze(device)
+    bare = given.checkpoint is not None and given.checkpoint.is_file()
+    named = (class_names_of(asked.data) if bare else ()) or images.class_names  # a test may lack some
+    classifier = load_teacher(given, named).freeze(device)
     teacher = Classifier.from_pretrained(asked.reference).freeze(device) if asked.reference else None
     if asked.out is not None:
         make_writable(asked.out.parent)

@@ -57,6 +57,8 @@ def train_teacher(
     with logits or cannot be trained, what cannot work on the device, an `out` of other settings or in use, and a run
     that has diverged; Stopped for SIGTERM and SIGINT, after a checkpoint at the end of the step (in the main thread).
     """
+    from dfkd.evaluation import described
+
     out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
     world = world or World(resolve_device(config.train.compute.device))
     teachers.check(architecture)
@@ -69,6 +71,8 @@ def train_teacher(
         identity[CONTENT] = learning.digest[:16]
         classifier = _untrained(learning, config, architecture, world)
         say(f"{architecture} on {len(learning.labels)} images, {world.device}")
+        for split, images in zip(SPLITS, (learning, validation, testing), strict=True):
+            say(f"{split}: {described(images)}")
 
         def loss(network: Network, images: Tensor, labels: Tensor) -> Tensor:
             with under_autocast():
@@ -91,6 +95,7 @@ def train_teacher(
                 "accuracy": accuracy(classifier, testing),
                 "validation_accuracy": accuracy(classifier, validation),
                 "test_images": len(testing.labels),
+                "test_source": described(testing),
                 "seconds": round(state.seconds, 3),
                 "steps": state.step,
                 "skipped": int(state.skipped),
