@@ -53,7 +53,7 @@ from dfkd.training.teacher import train_teacher
 from dfkd.training.world import World
 
 C = TypeVar("C", bound=Config)
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
+Progress = Callable[[str, float, int], None]  # (stage, done, total)
 Say = Callable[[str], None]
 Section = Mapping[str, Any]
 
@@ -167,7 +167,7 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
             say(f"baseline {variant.name}")
         generating = variant.generate
         if variant.control:
-            generating = at_equal_seconds(generating, CONTROLS[variant.name], job.variants[0].generate.out)
+            generating = at_equal_seconds(generating, CONTROLS[variant.name], job.variants[0].generate)
         synthesis.run(generating, say, partial(progress, f"{words}images"))
         pool, asked = open_folder(generating.out), variant.distill
         watch, save = partial(progress, f"{words}student"), partial(save_settings, asked, asked.out, "dfkd-distill")

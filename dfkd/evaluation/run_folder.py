@@ -15,6 +15,7 @@ from dfkd.config import TeacherConfig, leaves
 from dfkd.data import MANIFEST, Record, ShardPool, open_folder, read_manifest
 from dfkd.errors import SettingError, UsageError
 from dfkd.files import checked_object, read_object
+from dfkd.synthesis.controls import STEPS
 
 RESULT, SETTINGS, LOG, EVALUATION = "result.json", "settings.json", "log.jsonl", "evaluation.json"
 RIGHT, MISTAKES = "evaluation/right.npz", "evaluation/mistakes.png"
@@ -74,13 +75,15 @@ class Trained:
 class Baseline:
     """Images and student that guided images are compared with; None for what is absent.
 
-    seconds: that its shards took, 0 if unknown. settings: of the images.
+    seconds: that its shards took, 0 if unknown. settings: of the images. matched: whether its steps were counted out to
+    take the seconds of the guided images.
     """
 
     images: ShardPool | None
     student: Trained | None
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    matched: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ def _read_baselines(folder: Path) -> dict[str, Baseline]:
         student, settings = _read_trained(path / "student"), _json(images / SETTINGS, _SETTINGS)
         there = (images / MANIFEST).exists()
         pool, seconds = (open_folder(images), _seconds(images)) if there else (None, 0.0)
-        found[path.name] = Baseline(pool, student, seconds, settings)
+        found[path.name] = Baseline(pool, student, seconds, settings, (path / STEPS).exists())
     return found
 
 

@@ -133,7 +133,7 @@ def _missing_controls(run: RunFolder, tested: Mapping[str, float]) -> dict[str, 
         longest = max((base.seconds for base in of_kind.values()), default=0.0)
         if not of_kind:
             missing[kind] = "not run"
-        elif longest < COMPARABLE * run.synthetic.seconds:
+        elif longest < COMPARABLE * run.synthetic.seconds and not any(base.matched for base in of_kind.values()):
             missing[kind] = f"its images took {longest:.3g} s, the guided ones {run.synthetic.seconds:.3g} s"
     return missing
 

@@ -2,7 +2,7 @@
 
 `unguided` and `noise` are weak: they say that labels alone teach nothing. The strong ones, `unguided-pixels` and
 `deepinversion`, use the same teacher's gradient without guiding the diffusion, for about the seconds of the guided
-images: their steps are counted out from the time that few of them take here.
+images: their steps are counted out from what few of them, and a call of guided images, take here.
 """
 
 import json
@@ -19,7 +19,6 @@ from dfkd.synthesis import command
 
 STEPS = "equal-seconds.json"  # in the control's folder: its steps, once they are counted out
 OUTWEIGHS = 3  # times as long as a trial of one step is the one that tells what a step takes
-_SHAPE = {"steps": int, "guided_seconds": float}
 
 
 @dataclass(frozen=True)
@@ -46,46 +45,50 @@ CONTROLS: Mapping[str, Control] = {
 }
 
 
-def images_seconds(folder: Path) -> float:
-    """Seconds that the shards of a folder took to make."""
-    return sum(float(shard["seconds"]) for shard in read_manifest(folder)[1])
+def at_equal_seconds(asked: GenerateCommand, control: Control, guided: GenerateCommand) -> GenerateCommand:
+    """The control with as many steps as take about the seconds of the guided images; itself where it has none.
 
-
-def at_equal_seconds(asked: GenerateCommand, control: Control, guided: Path) -> GenerateCommand:
-    """The control with as many steps as take about the seconds of the images in `guided`; itself where it has none.
-
-    The steps are measured once, on one call of images, and kept in STEPS beside its images.
+    Both are timed here and now, on one call of images each: seconds on record may be those of a machine that was
+    busier, or less. The steps are counted once, and kept in STEPS beside the control's images.
     """
     if control.stepped is None:
         return asked
     kept = asked.out.parent / STEPS
     if not kept.exists():
-        seconds = images_seconds(guided)
-        steps = _steps_for(seconds, asked, control.stepped)
+        steps, wanted, taken = _steps_for(guided, asked, control.stepped)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(kept, json.dumps({"steps": steps, "guided_seconds": round(seconds, 3)}) + "\n")
-    found = read_object(kept, _SHAPE, "delete it, and the images beside it", needed=_SHAPE)
-    return asked.replace(**control.stepped(found["steps"], asked))
+        found = {"steps": steps, "guided_seconds_a_call": round(wanted, 3), "seconds_a_call": round(taken, 3)}
+        replace_text(kept, json.dumps(found) + "\n")
+    steps = read_object(kept, {"steps": int}, "delete it, and the images beside it", needed=("steps",))["steps"]
+    return asked.replace(**control.stepped(steps, asked))
 
 
 def _steps_for(
-    seconds: float, asked: GenerateCommand, stepped: Callable[[int, GenerateCommand], Mapping[str, Any]]
-) -> int:
-    """Steps that make asked.count images in about so many seconds, by trials on one call of images.
+    guided: GenerateCommand,
+    asked: GenerateCommand,
+    stepped: Callable[[int, GenerateCommand], Mapping[str, Any]],
+) -> tuple[int, float, float]:
+    """Steps that take a call's time of guided images; that time, and what these steps should take.
 
     The longest trial has steps enough to outweigh what else it does, so that a busy moment cannot stand for a step.
     """
-    batching = asked.generate.batching
-    images = min(asked.count, max(batching.batch // batching.group, 1) * batching.group)
 
-    def trial(steps: int) -> float:
-        with tempfile.TemporaryDirectory(prefix="dfkd-") as folder:
-            changes = {**stepped(steps, asked), "out": Path(folder), "count": images, "shard_size": 0}
-            command.run(asked.replace(**changes), lambda line: None)
-            return images_seconds(Path(folder)) * asked.count / images
+    def timed(steps: int) -> float:
+        return trial(asked.replace(**stepped(steps, asked)))
 
-    base, steps = min(trial(1), trial(1)), 4  # the first one warms up
-    while (spent := trial(steps)) < min(OUTWEIGHS * base, seconds):
+    base, wanted, steps = min(timed(1), timed(1)), trial(guided), 4  # the first one warms up
+    while (spent := timed(steps)) < min(OUTWEIGHS * base, wanted):
         steps *= 4
     each = (spent - base) / (steps - 1)
-    return max(round(1 + (seconds - base) / each), 1) if each > 0 else 1
+    found = max(round(1 + (wanted - base) / each), 1) if each > 0 else 1
+    return found, wanted, base + each * (found - 1)
+
+
+def trial(asked: GenerateCommand) -> float:
+    """Seconds of one call of images, which are thrown away."""
+    batching = asked.generate.batching
+    images = min(asked.count, max(batching.batch // batching.group, 1) * batching.group)
+    with tempfile.TemporaryDirectory(prefix="dfkd-") as folder:
+        out = Path(folder)
+        command.run(asked.replace(out=out, count=images, shard_size=0, format="webdataset"), lambda line: None)
+        return sum(float(shard["seconds"]) for shard in read_manifest(out)[1])

@@ -1,6 +1,7 @@
 """Controls: as many steps as take the seconds of the guided images, counted once."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,17 @@ from dfkd.synthesis.controls import CONTROLS, STEPS, at_equal_seconds
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[GenerateCommand]:
-    """Images take 0.5 s each and 0.01 s a step, the guided ones 200 s together; returns what was tried."""
+    """A call of images takes 10 s and 0.2 s a step of a control, 40 s where they are guided; returns what was tried."""
     tried: list[GenerateCommand] = []
 
-    def seconds(folder: Path) -> float:
-        if folder.name == "guided":
-            return 200.0
-        asked = tried[-1]
-        method = asked.generate.method
-        steps = asked.generate.guidance.refine_steps
-        steps = int(method.partition("steps=")[2].rstrip(")").split(",")[0]) if "(" in method else steps
-        return asked.count * (0.5 + 0.01 * steps)
+    def trial(asked: GenerateCommand) -> float:
+        tried.append(asked)
+        method, steps = asked.generate.method, asked.generate.guidance.refine_steps
+        if method == "guided" and not steps:
+            return 40.0
+        return 10 + 0.2 * (int(re.findall(r"steps=(\d+)", method)[0]) if method != "guided" else steps)
 
-    monkeypatch.setattr(controls.command, "run", lambda asked, say: tried.append(asked))
-    monkeypatch.setattr(controls, "images_seconds", seconds)
+    monkeypatch.setattr(controls, "trial", trial)
     return tried
 
 
@@ -35,27 +33,40 @@ def asked(out: Path, name: str, **settings: Any) -> GenerateCommand:
     return GenerateCommand.of(out=out / "synthetic", count=100, batch=20, group=10, **{**settings, **given})
 
 
-def test_strong_controls_take_the_seconds_of_the_guided_images(clock: list[GenerateCommand], tmp_path: Path) -> None:
-    found = at_equal_seconds(asked(tmp_path / "p", "unguided-pixels"), CONTROLS["unguided-pixels"], Path("guided"))
-    assert found.generate.guidance.refine_steps == 150  # 100 images of (0.5 + 1.5) s
-    assert json.loads((tmp_path / "p" / STEPS).read_text()) == {"steps": 150, "guided_seconds": 200.0}
-    assert {one.count for one in clock} == {20}
+def guided(out: Path) -> GenerateCommand:
+    return GenerateCommand.of(out=out / "synthetic", count=100, batch=20, group=10)
+
+
+def test_strong_controls_take_the_seconds_of_guided_images(clock: list[GenerateCommand], tmp_path: Path) -> None:
+    wanted = asked(tmp_path / "p", "unguided-pixels")
+    found = at_equal_seconds(wanted, CONTROLS["unguided-pixels"], guided(tmp_path))
+    assert found == wanted.replace(refine_steps=150)  # 10 + 150 * 0.2 s
+    assert json.loads((tmp_path / "p" / STEPS).read_text())["steps"] == 150
     wanted = asked(tmp_path / "d", "deepinversion", bn_weight=0.0)
-    inverted = at_equal_seconds(wanted, CONTROLS["deepinversion"], Path("guided"))
+    inverted = at_equal_seconds(wanted, CONTROLS["deepinversion"], guided(tmp_path))
     assert inverted.generate.method == "deepinversion(steps=150, bn_weight=0)"
 
 
 def test_the_steps_are_counted_once(clock: list[GenerateCommand], tmp_path: Path) -> None:
+    (tmp_path / STEPS).write_text('{"steps": 7}')
     wanted = asked(tmp_path, "unguided-pixels")
-    (tmp_path / STEPS).write_text('{"steps": 7, "guided_seconds": 1.0}')
-    assert at_equal_seconds(wanted, CONTROLS["unguided-pixels"], Path("guided")).generate.guidance.refine_steps == 7
-    assert at_equal_seconds(asked(tmp_path, "noise"), CONTROLS["noise"], Path("guided")).generate.method == "noise"
-    assert clock == []
+    found = at_equal_seconds(wanted, CONTROLS["unguided-pixels"], guided(tmp_path))
+    assert found.generate.guidance.refine_steps == 7
+    noise = asked(tmp_path, "noise")
+    assert at_equal_seconds(noise, CONTROLS["noise"], guided(tmp_path)) == noise and clock == []
 
 
-def test_one_step_where_the_rest_takes_longer_than_the_guided_images(
+def test_one_step_where_the_rest_takes_longer_than_guided_images(
     clock: list[GenerateCommand], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controls, "images_seconds", lambda folder: 1.0 if folder.name == "guided" else 50.0)
-    found = at_equal_seconds(asked(tmp_path, "unguided-pixels"), CONTROLS["unguided-pixels"], Path("guided"))
+    monkeypatch.setattr(controls, "trial", lambda asked: 50.0 if asked.generate.guidance.refine_steps else 1.0)
+    found = at_equal_seconds(asked(tmp_path, "unguided-pixels"), CONTROLS["unguided-pixels"], guided(tmp_path))
     assert found.generate.guidance.refine_steps == 1
+
+
+def test_a_trial_is_one_call_of_whole_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[GenerateCommand] = []
+    monkeypatch.setattr(controls.command, "run", lambda asked, say: tried.append(asked))
+    monkeypatch.setattr(controls, "read_manifest", lambda folder: (None, [{"seconds": 1.5}, {"seconds": 2}]))
+    assert controls.trial(guided(tmp_path).replace(batch=25)) == 3.5
+    assert (tried[0].count, tried[0].out.exists()) == (20, False)
