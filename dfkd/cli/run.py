@@ -11,6 +11,7 @@ from dfkd.cli.parse import command
 from dfkd.cli.progress import progress, say
 from dfkd.config import RunCommand
 from dfkd.errors import UsageError
+from dfkd.logs import LOG
 
 COMMAND = "dfkd-run"
 
@@ -23,20 +24,29 @@ def run(asked: RunCommand) -> dict[str, Any]:
     from dfkd.run import read_job, run_job
 
     job = read_job(file, out, asked.seed, asked.controls)
-    with _Bars() as bars:
+    with _Bars(out) as bars:
         return run_job(job, bars.draw, say)
 
 
 class _Bars(ExitStack):
-    """One bar at a time, for the stage that is at work."""
+    """One bar at a time, for the stage that is at work in the run's folder."""
 
-    stage = ""
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out, self.stage = out, ""
 
-    def draw(self, stage: str, done: int, total: int) -> None:
+    def draw(self, stage: str, done: float, total: int) -> None:
         if stage != self.stage:
             self.close()
-            self.stage, self._bar = stage, self.enter_context(progress(stage, "it"))
+            self.stage, self._bar = stage, self.enter_context(progress(stage, "img", log=log_of(self.out, stage)))
         self._bar(done, total)
+
+
+def log_of(out: Path, stage: str) -> Path:
+    """The log.jsonl of a stage: teacher, images and student, or "NAME: images" and "NAME: student" of a baseline."""
+    name, _, part = stage.rpartition(": ")
+    folder = out / "baselines" / name if name else out
+    return folder / {"images": "synthetic"}.get(part, part) / LOG
 
 
 def _read(path: Path) -> dict[str, Any]:

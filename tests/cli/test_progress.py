@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dfkd.cli.progress import duration, progress
+from dfkd.cli.run import log_of
 
 
 class Terminal(io.StringIO):
@@ -61,6 +62,20 @@ def test_of_several_processes_one_shows_it(stream: io.StringIO) -> None:
         draw(8, 32)
         draw(32, 32)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("stage", "log"),
+    [
+        ("teacher", "teacher"),
+        ("images", "synthetic"),
+        ("student", "student"),
+        ("noise: images", "baselines/noise/synthetic"),
+        ("noise: student", "baselines/noise/student"),
+    ],
+)
+def test_the_numbers_beside_a_stage_are_its_own(stage: str, log: str) -> None:
+    assert log_of(Path("run"), stage) == Path("run", log, "log.jsonl")
 
 
 def test_seconds_in_words() -> None:
