@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dfkd.cli.parse import command
+from dfkd.cli.parse import command, save_settings
 from dfkd.config import ExportCommand
 
 COMMAND = "dfkd-export"
@@ -28,6 +28,7 @@ def run(asked: ExportCommand) -> dict[str, Any]:
     make_writable(out.parent)
     content, error = export(classifier, asked.format, asked.images, asked.opset)
     replace_file(out, lambda file: file.write(content))
+    save_settings(asked, out.parent, COMMAND, f"{out.name}.settings.json")
     card = model_card.write_beside(out, model_card.read_facts(asked.checkpoint, classifier.config()), asked.images)
     side = classifier.input_size
     return {

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dfkd.cli.parse import command
+from dfkd.cli.parse import command, save_settings
 from dfkd.config import ReportCommand
 
 COMMAND = "dfkd-report"
@@ -16,6 +16,7 @@ def run(asked: ReportCommand) -> dict[str, Any]:
     from dfkd.evaluation.report import OURS
 
     report, (page, data, *pictures) = write_report(**asked.flat())
+    save_settings(asked, page.parent, COMMAND, "report.settings.json")
     view = report.teacher_views.get(OURS)
     return {
         "report": page,

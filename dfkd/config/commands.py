@@ -152,7 +152,7 @@ class ReportCommand(Config):
 
     Reads RUN/synthetic (dfkd-generate) and, as far as they are there, RUN/teacher (dfkd-train-teacher), RUN/student
     (dfkd-distill), RUN/baselines/NAME/{synthetic,student}; the page says what is missing. Reads only what those
-    commands wrote, never a real image. Writes OUT/report.html, OUT/report.json and PNG files.
+    commands wrote, never a real image. Writes OUT/report.html, OUT/report.json, PNG files and report.settings.json.
     """
 
     SECTION = "report"
@@ -163,7 +163,7 @@ class ReportCommand(Config):
         None, "folder of dfkd-train-teacher, or the file given to dfkd-generate, instead of RUN/teacher"
     )
     student: Path | None = option(None, "folder of dfkd-distill, instead of RUN/student")
-    out: Path | None = option(None, "folder to write; RUN/report, or report beside the images where there is no RUN")
+    out: Path | None = option(None, "folder to write; RUN/report, or SYNTHETIC-report where there is no RUN")
     judged: int = option(
         500, "images of each set that the teacher judges, spread over the ids; 0: none", unit="images", low=0
     )
@@ -176,7 +176,8 @@ class ExportCommand(Config):
 
     --format onnx is for ONNX Runtime, TensorRT and the like; torch-export (.pt2) is a program that torch loads without
     this package. The file is tried against the network before it is put in place. MODEL.md beside it is its model
-    card: what it was made from, how good it was found to be, how to load it. A MODEL.md of your own stays.
+    card: what it was made from, how good it was found to be, how to load it. A MODEL.md of your own stays. The settings
+    are kept in FILE.settings.json, such as model.onnx.settings.json.
     """
 
     SECTION = "export"

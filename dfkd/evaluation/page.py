@@ -41,12 +41,13 @@ def write_report(
 ) -> tuple[Report, tuple[Path, ...]]:
     """Read a run as `read_run` does, measure it, write the page into `out`; the report and its files, HTML first.
 
-    out: RUN/report where it is not given, or report beside the images where there is no RUN.
+    out: RUN/report where it is not given, or IMAGES-report beside the images where there is no RUN.
     judged: images of each set that the teacher judges, spread over the ids; 0: none. device: where it does so.
     Raises UsageError as `read_run`, and where teacher and images disagree about the classes.
     """
     found = read_run(run, synthetic, student, teacher)
-    out = out or (run or found.synthetic.path.parent) / "report"
+    images = found.synthetic.path
+    out = out or (run / "report" if run else images.parent / f"{images.resolve().name}-report")
     make_writable(out)
     judge, learned, where = None, None, resolve_device(device)
     if judged and found.guide is not None:

@@ -81,7 +81,7 @@ def test_a_student_as_onnx(
     model = onnx.load(file)
     onnx.checker.check_model(model)
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]
-    assert {path.name for path in file.parent.iterdir()} == {file.name, "MODEL.md"}
+    assert {path.name for path in file.parent.iterdir()} == {file.name, f"{file.name}.settings.json", "MODEL.md"}
     assert result["card"] == str(file.parent / "MODEL.md")
 
 

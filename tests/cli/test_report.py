@@ -75,7 +75,7 @@ def test_json_and_pictures_lie_beside_it(whole: Path) -> None:
     charts = {"class_balance", "loss_curves", "confidence", "bn_gap", "confusion", "training"}
     charts |= {"reliability", "class_accuracy"}
     sheets = {"contact_sheet", "contact_sheet_noise", "contact_sheet_unguided"}
-    assert found == {"report.html", "report.json", *(f"{name}.png" for name in charts | sheets)}
+    assert found == {"report.html", "report.json", "report.settings.json", *(f"{name}.png" for name in charts | sheets)}
     data = json.loads((whole / "report" / "report.json").read_text())
     assert data["accuracy"]["differences"] == {} and data["costs"]["teacher"]["parameters"] > 0
     assert [answer["question"][:3] for answer in data["answers"]] == ["Can", "How", "Is "]
@@ -87,7 +87,7 @@ def test_images_alone_make_a_page_that_says_what_is_missing(tmp_path: Path, caps
     images = write_images(tmp_path / "images", guided=False)
     assert call("--synthetic", images) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["report"] == str(tmp_path / "report" / "report.html")
+    assert result["report"] == str(tmp_path / "images-report" / "report.html")
     assert result["missing"] == ["teacher", "student", "baselines"]
     assert (result["images"], result["student_accuracy"], result["teacher_agreement"]) == (12, None, None)
     page = Balanced()
@@ -95,6 +95,15 @@ def test_images_alone_make_a_page_that_says_what_is_missing(tmp_path: Path, caps
     assert page.open == []
     assert "Not in this report: student" in page.text
     assert "No teacher guided these images" in page.text
+
+
+def test_reports_of_two_folders_of_images_lie_apart(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert call("--synthetic", write_images(tmp_path / name, guided=False), "--judged", 0) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "one-report", "two-report"}
+    before = (page := tmp_path / "one-report" / "report.html").stat().st_mtime_ns
+    assert call("--config", tmp_path / "one-report" / "report.settings.json") == 0  # the same again
+    assert page.stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize(
