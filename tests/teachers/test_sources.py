@@ -226,7 +226,7 @@ class TestTimm:
 
     def test_a_folder_is_read_as_it_is(self, saved):
         folder, model = saved
-        for source in (folder, folder / "model.safetensors"):
+        for source in (folder, folder / "pytorch_model.bin"):
             found = Classifier.from_pretrained(source)
             assert fed(found) == (32, (0.5,) * 3, (0.5,) * 3, NAMES)
             images = torch.rand(2, 3, 32, 32)
