@@ -23,6 +23,7 @@ from dfkd.synthesis.controls import CONTROLS
 from dfkd.teachers import Classifier
 from dfkd_engine.errors import EngineError
 from tests.cli.small_generate import CLASS_NAMES, last_line, save_classifier, status_of
+from tests.shard_folders import class_folders
 from tests.synthesis.small_sd import make_small_sd
 
 FILE = """
@@ -167,6 +168,13 @@ def parsed(out: Path, **sections: Any) -> Any:
     file = {"generate": {}, "distill": {"student": "resnet8"}, "teacher": {"data": "digits-on-photos"}} | sections
     file["teacher"] = {"architecture": "resnet8"} | file["teacher"]
     return read_job(file, out)
+
+
+def test_a_test_of_other_classes_is_refused_before_a_teacher_is_trained(tmp_path: Path) -> None:
+    data = {"data": str(class_folders(tmp_path / "images", ("one", "two")))}
+    test = {"data": str(class_folders(tmp_path / "real", ("one", "seven")))}
+    with pytest.raises(UsageError, match="classes seven: the classifier knows one, two"):
+        parsed(tmp_path / "out", teacher=data, evaluate=test)
 
 
 def test_a_teacher_that_exists(tmp_path: Path) -> None:

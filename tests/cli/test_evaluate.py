@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_a_bare_file_is_described_by_options_and_named_by_the_images(small_teach
     by_name = ("--classes", ",".join(sorted(CLASS_NAMES)))  # the folder's order, given by hand
     assert call("--checkpoint", tmp_path / "t.pth", *described, *by_name, "--teacher-input-size", 16, *data) == 0
     assert last_line(capsys.readouterr().out) == named
+
+
+def test_a_test_without_a_class_goes_by_the_names_of_training(small_teacher, folder, tmp_path, capsys):
+    for split, names in (("train", CLASS_NAMES), ("val", CLASS_NAMES[1:])):
+        for name in names:
+            shutil.copytree(folder / name, tmp_path / split / name)
+    torch.save(Classifier.from_pretrained(small_teacher).state_dict(), tmp_path / "t.pth")
+    described = ("--teacher", "resnet8", "--teacher-mean", "none", "--teacher-std", "none", "--teacher-input-size", 16)
+    for classifier in (("--checkpoint", small_teacher), ("--checkpoint", tmp_path / "t.pth", *described)):
+        assert call(*classifier, "--data", f"imagefolder:{tmp_path}") == 0
+        found = last_line(capsys.readouterr().out)
+        assert found["source"] == f"10 images of 2 classes in {tmp_path / 'val'}"
+        assert [name for name, share in found["per_class"].items() if share is None] == [CLASS_NAMES[0]]
 
 
 def test_refusals_in_words(small_teacher, folder, tmp_path, capsys):
