@@ -3,6 +3,7 @@
 import copy
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from dfkd.errors import UsageError
 from dfkd.extension import running
 from dfkd.synthesis.guidance import Guidance
 from dfkd.teachers import Classifier
+from dfkd.teachers.sources import config_of
 from dfkd_engine.attention import choose_attention, set_attention
 from dfkd_engine.errors import EngineError
 from dfkd_engine.group_norms import set_group_norms
@@ -109,12 +111,15 @@ def build_command(config: GenerateConfig, prior: Prior, teacher: Classifier) -> 
 
 
 def _teacher_words(teacher: Classifier) -> list[str]:
-    """The flags that load a teacher again; TEACHER stands for one that was made from a module in Python."""
+    """The flags that load a teacher again; TEACHER stands for one that was made from a module in Python, and FILE for a
+    file of names that hold commas."""
     if not teacher.source or ":" in teacher.source.partition("/")[0]:
         return ["--teacher", teacher.source] if teacher.source else ["--teacher-checkpoint", "TEACHER"]
     words = ["--teacher-checkpoint", teacher.source]
-    if not teacher.source.endswith((".pth", ".pt", ".safetensors")):  # a folder, which knows the rest
+    if config_of(Path(teacher.source)) is not None:  # a folder, which knows the rest
         return words
-    numbers = {"mean": teacher.mean, "std": teacher.std}
-    words += ["--teacher", teacher.architecture, "--classes", ",".join(teacher.class_names)]
-    return words + [w for name, values in numbers.items() for w in (f"--teacher-{name}", ",".join(map(str, values)))]
+    commas = any("," in name for name in teacher.class_names)
+    words += ["--teacher", teacher.architecture, "--classes", "@FILE" if commas else ",".join(teacher.class_names)]
+    for name, values in {"mean": teacher.mean, "std": teacher.std, "input-size": (teacher.input_size,)}.items():
+        words += [f"--teacher-{name}", ",".join(map(str, values))]
+    return words
