@@ -20,6 +20,7 @@ from dfkd.config import DistillCommand
 from dfkd.errors import Stopped, UsageError
 from dfkd.training.world import join
 from tests.training.small_run import (
+    Spare,
     at_step,
     network,
     pool,
@@ -69,6 +70,7 @@ def main(out: Path, arguments: list[str]) -> None:
             run(out / "uneven", settings(**{**EQUAL["uneven"], "lr": 0.01}), student=plain_network(), **first)
         except UsageError as error:
             (out / f"refused-{world.rank}").write_text(str(error))
+        run(out / "spare", settings(steps=3), student=Spare(), **first)
         run(out / "unstopped", settings(**STOPPED), student=network(0), **first)
         term = signals(signal.SIGTERM, 3) if world.rank and FIRST_LIFE else None
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from dfkd.config import DistillConfig, TeacherTrainConfig
 from dfkd.data import Pool
@@ -38,6 +38,18 @@ def network(seed: int, width: int = 4, classes: int = 3) -> nn.Module:
         nn.Flatten(),
         nn.Linear(4 * width, classes),
     )
+
+
+class Spare(nn.Module):
+    """A network with a head that its answer leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.spare = network(0), nn.Linear(2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.body(images)
+        return answers
 
 
 def teacher() -> Classifier:

@@ -5,28 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dfkd.data import Form
 from dfkd.errors import UsageError
 from dfkd.training.step import Step
 from dfkd.training.trial import without_gradient
 from dfkd.training.world import World
-from tests.training.small_run import network, pool, run, settings
+from tests.training.small_run import Spare, network, pool, run, settings
 
 FORM = Form(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.device("cpu"))
-
-
-class Spare(nn.Module):
-    """A network with a head that its answer leaves out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.spare = network(0), nn.Linear(2, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        answers: Tensor = self.body(images)
-        return answers
 
 
 def vectors() -> nn.Module:

@@ -73,6 +73,11 @@ def test_what_the_first_process_refuses_all_refuse(made: tuple[Path, str]) -> No
 
 
 @pytest.mark.slow
+def test_a_parameter_without_a_gradient_does_not_stop_them(made: tuple[Path, str]) -> None:
+    assert result(made[0] / "spare")["steps"] == 3
+
+
+@pytest.mark.slow
 def test_the_command_prints_one_result(made: tuple[Path, str]) -> None:
     out, printed = made
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
