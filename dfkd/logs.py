@@ -117,14 +117,14 @@ class _Wandb:
     """A run named like its folder; the same folder and settings go on with the same one."""
 
     def __init__(self, project: str, out: Path, identity: Mapping[str, Any]) -> None:
-        import wandb
-
         whose = hashlib.sha256(f"{out.resolve()} {json.dumps(identity, sort_keys=True)}".encode()).hexdigest()[:16]
         try:
+            import wandb
+
             self._run = wandb.init(
                 project=project, name=out.name, id=whose, resume="allow", dir=str(out), config=dict(identity)
             )
-        except Exception as error:  # of the network, the account, or whatever its service answers
+        except Exception as error:  # of its own imports, the network, the account, or whatever its service answers
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UsageError(
                 f"--wandb {project} could not start", why, "log in (wandb login), or set WANDB_MODE=offline"
