@@ -29,7 +29,7 @@ def run(asked: DistillCommand) -> dict[str, Any] | None:
 def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
     """`run` as one of the processes of `world`."""
     from dfkd import teachers
-    from dfkd.data import open_data
+    from dfkd.data import ImageFiles, JoinedImages, open_data
     from dfkd.training.distill import check, distill
 
     config = asked.distill
@@ -49,6 +49,9 @@ def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
     save = partial(save_settings, asked, asked.out, COMMAND)
     speak = say if world.first else (lambda text: None)
     speak(f"teacher: {teacher.described()}")
+    for part in data.parts if isinstance(data, JoinedImages) else ():
+        if isinstance(part, ImageFiles) and part.listing.passed_over:
+            speak(part.listing.described())
     with progress("distilling", "img", world.first, asked.out / LOG) as draw:
         student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak, on_new=save)
     return tested(asked, student) if world.first else None

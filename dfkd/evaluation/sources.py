@@ -180,7 +180,9 @@ def _parquets(path: str) -> Places:
             return {split: files for split, files in found.items() if files}
         if whole := sorted(folder.glob("*.parquet")):
             return {WHOLE: whole}
-    return {WHOLE: [Path(path)]} if Path(path).is_file() else {}
+    if Path(path).is_file():
+        return {WHOLE: [Path(path)]}
+    return {split: files for split, place in _by_split(f"{path}/{{split}}").items() if (files := _inside(place))}
 
 
 def _inside(files: list[Path]) -> list[Path]:

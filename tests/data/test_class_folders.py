@@ -90,11 +90,12 @@ def test_labels_that_are_none_are_refused(tmp_path: Path, line: str, words: str)
 
 
 def cifar(folder: Path, name: str, labels: list[int], key: bytes = b"labels") -> None:
-    """A batch as torchvision's archives have it: planes of red, green and blue."""
+    """A batch as torchvision's archives have it, of NumPy before 2.0: planes of red, green and blue."""
     data = np.zeros((len(labels), 3, 32, 32), np.uint8)
     data[:, 0], data[:, 2, :, 0] = np.array(labels)[:, None, None], 99
     folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(pickle.dumps({b"data": data.reshape(-1, 3072), key: labels}, protocol=2))
+    pickled = pickle.dumps({b"data": data.reshape(-1, 3072), key: labels}, protocol=2)
+    (folder / name).write_bytes(pickled.replace(b"numpy._core.", b"numpy.core."))
 
 
 def test_cifar_pickles(tmp_path: Path) -> None:

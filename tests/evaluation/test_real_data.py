@@ -333,7 +333,7 @@ def parquet(folder):
         data = (folder / "2" / "00.png").read_bytes()
         table = pyarrow.table({image: [{"bytes": data, "path": None}] * len(labels), label: labels})
         features = {"info": {"features": {label: {"names": list(names)}}}} if names else {}
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         writer.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), folder / name)
         return f"parquet:{folder}"
 
@@ -348,6 +348,9 @@ def test_the_splits_of_hugging_faces_files_are_told_by_their_names(parquet):
         opened = open_splits(name + form, 8)
         assert [len(opened[split].labels) for split in SPLITS] == [36, 4, 5]
         assert opened["test"].labels.tolist() == [1] * 5 and class_names_of(name + form) == ("cat", "dog")
+    parquet("x/train/0000.parquet", [0, 1] * 10, ANIMALS[:2])
+    parquet("x/test/0000.parquet", [0] * 3, ANIMALS[:2])
+    assert [len(images.labels) for images in open_splits(name + "/x", 8).values()] == [18, 2, 3]
 
 
 @pytest.mark.parametrize(
