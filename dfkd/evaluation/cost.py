@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfkd.teachers import Classifier
 
-WARM, CALLS = 5, 20  # calls that are not timed, and those that are
+WARM, CALLS = 5, 40  # calls that are not timed, and those that are
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ def costs(classifiers: Mapping[str, Classifier]) -> dict[str, Cost]:
     images = {name: torch.zeros(1, 3, one.input_size, one.input_size, device=one.device)
               for name, one in classifiers.items()}  # fmt: skip
     flops = {name: _flops(one, images[name]) for name, one in classifiers.items()}
-    turns = [{name: _seconds(one, images[name]) for name, one in classifiers.items()} for _ in range(WARM + CALLS)]
+    names, turns = list(classifiers), []
+    for _ in range(WARM + CALLS):
+        turns.append({name: _seconds(classifiers[name], images[name]) for name in names})
+        names.reverse()  # on a busy machine the first of a turn waits for the others' work
     return {
         name: Cost(
             architecture=one.architecture or type(one.module).__name__,
