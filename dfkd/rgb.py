@@ -1,11 +1,13 @@
 """Any image that Pillow reads as 8-bit RGB, so that every loader and every network sees the same pixels.
 
-16 bit (I;16, any byte order)   0..65535 -> 0..255; Pillow's own convert() clips at 255, which is white
-I, F                            no range of their own: the values tell whether integers go to 255 or 65535, floats to
-                                1 or 255; beyond that, negative or not finite they are refused
-alpha, transparent palettes     the colours as they are stored, nothing composited, as torchvision and timm
-EXIF orientation, profiles      not applied, as by torchvision's ImageFolder
-animations, several pages       the first
+By the modes and forms that files have:
+
+    16 bit (I;16, any byte order)   0..65535 -> 0..255; Pillow's own convert() clips at 255, which is white
+    I, F                            no range of their own: the values tell whether integers go to 255 or 65535, floats
+                                    to 1 or 255; beyond that, negative or not finite they are refused
+    alpha, transparent palettes     the colours as they are stored, nothing composited, as torchvision and timm
+    EXIF orientation, profiles      not applied, as by torchvision's ImageFolder
+    animations, several pages       the first
 """
 
 import numpy as np

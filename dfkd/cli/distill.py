@@ -70,13 +70,15 @@ def tested(asked: DistillCommand, student: "Classifier") -> dict[str, Any]:
     if named.items() <= result.items():
         return result
     found: dict[str, Any] = {"test_images": 0, "accuracy": None, "best_accuracy": None, "confusion": None}
+    found["test_source"] = None
     if asked.test is not None:
-        from dfkd.evaluation import evaluate
+        from dfkd.evaluation import described, evaluate
 
         best = Classifier.from_pretrained(asked.out / "best").to(student.device)
         images = _test_images(asked, student.input_size)
         last, other = (evaluate(one, images) for one in (student, best))
         found = {"test_images": last.images, "accuracy": last.accuracy, "best_accuracy": other.accuracy}
+        found["test_source"] = described(images)
         found["confusion"] = [list(row) for row in last.confusion]
     return write_result(asked.out, result.pop("run"), {**result, **named, **found})
 
