@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from dfkd import teachers
 from dfkd.config import (
     Config,
@@ -158,6 +160,7 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
         )
     teacher = load_teacher(job.classifier)
     say(f"teacher: {teacher.described()}")
+    _check_students(job, teacher)
     if job.evaluate is not None:  # the students' classes will be the teacher's
         match_classes(open_test(job.evaluate.data, job.evaluate.split, teacher.input_size), teacher.class_names)
     students = {}
@@ -288,10 +291,20 @@ def _check(job: Job) -> None:
         teachers.check(config.student)
         check_distill(config, World(resolve_device(config.train.compute.device)))
         synthesis.check(variant.generate)
+    if (training := job.teacher) is not None and (names := class_names_of(training.data)):
+        side = training.input_size or teachers.input_size(training.architecture)
+        _check_students(job, Classifier(nn.Identity(), names, (0.5,) * 3, (0.5,) * 3, side))  # fed as it will be
     if any(named := [variant.generate.generate.sampling.only for variant in job.variants]):
         names = _class_names(job)
         for only in named if names else ():
             chosen_classes(names, only)
+
+
+def _check_students(job: Job, teacher: Classifier) -> None:
+    """Raise UsageError where the student cannot be trained with a teacher of these classes and this input size."""
+    config = job.variants[0].distill.distill
+    count = min(variant.generate.count for variant in job.variants)
+    check_distill(config, World(resolve_device(config.train.compute.device)), teacher, count)
 
 
 def _class_names(job: Job) -> tuple[str, ...]:

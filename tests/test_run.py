@@ -177,6 +177,18 @@ def test_a_test_of_other_classes_is_refused_before_a_teacher_is_trained(tmp_path
         parsed(tmp_path / "out", teacher=data, evaluate=test)
 
 
+def test_a_student_that_cannot_be_trained_is_refused_before_a_teacher_is(tmp_path: Path) -> None:
+    text = "from torch import nn\n\ndef build(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(3, 2))\n"
+    (tmp_path / "net.py").write_text(text)
+    data = class_folders(tmp_path / "images", ("zero", "one"))
+    file = {
+        "teacher": {"data": f"imagefolder:{data}", "architecture": "resnet8"},
+        "distill": {"student": f"file:{tmp_path}/net.py:build", "batch-size": 4},
+    }
+    with pytest.raises(UsageError, match="given 4 images of 32 x 32"):
+        read_job(file, tmp_path / "out")
+
+
 def test_a_teacher_that_exists(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "teacher")
     job = parsed(tmp_path / "out", teacher={"checkpoint": str(folder)})

@@ -26,6 +26,7 @@ from dfkd.training.mixing import mix
 from dfkd.training.msarc import Msarc
 from dfkd.training.state import State
 from dfkd.training.step import AMP_DTYPES, autocast, check_training, compiled
+from dfkd.training.trial import without_gradient
 from dfkd.training.world import World
 
 ROWS = 500  # images of a call that judges
@@ -108,10 +109,21 @@ def distill(
     return pupil.replace(source=str(out / "last"))
 
 
-def check(config: DistillConfig, world: World) -> KernelChoice:
-    """What computes the losses. Raises UsageError for what cannot work, as far as that is known before data is read."""
+def check(
+    config: DistillConfig, world: World, teacher: Classifier | None = None, images: int | None = None
+) -> KernelChoice:
+    """What computes the losses. Raises UsageError for what cannot work, as far as that is known before data is read.
+
+    teacher: where it is known what the student will answer and be fed, it is built and tried as `distill` would;
+    images: how many there will be.
+    """
     check_training(config.train, world)
     own_losses(config)
+    if teacher is not None and images is not None:
+        student = _untrained(None, teacher, config, teacher.class_names).tried(training=True)
+        rows = order_of(config.train, len(split(torch.arange(images), config.held_out)[0]), world).batch_size
+        form = Form(teacher.input_size, teacher.mean, teacher.std, student.device)
+        without_gradient(student.module, form, rows // world.size)
     return choose_kernels(config.kernels, world.device)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from dfkd.config import OptimiserConfig, TrainConfig
+from dfkd.errors import UsageError
 from dfkd.training.muon import Muon, filters
 
 RISE = 0.3  # share of a onecycle run in which the rate rises
@@ -150,10 +151,14 @@ class State:
 def parameter_groups(network: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
     """The optimiser's groups, each with its weight_decay: none for biases and norms where weights alone decay.
 
-    Of muon one is of filters, whose learning rate is `rate` times that of the others.
+    Of muon one is of filters, whose learning rate is `rate` times that of the others. Raises UsageError where there are
+    no filters.
     """
     learned = [p for p in network.parameters() if p.requires_grad]
     own = filters(network) if config.optimiser == "muon" else []
+    if config.optimiser == "muon" and not own:
+        why = "it has no convolutions whose filters could be learned"
+        raise UsageError(f"--optimiser muon with {type(network).__name__}", why, "use --optimiser sgd")
     taken = set(map(id, own))
     rest = [p for p in learned if id(p) not in taken]
     decaying = [p for p in rest if config.decay == "all" or p.ndim > 1]

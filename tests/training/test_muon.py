@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from dfkd import teachers
 from dfkd.config import TrainConfig
+from dfkd.errors import UsageError
 from dfkd.training.muon import filters, orthogonal
 from dfkd.training.state import State
 
@@ -39,12 +41,30 @@ def test_updates_of_filters_are_orthogonal_and_of_the_rate_asked() -> None:
         torch.testing.assert_close(moved[place].flatten(1), length * orthogonal(gradient.flatten(1)).float())
 
 
+class Idle(nn.Module):
+    """A network without convolutions, beside one that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.LayerNorm(3))
+        self.idle = nn.Conv2d(3, 3, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers: torch.Tensor = self.body(images)
+        return answers
+
+
+def test_a_network_without_filters_is_refused() -> None:
+    with pytest.raises(UsageError, match="--optimiser muon with Sequential: it has no convolutions"):
+        state(Idle().body, optimiser="muon")
+
+
 def test_what_is_no_filter_takes_the_steps_of_sgd() -> None:
     changes = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "decay": "weights"}
     runs = []
     for optimiser in ("sgd", "muon"):
         torch.manual_seed(0)
-        own = state(nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.LayerNorm(3)), optimiser=optimiser, **changes)
+        own = state(Idle(), optimiser=optimiser, **changes)
         for _ in range(3):
             step(own, torch.ones(2, 3, 2, 2))
         runs.append(torch.cat([p.detach().flatten() for p in own.network.parameters()]))
