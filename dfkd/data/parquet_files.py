@@ -40,7 +40,8 @@ def list_parquet(files: Sequence[Path]) -> Listing:
         raise UsageError(f"{place}: {len(lacking)} rows have no image or no label", f"the first is row {lacking[0]}")
     if words := {label for label in labels if isinstance(label, str)}:
         names = natural_order(words)
-        labels = [names.index(label) for label in labels]
+        places = {name: place for place, name in enumerate(names)}
+        labels = [places[label] for label in labels]
     elif not all(isinstance(label, int) for label in labels):
         raise UsageError(f"{place}: a label is {labels[0]!r}", "labels are numbers of classes or their names")
     return numbered(images, labels, dict(enumerate(names)), place)

@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from dfkd.data import Form, ImageFiles, Listing, LoaderChoice, Step, Views, dali, decode, open_source
 from dfkd.errors import UsageError
+from dfkd.teachers import Classifier
 
 SIDE = 12
 GREY = np.linspace(3, 252, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint8)
@@ -50,6 +51,13 @@ def lab() -> Image.Image:
     return image
 
 
+def reopened(data: bytes) -> np.ndarray:
+    """What Pillow reads of a lossy file."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+PLAIN = ("L", "RGB", "rotated", "jpeg", "grey jpeg", "mpo")
 # What a file holds, and the pixels that are wanted of it, within 2 levels (JPEG's more are its own).
 FILES: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {
     "L": (lambda: saved(BASE, "PNG"), GREY),
@@ -74,6 +82,10 @@ FILES: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {
     "moving png": (lambda: saved(RGB, "PNG", save_all=True, append_images=[RGB.rotate(90)]), COLOUR),
     "gif": (lambda: saved(BASE, "GIF"), GREY),
     "bmp": (lambda: saved(RGB, "BMP"), COLOUR),
+    "jpeg": (lambda: saved(RGB, "JPEG", progressive=True), reopened(saved(RGB, "JPEG", progressive=True))),
+    "grey jpeg": (lambda: saved(BASE, "JPEG"), reopened(saved(BASE, "JPEG"))),
+    "cmyk jpeg": (lambda: saved(RGB.convert("CMYK"), "JPEG"), reopened(saved(RGB.convert("CMYK"), "JPEG"))),
+    "mpo": (lambda: saved(RGB, "MPO", save_all=True, append_images=[BASE]), reopened(saved(RGB, "JPEG"))),
     "avif": (lambda: saved(BASE, "AVIF", quality=100), GREY),
 }
 
@@ -91,10 +103,10 @@ def test_what_other_decoders_are_given_is_8_bit_grey_or_rgb_of_the_same_pixels(n
     data = FILES[name][0]()
     listing = Listing([data], [0], ("a",))
     (given,) = ImageFiles(listing, SIDE).encoded(torch.tensor([0]))
-    assert listing.plain.tolist() == [name in ("L", "RGB", "rotated")]
+    assert listing.plain.tolist() == [name in PLAIN]
     assert (given.tobytes() == data) == bool(listing.plain[0])
     with Image.open(io.BytesIO(given.tobytes())) as image:
-        assert (image.format, image.mode) in {("PNG", "RGB"), ("PNG", "L")}
+        assert image.format in ("PNG", "JPEG", "MPO") and image.mode in ("L", "RGB")
     assert np.array_equal(decode(given.tobytes()), decode(data))
 
 
@@ -111,6 +123,11 @@ def test_loaders_agree_on_odd_files(size: int) -> None:
         found += [batch.images * 255 for batch in source.batches([Step(rows, Views())])]
     assert (found[0] - found[1]).abs().max() == 0
     assert (found[0] - found[2]).abs().max() <= 2
+
+
+def test_a_classifier_is_fed_pil_images_by_the_same_range() -> None:
+    net = Classifier(torch.nn.Flatten(), tuple(map(str, range(3 * SIDE**2))), (0.0,) * 3, (1.0,) * 3, SIDE)
+    assert (net(Image.fromarray(DEEP)) - net(BASE)).abs().max() == 0
 
 
 @pytest.mark.parametrize(
