@@ -92,8 +92,9 @@ def _from_file(name: str, num_classes: int) -> nn.Module:
         first = next(iter(parameters.values()), None)
         if "num_classes" in parameters:
             settings = {"num_classes": num_classes, **settings}
-        told = [num_classes] if first and first.default is first.empty and "num_classes" not in parameters else []
-        return _module(found(*told, **settings), name)
+        elif first and first.default is first.empty and first.kind is not first.VAR_KEYWORD:
+            return _module(found(num_classes, **settings), name)
+        return _module(found(**settings), name)
 
 
 def stated(name: str, module: nn.Module | None = None) -> dict[str, Any]:

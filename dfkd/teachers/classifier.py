@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from dfkd.config.fields import convert
 from dfkd.config.synthesis import channel_fault
@@ -26,6 +28,8 @@ from dfkd.rgb import square
 from dfkd.teachers import hub, trial
 from dfkd.teachers.adapters import Channels
 from dfkd.teachers.sources import CONFIG, WEIGHTS, read_source
+
+_BY_MODE = (_BatchNorm, _DropoutNd)  # layers that answer otherwise in training mode
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,7 @@ class Classifier:
         noise = torch.rand(trial.ROWS, 3, self.input_size, self.input_size, generator=torch.Generator().manual_seed(0))
         level = torch.linspace(0.1, 0.9, trial.ROWS).view(-1, 1, 1, 1)
         images = self.prepare(torch.lerp(level, noise, 0.5).to(self.device))
-        name = self.architecture or type(self.module).__name__
-        module = trial.tried(self.module, images, len(self.class_names), name, training)
+        module = trial.tried(self.module, images, len(self.class_names), self._name, training)
         return self if module is self.module else self.replace(module=module)
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
@@ -132,7 +135,12 @@ class Classifier:
         """Logits [B, C] of images [B, 3, H, W] in 0..1 (or uint8), or of PIL images of any size.
 
         A PIL image's shorter side is resized to input_size and its centre cut out.
+        Raises UsageError for a network in training mode, where images would change one another's answers, and it.
         """
+        if any(layer.training and isinstance(layer, _BY_MODE) for layer in self.module.modules()):
+            raise UsageError(
+                f"{self._name} is in training mode", "its answers would depend on the batch", "call .eval()"
+            )
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, Tensor):
@@ -210,12 +218,16 @@ class Classifier:
             and layer.running_mean is not None
         )
 
+    @property
+    def _name(self) -> str:
+        return self.architecture or type(self.module).__name__
+
     def described(self) -> str:
         """One line for people: what it is and what it is fed."""
         channels = [", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std)]
-        name, side = self.architecture or type(self.module).__name__, self.input_size
+        side = self.input_size
         scaled = "in 0..1" if (self.mean, self.std) == ((0,) * 3, (1,) * 3) else "mean {}, std {}".format(*channels)
-        return f"{name}, {len(self.class_names)} classes, fed {side} x {side} pixels, {scaled}"
+        return f"{self._name}, {len(self.class_names)} classes, fed {side} x {side} pixels, {scaled}"
 
 
 def is_frozen(layer: nn.Module) -> bool:

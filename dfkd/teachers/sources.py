@@ -51,7 +51,7 @@ def read_source(
     if kind == "dfkd":
         return _ours(config, path, architecture, given)
     named = f"transformers:{config.parent}" if kind == "transformers" else f"timm:{facts['architecture']}"
-    if architecture is not None and architecture not in (named, f"{kind}:{config.parent}"):
+    if architecture is not None and architecture.partition("(")[0] != named:
         raise UsageError(f"{path} holds a {named}, not a {architecture}", todo="leave the name out or correct it")
     if kind == "transformers":
         return _joined(adapters.pretrained(named), named, str(path), given, fallback)
@@ -153,6 +153,10 @@ def _joined(
     found: Pretrained, architecture: str, source: str, given: Mapping[str, Any], fallback: Sequence[str]
 ) -> dict[str, Any]:
     """What the source says, overridden by what is given. Raises UsageError for a part that neither says."""
+    if not found.classes:
+        raise UsageError(
+            f"{source} has no classes", "it is a network without a classifier's head", "give one that has it"
+        )
     names = given["class_names"] or (fallback if _names_the_same(found, fallback) else found.class_names or fallback)
     names = tuple(names) or tuple(map(str, range(found.classes)))
     if len(names) != found.classes:

@@ -39,6 +39,8 @@ STATED = {
         f"{FACTS.format('made')}\n    return made\n    return nn.Sequential(features",
     ),
     "a function that knows its classes": f"{NET}\nmake = net\nnet = lambda: make(3)\nnet.{FACTS.format('net')}",
+    "a function with other settings": f"{NET}\nmake = net\ndef net(wide=2, *, num_classes=10): return make(num_classes)"
+    f"\nnet.{FACTS.format('net')}",
     "a module itself": f"{NET}\nnet = net(3)\nnet.{FACTS.format('net')}",
     "a shape": f"{NET}\nnet.{FACTS.format('net')}\nnet.input_size = (3, 12, 12)",
 }

@@ -134,3 +134,11 @@ def test_layers_that_stay_in_training_mode():
 def test_what_no_classifier_can_be(changes, words):
     with pytest.raises(UsageError, match=words):
         classifier().replace(**changes)
+
+
+def test_called_in_training_mode():
+    """BatchNorm would answer by the batch, and learn from it."""
+    found = classifier(module=Net().train())
+    with pytest.raises(UsageError, match="Net is in training mode"):
+        found(torch.rand(2, 3, 6, 6))
+    assert found.eval()(torch.rand(2, 3, 6, 6)).shape == (2, 3)
