@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import dfkd
-from dfkd.config import DistillCommand, GenerateCommand
+from dfkd.config import DistillCommand, GenerateCommand, TrainTeacherCommand
 from dfkd.synthesis.prompts import labels_of
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,11 @@ def check(words: list[str]) -> None:
     elif words[0].startswith("dfkd-"):
         from dfkd.cli.parse import parse
 
-        classes = {"dfkd-generate": GenerateCommand, "dfkd-distill": DistillCommand}
+        classes = {
+            "dfkd-generate": GenerateCommand,
+            "dfkd-distill": DistillCommand,
+            "dfkd-train-teacher": TrainTeacherCommand,
+        }
         parse(classes[words[0]], words[1:], words[0])
 
 
