@@ -42,7 +42,7 @@ def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
     data = open_data(asked.data, config.on_bad_sample)
     teacher = teachers.load_teacher(asked.teacher, data.class_names)
     if asked.test is not None:
-        # Classes and headers of real images are looked at here; no pixel is read before the student is trained.
+        # Classes and ends of files are looked at here; no pixel is used before the student is trained.
         from dfkd.evaluation.accuracy import match_classes
 
         match_classes(_test_images(asked, teacher.input_size), teacher.class_names)

@@ -11,6 +11,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from dfkd.rgb import square
 
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}  # the last bytes of whole files
+
 
 def encode(image: NDArray[np.uint8], image_format: str) -> bytes:
     """One image, uint8 [H, W, 3], as a png, jpg (quality 95, full colour resolution) or npy file."""
@@ -56,15 +58,20 @@ def is_plain(image: ImageFile.ImageFile) -> bool:
     return image.format == "PNG" and form == [image.mode] and not ({"transparency", "loop"} & image.info.keys())
 
 
-def header(source: Path | bytes) -> bool:
-    """is_plain of an image file, whose first bytes alone are read.
+def probe(source: Path | bytes) -> bool:
+    """is_plain of an image file that is whole, of which only the first and the last bytes are read.
 
-    Raises OSError for a file that cannot be opened; ValueError for bytes that are no image, and for one of more pixels
-    than Pillow decodes (a decompression bomb).
+    One that does not end as its format does is decoded to be sure: some writers put something behind the image.
+    Raises OSError for a file that cannot be opened or is cut off; ValueError for bytes that are no image, and for more
+    pixels than Pillow decodes (a decompression bomb).
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            return is_plain(opened)
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file, Image.open(file) as opened:
+            plain, end = is_plain(opened), ENDS.get(opened.format or "", b"")
+            file.seek(-len(end), io.SEEK_END)
+            if not end or file.read() != end:
+                opened.load()
+            return plain
     except Exception as error:
         raise _damage(error) from None
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dfkd.data.codec import decode, encode, header
+from dfkd.data.codec import decode, encode, probe
 from dfkd.data.shards import BadSample
 from dfkd.errors import UsageError
 from dfkd.rgb import square
@@ -96,14 +96,14 @@ class Listing:
     def plain(self) -> NDArray[np.bool_]:
         """Whether every decoder makes the same pixels of a file (dfkd.data.codec.is_plain), bool [N].
 
-        Reads each file's header, once. Raises UsageError for files that are absent, empty, no images, or larger than
-        Pillow decodes: how many, and the first by name.
+        Looks at each file once (dfkd.data.codec.probe). Raises UsageError for files that are absent, no images, cut off
+        or larger than Pillow decodes: how many, and the first by name.
         """
         sources = self.images
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # which wait for disks beside one another
             parts = [sources[start : start + 256] for start in range(0, len(sources), 256)]
             found = [
-                one for part in threads.map(lambda part: [_header(source) for source in part], parts) for one in part
+                one for part in threads.map(lambda part: [_probe(source) for source in part], parts) for one in part
             ]
         bad = [(position, words) for position, words in enumerate(found) if isinstance(words, str)]
         if bad:
@@ -114,7 +114,7 @@ class Listing:
         return np.array(found, bool)
 
     def check(self) -> "Listing":
-        """Itself, once every file is there with the header of an image; raises UsageError as `plain` does."""
+        """Itself, once every file was looked at; raises UsageError as `plain` does."""
         assert len(self.plain) == len(self.images)
         return self
 
@@ -196,12 +196,12 @@ def some_names(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
 
 
-def _header(source: Source) -> bool | str:
+def _probe(source: Source) -> bool | str:
     """Whether an image is plain, or what is wrong with it."""
     if isinstance(source, np.ndarray):
         return False
     try:
-        return header(source)
+        return probe(source)
     except OSError as error:
         return error.strerror or str(error)
     except ValueError as error:

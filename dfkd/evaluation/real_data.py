@@ -34,7 +34,7 @@ from dfkd.files import read_object
 def open_splits(name: str, size: int) -> dict[str, Images]:
     """What a teacher learns from: train, validation and test, all with the classes of train in one order.
 
-    Every file is looked at (its header) and every list and Parquet file is read to its end; pixels are decoded when
+    Every file is looked at (its ends) and every list and Parquet file is read to its end; pixels are decoded when
     they are read. size: side in pixels; the shorter side is resized to it (bicubic, antialiased), the centre cut out.
 
     Raises UsageError: a name or split that is not there, fewer than two classes, a class without images to learn from,

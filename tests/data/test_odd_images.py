@@ -140,7 +140,7 @@ def test_values_without_a_known_range_are_refused_by_file(values: np.ndarray, tm
         files.read(torch.tensor([0]))
 
 
-def test_headers_name_what_is_no_image_before_any_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_image_is_named_before_any_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("good.png", "absent.png", "empty.png", "page.png", "large.png")
     RGB.save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
@@ -153,3 +153,11 @@ def test_headers_name_what_is_no_image_before_any_is_decoded(tmp_path: Path, mon
     with pytest.raises(UsageError, match=r"1 of 1 .*large\.png: .*decompression bomb"):
         listing.take(np.array([4])).check()
     assert listing.take(np.array([0])).check().plain.tolist() == [True]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_file_that_was_cut_off_is_named_and_one_with_more_behind_it_is_not(kind: str) -> None:
+    data = saved(RGB, kind)
+    assert len(Listing([data, data + b"\0" * 9], [0, 0], ("a",)).check().plain) == 2
+    with pytest.raises(UsageError, match=r"1 of 2 images cannot be read: image 1 of the data"):
+        Listing([data, data[: len(data) * 3 // 4]], [0, 0], ("a",)).check()
