@@ -122,10 +122,8 @@ def card(facts: Facts, load: str) -> str:
     shown = ", ".join(names[:MOST_CLASSES]) + (f", ... ({len(names)})" if len(names) > MOST_CLASSES else "")
     side, name = network.get("input_size"), network.get("architecture") or "a network of its author's own"
     kind = "distilled from a teacher on synthetic images alone" if student else "trained on labelled images"
-    rows = {
-        "classes": shown,
-        "input": f"RGB, {side} x {side} pixels; mean {network.get('mean')}, std {network.get('std')}",
-    }
+    channels = [", ".join(f"{value:.4g}" for value in network.get(key, ())) for key in ("mean", "std")]
+    rows = {"classes": shown, "input": f"RGB, {side} x {side} pixels; mean {channels[0]}, std {channels[1]}"}
     if student:
         rows |= {"teacher": facts.teacher, "prior": f"{facts.prior}; licence: {facts.licence}"}
         rows |= {"images": _listed(facts.images)}

@@ -74,7 +74,7 @@ def _report(asked: ReportCommand, result: Result) -> list[str]:
 
 def _export(asked: ExportCommand, result: Result) -> list[str]:
     card = f"; {result['card']} says how it is loaded" if result["card"] else ""
-    return [f"made: {result['out']}, {result['bytes'] / 1e6:.1f} MB, within {result['error']:.0e} of torch{card}"]
+    return [f"made: {result['out']}, {result['bytes'] / 1e6:.1f} MB, within {result['error']:.1g} of torch{card}"]
 
 
 def _run(asked: RunCommand, result: Result) -> list[str]:

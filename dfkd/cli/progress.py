@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, TextIO
 
 EVERY = 30.0  # seconds between two lines
@@ -67,12 +68,20 @@ def _bar(title: str, unit: str, log: Path | None, stream: TextIO) -> Iterator[Dr
     from tqdm import tqdm
 
     bar: Any = None
+    width, height = get_terminal_size()  # 80 x 24 of a terminal that tells none, where tqdm would draw nothing
 
     def draw(done: float, total: float) -> None:
         nonlocal bar
         if bar is None:
             bar = tqdm(
-                desc=title, unit=unit, total=total, initial=done, file=stream, dynamic_ncols=True, bar_format=FORMAT
+                desc=title,
+                unit=unit,
+                total=total,
+                initial=done,
+                file=stream,
+                ncols=width,
+                nrows=height,
+                bar_format=FORMAT,
             )
         bar.total = total
         if bar.update(done - bar.n):  # it was drawn
