@@ -214,7 +214,8 @@ def _help(leaf: Leaf) -> str:
     facts += [" ".join(part for part in (bounds.get((low is not None, high is not None), ""), unit) if part)]
     default = ",".join(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
     shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-    facts += ["required" if default is MISSING else f"default {'none' if shown in (None, '') else shown}"]
+    absent = "none" if leaf.facts["none"] is None else "not given"  # where the word `none` says something else
+    facts += ["required" if default is MISSING else f"default {absent if shown in (None, '') else shown}"]
     return f"{leaf.facts['help']} ({'; '.join(fact for fact in facts if fact)})"
 
 
