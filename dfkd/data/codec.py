@@ -4,6 +4,7 @@ import io
 import math
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,13 +68,24 @@ def probe(source: Path | bytes) -> bool:
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file, Image.open(file) as opened:
-            plain, end = is_plain(opened), ENDS.get(opened.format or "", b"")
-            file.seek(-len(end), io.SEEK_END)
-            if not end or file.read() != end:
+            plain = is_plain(opened)
+            if not _ends_well(file, opened.format or ""):
                 opened.load()
             return plain
     except Exception as error:
         raise _damage(error) from None
+
+
+def _ends_well(file: IO[bytes], image_format: str) -> bool:
+    """Whether the file ends where its format says; False where that says nothing."""
+    if image_format == "WEBP":  # "RIFF", and how many bytes follow
+        file.seek(4)
+        return int.from_bytes(file.read(4), "little") + 8 == file.seek(0, io.SEEK_END)
+    end = ENDS.get(image_format)
+    if end is None:
+        return False
+    file.seek(-len(end), io.SEEK_END)
+    return file.read() == end
 
 
 def _damage(error: Exception) -> OSError | ValueError:
