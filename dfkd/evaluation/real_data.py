@@ -19,6 +19,7 @@ Face. Where there are no validation images, a tenth of `train` is held out; wher
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,13 +85,19 @@ def open_test(name: str, split: str, size: int, learned: Iterable[str] = ()) -> 
 
 
 def learned_from(*checkpoints: str | Path | None) -> list[str]:
-    """Names of the images that networks of dfkd-train-teacher were trained on, as their folders tell."""
-    found = []
+    """Names of the images that networks were trained on, as the folders of dfkd-train-teacher tell; of a student, those
+    of its teacher (OUT/last and OUT/best of dfkd-distill, whose settings lie in OUT)."""
+    found: list[Any] = []
     for path in (Path(given) for given in checkpoints if given and Path(given).exists()):
-        config = (path if path.is_dir() else path.parent) / "config.json"
-        if config.is_file():
-            found.append(read_object(config, {}, "give a folder that dfkd wrote").get("data"))
+        folder = path if path.is_dir() else path.parent
+        found.append(_entry(folder / "config.json", "data"))
+        if (options := _entry(folder.parent / "settings.json", "options")) and folder.name in ("last", "best"):
+            found += learned_from(options.get("teacher_checkpoint"))
     return [name for name in found if isinstance(name, str)]
+
+
+def _entry(file: Path, key: str) -> Any:
+    return read_object(file, {"options": {}}, "give a folder that dfkd wrote").get(key) if file.is_file() else None
 
 
 def check_data(option: str, name: str, split: str = "train") -> None:

@@ -297,7 +297,11 @@ def test_a_test_of_a_path_without_splits_is_all_of_it_but_what_its_teacher_learn
     assert len(open_test(name, "test", 8).labels) == 60
     (tmp_path / ".teacher").mkdir()
     (tmp_path / ".teacher" / "config.json").write_text(json.dumps({"data": f"imagefolder:{folder}/../{folder.name}"}))
+    (tmp_path / ".student" / "last").mkdir(parents=True)
+    settings = {"options": {"teacher_checkpoint": str(tmp_path / ".teacher")}}
+    (tmp_path / ".student" / "settings.json").write_text(json.dumps(settings))
     learned = learned_from(tmp_path / ".teacher", None, "timm:resnet50")
+    assert learned_from(tmp_path / ".student" / "last") == learned
     held_out = open_test(name, "test", 8, learned)
     assert torch.equal(held_out.read(torch.arange(12)), open_splits(name, 8)["test"].read(torch.arange(12)))
     assert "(test: 12 of 60)" in described(held_out)
