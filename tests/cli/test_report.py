@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from dfkd.cli import report
+from dfkd.evaluation import figures
 from tests.cli.small_generate import status_of
-from tests.evaluation.fake_run import write_images, write_run
+from tests.evaluation.fake_run import STRONG, write_images, write_run
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -104,6 +105,13 @@ def test_reports_of_two_folders_of_images_lie_apart(tmp_path: Path) -> None:
     before = (page := tmp_path / "one-report" / "report.html").stat().st_mtime_ns
     assert call("--config", tmp_path / "one-report" / "report.settings.json") == 0  # the same again
     assert page.stat().st_mtime_ns > before
+
+
+def test_differences_are_shown_beside_strong_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes long, and is tried above
+    assert call("--run", write_run(tmp_path, STRONG), "--judged", "0") == 0
+    text = " ".join((tmp_path / "report" / "report.html").read_text(encoding="utf-8").split())
+    assert "+16.7 (+" in text and "ahead of in_pixels" in text and "strong controls are missing" not in text
 
 
 @pytest.mark.parametrize(
