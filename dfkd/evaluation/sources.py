@@ -154,8 +154,10 @@ def _folders(path: str) -> Places:
         return _labelled(_by_split(path))
     if not Path(path).is_dir():
         return {}
-    inner = _labelled(_by_split(f"{path}/{{split}}"))
-    return inner if "train" in inner and len(inner) > 1 else {WHOLE: [Path(path)]}
+    inner = _by_split(f"{path}/{{split}}")
+    if "train" in inner and (len(inner) > 1 or len(class_folders(inner["train"][0])) > 1):  # else it is a class
+        return _labelled(inner)
+    return {WHOLE: [Path(path)]}
 
 
 def _labelled(found: Places) -> Places:

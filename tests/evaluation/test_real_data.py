@@ -245,6 +245,17 @@ def test_hidden_answers_are_no_test(splits):
         open_splits(f"imagefolder:{root}/other/{{split}}", 8)
 
 
+@pytest.mark.parametrize("more", [{}, {"test": ("images",)}, {"notes": ("a",)}])
+def test_a_training_folder_is_no_class(splits, more):
+    """Its folders are; without labelled test images beside it there is nothing to test a teacher on."""
+    root = splits(train=ANIMALS, **more)
+    with pytest.raises(UsageError, match=r"no images for split 'test' .* there is no test in"):
+        open_splits(str(root), 8)
+    assert class_names_of(str(root)) == ANIMALS
+    vehicles = splits(**{"vehicles/train": ("images",), "vehicles/car": ("images",)})
+    assert class_names_of(f"imagefolder:{vehicles}/vehicles") == ("car", "train")
+
+
 def test_classes_of_later_splits_go_by_name_in_the_order_of_train(splits):
     root = splits(train=("cat", "dog", "owl"), val=("cat", "owl"), test=("owl",))
     opened = open_splits(f"imagefolder:{root}", 8)
