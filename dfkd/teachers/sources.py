@@ -88,11 +88,7 @@ def _kind(config: Path) -> tuple[str, dict[str, Any]]:
         return "dfkd", facts
     if "id2label" in facts or "model_type" in facts:
         return "transformers", facts
-    if (
-        "class_names" not in facts
-        and "architecture" in facts
-        and ("pretrained_cfg" in facts or "num_features" in facts)
-    ):
+    if "architecture" in facts and ("pretrained_cfg" in facts or "num_features" in facts):
         return "timm", read_object(config, {"architecture": str, "num_classes": int}, _TODO, ("architecture",))
     return "dfkd", facts
 
@@ -115,10 +111,10 @@ def _check_path(checkpoint: Path) -> None:
 
 def _ours(config: Path, path: Path, architecture: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     facts = read_object(config, _SHAPE, _TODO, needed=_SHAPE)
-    if architecture is not None and facts["architecture"] not in ("", architecture):
-        what = f"{path} holds a {facts['architecture']}, not a {architecture}"
-        raise UsageError(what, todo="leave the name out or correct it")
-    named = facts["architecture"] or architecture
+    kept, named = facts["architecture"], architecture or facts["architecture"]
+    moved = named.startswith("file:") and kept.startswith("file:")  # the same file may lie elsewhere now
+    if kept not in ("", named) and not moved:
+        raise UsageError(f"{path} holds a {kept}, not a {named}", todo="leave the name out or correct it")
     if not named:
         why = "it was saved from a module without an architecture's name"
         raise UsageError(f"{path} cannot be built", why, "give file:PATH.py:FUNCTION as the architecture")

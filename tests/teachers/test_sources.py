@@ -113,6 +113,15 @@ class TestFolders:
             found = load_teacher(TeacherConfig.of(teacher_checkpoint=source))
             assert fed(found) == (12, (0.5,) * 3, (0.25,) * 3, NAMES)
 
+    def test_a_file_that_lies_elsewhere_now(self, tmp_path):
+        safetensors.torch.save_file(weights(), tmp_path / "model.safetensors")
+        describe(tmp_path)
+        (tmp_path / "net.py").rename(tmp_path / "moved.py")
+        with pytest.raises(UsageError, match=r"no file .*net\.py"):
+            Classifier.from_pretrained(tmp_path)
+        found = Classifier.from_pretrained(tmp_path, architecture=f"file:{tmp_path / 'moved.py'}:net")
+        assert found.architecture.endswith("moved.py:net") and found.class_names == NAMES
+
     def test_weights_alone(self, weight_file, tmp_path):
         with pytest.raises(UsageError, match=r"has no config.json.*give .*t\.pth and say what it is"):
             Classifier.from_pretrained(tmp_path)
