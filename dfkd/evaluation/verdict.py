@@ -73,10 +73,12 @@ def _guidance(accuracy: Accuracy) -> Answer:
     if not accuracy.differences:
         text = "Which images each student has right was not kept: start dfkd-run again."
         return Answer(question, "unknown", text, open=True)
-    name, least = min(accuracy.differences.items(), key=lambda item: item[1].value)
+    name, least = min(accuracy.differences.items(), key=lambda item: item[1].low)
     short = _gap(least, f"behind {name}", f"ahead of {name}", f"not told apart from {name}")
-    others = [f"{other} {_signed(gap)}" for other, gap in accuracy.differences.items()]
-    return Answer(question, short, "Guided images in points, with 95 % intervals, beside " + "; ".join(others) + ".")
+    short = ("yes: " if least.low > 0 else "no: " if least.high < 0 else "not shown: ") + short
+    others = [f"of {other} {_signed(gap)}" for other, gap in accuracy.differences.items()]
+    text = "Points that the student on guided images is ahead, with 95 % intervals: " + "; ".join(others) + "."
+    return Answer(question, short, text)
 
 
 def _saving(student: Cost, teacher: Cost) -> Answer:

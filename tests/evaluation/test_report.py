@@ -102,7 +102,11 @@ def test_the_answers(whole: Path, tmp_path: Path) -> None:
     assert "fewer than 1000" in sure.text and sure.open
     assert guided.short == "unknown" and "--controls unguided-pixels,deepinversion" in guided.text
     strong = read_run(write_run(tmp_path, STRONG))
-    assert answers(accuracy(strong), errors(strong), {})[2].short == "16.7 points ahead of in_pixels"
+    assert answers(accuracy(strong), errors(strong), {})[2].short == "yes: 16.7 points ahead of in_pixels"
+    better = read_run(write_run(tmp_path / "better", {**STRONG, "in_pixels": (29 / 30, STRONG["in_pixels"][1])}))
+    assert answers(accuracy(better), None, {})[2].short == "no: 20.0 points behind in_pixels"
+    level = read_run(write_run(tmp_path / "level", {**STRONG, "in_pixels": (24 / 30, STRONG["in_pixels"][1])}))
+    assert answers(accuracy(level), None, {})[2].short == "not shown: not told apart from in_pixels"
     (whole_again := write_run(tmp_path / "again", STRONG) / "evaluation" / "right.npz").unlink()
     found = answers(accuracy(read_run(whole_again.parents[1])), None, {})
     assert [answer.short for answer in found[::2]] == ["76.7 %", "unknown"]
