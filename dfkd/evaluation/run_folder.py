@@ -33,6 +33,7 @@ _TEST = {
 }
 _MISTAKE = {"truth": str, "student": str, "teacher": str, "student_probability": float, "teacher_probability": float}
 _OPTIONS = {"method": str, "guidance_step": float, "guide_from": float, "refine_steps": int}
+_MATCHED = {"steps": int, "guided_seconds_a_call": float, "seconds_a_call": float}
 _SETTINGS: dict[str, Any] = {"command": str, "options": _OPTIONS, "versions": {}}
 _LINE = {"step": int, ...: float}
 _RESULT = {
@@ -75,15 +76,15 @@ class Trained:
 class Baseline:
     """Images and student that guided images are compared with; None for what is absent.
 
-    seconds: that its shards took, 0 if unknown. settings: of the images. matched: whether its steps were counted out to
-    take the seconds of the guided images.
+    seconds: that its shards took, 0 if unknown. settings: of the images. matched: the steps that take the seconds of the
+    guided images, and how they were counted out, {} where they were not.
     """
 
     images: ShardPool | None
     student: Trained | None
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
-    matched: bool = False
+    matched: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,13 +233,13 @@ def _read_baselines(folder: Path) -> dict[str, Baseline]:
         student, settings = _read_trained(path / "student"), _json(images / SETTINGS, _SETTINGS)
         there = (images / MANIFEST).exists()
         pool, seconds = (open_folder(images), _seconds(images)) if there else (None, 0.0)
-        found[path.name] = Baseline(pool, student, seconds, settings, (path / STEPS).exists())
+        found[path.name] = Baseline(pool, student, seconds, settings, _json(path / STEPS, _MATCHED))
     return found
 
 
 def _json(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object of that shape, {} where the file is absent; settings.json with every key."""
-    needed = shape if shape is _SETTINGS else ()
+    """A JSON object of that shape, {} where the file is absent; settings.json and STEPS with every key."""
+    needed = shape if shape in (_SETTINGS, _MATCHED) else ()
     return read_object(path, shape, "run again the command that wrote it", needed) if path.is_file() else {}
 
 

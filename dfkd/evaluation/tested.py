@@ -26,7 +26,8 @@ class Accuracy:
     interval, teacher_interval: Wilson's 95 %, for the choice of test images alone, not of seeds. behind: the student
     minus the teacher on the same images. baselines: best first. differences: the student minus each baseline's, {}
     unless every strong control was run. missing_controls: the strong ones that were not, and why each does not count.
-    chance: 1 / classes. test, split: of the real images.
+    matched: of controls whose steps were counted out, how many, and the seconds of a call of theirs and of guided
+    images at that moment. chance: 1 / classes. test, split: of the real images.
     """
 
     student: float | None
@@ -37,6 +38,7 @@ class Accuracy:
     baselines: dict[str, float]
     differences: dict[str, Difference]
     missing_controls: dict[str, str]
+    matched: dict[str, Mapping[str, float]]
     chance: float
     test: str | None
     split: str
@@ -88,6 +90,7 @@ def accuracy(run: RunFolder) -> Accuracy:
         baselines=dict(ranked),
         differences={name: difference(right["student"], mask) for name, mask in compared.items()},
         missing_controls=missing,
+        matched={name: base.matched for name, base in run.baselines.items() if base.matched},
         chance=1 / len(run.synthetic.pool.class_names),
         test=tests.get("data", own.get("test")),
         split=tests.get("split", own.get("test_split", "test")),
