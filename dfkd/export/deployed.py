@@ -24,7 +24,7 @@ class Deployed(nn.Module):
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.module = classifier.module
+        self.module = classifier.tried().module
         self.register_buffer("mean", torch.tensor(classifier.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(classifier.std).view(1, 3, 1, 1))
         self.cpu().eval()
