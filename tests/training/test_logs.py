@@ -149,6 +149,15 @@ def test_a_service_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: 
         run(tmp_path, settings(wandb="digits"))
 
 
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "wandb")
+    monkeypatch.delitem(sys.modules, "wandb")
+    (tmp_path / "wandb.py").write_text("import no_such_part_of_it")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match=r"--wandb digits could not start: ModuleNotFoundError: .*no_such_part_of_it"):
+        run(tmp_path / "out", settings(wandb="digits"))
+
+
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_log_whose_package_is_absent_is_refused(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
