@@ -76,8 +76,8 @@ class Trained:
 class Baseline:
     """Images and student that guided images are compared with; None for what is absent.
 
-    seconds: that its shards took, 0 if unknown. settings: of the images. matched: the steps that take the guided images'
-    seconds, and how they were counted out, {} where they were not.
+    seconds: that its shards took, 0 if unknown. settings: of the images. matched: the steps that take as long as
+    the guided images, and how they were counted out, {} where they were not.
     """
 
     images: ShardPool | None
