@@ -70,7 +70,17 @@ NAMED = {
 # how and where a run is computed: one or two steps of a pixel's 256
 SAME = {"batch": 2, "device": "auto", "shard_size": 8, "format": "imagefolder", "threads": 2, "backend": "eager"}
 SAME |= {"attention": "sdpa", "kernels": "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"}
-ELSEWHERE = {"out", "count", "image_format", "teacher", "classes", "student_checkpoint", "plan_only"}
+ELSEWHERE = {
+    "tensorboard",
+    "wandb",
+    "out",
+    "count",
+    "image_format",
+    "teacher",
+    "classes",
+    "student_checkpoint",
+    "plan_only",
+}
 ELSEWHERE |= {"engines", "quantise"}  # test_generate_engines.py
 
 
