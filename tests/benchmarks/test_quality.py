@@ -19,7 +19,7 @@ def test_the_file_is_the_demo_preset_with_every_control(tmp_path):
     assert {ours.name or "guided", *(control.name for control in controls)} == quality.NAMES.keys()
     assert ours.generate.generate == GenerateConfig.preset("demo")
     own = {control.name: control.generate.generate.guidance for control in controls}
-    assert own["unguided_pixels"].start == 1 and own["unguided_pixels"].refine_steps == 40
+    assert own["unguided_pixels"].start == 1 and own["unguided_pixels"].refine_steps == 63
     assert own["guided_without_pixels"].start < 1 and own["guided_without_pixels"].refine_steps == 0
     for control in controls:
         assert (control.generate.count, control.generate.seed) == (ours.generate.count, 4)
