@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
     "guided": "**guided images**",
     "unguided": "unguided samples of the prior",
-    "unguided_pixels": "unguided samples, their pixels refined by the teacher (40 steps)",
+    "unguided_pixels": "unguided samples, their pixels refined, about equal seconds",
     "guided_without_pixels": "guided samples, pixels not refined",
     "deepinversion": "DeepInversion, about equal seconds",
     "noise": "uniform noise",
