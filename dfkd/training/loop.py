@@ -85,7 +85,7 @@ def fit(
         return state
     if unused:
         say(f"{len(unused)} parameters get no gradient and stay as they are: {some_names(unused)}")
-    every = config.checkpoint_every or -(-order.steps // CHECKS)
+    every = check_steps(config, order)
     step, agreed = Step(training.loss, state, config, world, bool(unused)), Agreement(world)
     source = _source(training, config, order, say)
     started = time.perf_counter() - state.seconds
@@ -120,6 +120,11 @@ def fit(
             if stop:
                 raise Stopped(stop, f"stopped after step {state.step} of {order.steps}; started again it goes on")
     return state
+
+
+def check_steps(config: TrainConfig, order: Order) -> int:
+    """Steps from one check, with its checkpoint, to the next."""
+    return config.checkpoint_every or -(-order.steps // CHECKS)
 
 
 def order_of(config: TrainConfig, count: int, world: World) -> Order:

@@ -19,7 +19,7 @@ from dfkd.errors import UsageError
 from dfkd.runtime import resolve_device, seed_global
 from dfkd.teachers import Classifier
 from dfkd.training.folder import WEIGHTS, finished, run_folder, write_result
-from dfkd.training.loop import Progress, Say, Training, fit
+from dfkd.training.loop import Progress, Say, Training, check_steps, fit, order_of
 from dfkd.training.losses import Network, wide
 from dfkd.training.state import State
 from dfkd.training.step import AMP_DTYPES, autocast, check_training
@@ -79,8 +79,13 @@ def train_teacher(
                 logits = network(images)
             return F.cross_entropy(wide(logits), labels, label_smoothing=config.label_smoothing)
 
+        order = order_of(config.train, len(learning.labels), world)
+        # Not more than it learned from since the check before: a short run would spend its time on validation.
+        most = max(check_steps(config.train, order) * order.batch_size, ROWS)
+
         def evaluate(state: State) -> dict[str, float]:
-            return {"validation_accuracy": accuracy(classifier.replace(module=state.result), validation)}
+            now = classifier.replace(module=state.result)
+            return {"validation_accuracy": accuracy(now, validation, None if state.step == order.steps else most)}
 
         amp = config.train.compute.amp
         under_autocast = autocast(amp, world.device)
@@ -142,14 +147,18 @@ def _splits(data: str | Mapping[str, Images], size: int) -> tuple[Images, Images
 
 
 @torch.no_grad()
-def accuracy(classifier: Classifier, images: Images) -> float:
-    """Share, in 0..1, of the images that the classifier puts in their class; leaves it in evaluation mode."""
+def accuracy(classifier: Classifier, images: Images, most: int | None = None) -> float:
+    """Share, in 0..1, of the images that the classifier puts in their class; leaves it in evaluation mode.
+
+    most: images, spread evenly over all of them; None for all.
+    """
     classifier.eval()
-    right = 0
-    for positions in torch.split(torch.arange(len(images.labels)), ROWS):
+    right, total = 0, len(images.labels)
+    count = min(most or total, total)
+    for positions in torch.split(torch.arange(count) * total // count, ROWS):
         first = classifier(images.read(positions)).argmax(1).cpu()
         right += int((first == images.labels[positions]).sum())
-    return right / len(images.labels)
+    return right / count
 
 
 def _untrained(learning: Images, config: TeacherTrainConfig, architecture: str, world: World) -> Classifier:

@@ -52,6 +52,26 @@ def test_it_learns_and_is_tested_once_at_the_end(tmp_path: Path) -> None:
     assert sum("validation_accuracy" in line for line in lines(tmp_path)) == 15
 
 
+def test_validation_on_the_way_takes_no_more_images_than_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfkd.training.teacher.ROWS", 8)
+    data, counts = dark_and_light(), list[int]()
+
+    class Counted(Pool):
+        def read(self, positions: torch.Tensor) -> torch.Tensor:
+            counts.append(len(positions))
+            return super().read(positions)
+
+    validation = Counted(data.images, data.labels, data.ids, NAMES)
+    given = {"train": data, "validation": validation, "test": data}
+    config = teacher_settings(steps=3, batch_size=16, checkpoint_every=1)
+    train_teacher(given, config, tmp_path, architecture="resnet8")
+    assert (
+        counts[-2 * 9 - 4 :] == [8, 8] * 2 + [*[8] * 8, 6] * 2
+    )  # 16 at two checks; 70 at the last, and for the result
+
+
 def test_statistics_are_those_of_the_pixels() -> None:
     data = dark_and_light()
     pixels = data.images.double() / 255
