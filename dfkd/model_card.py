@@ -181,7 +181,7 @@ def load_folder(folder: str, architecture: str) -> str:
 
 
 def load_hub(repo: str, architecture: str) -> str:
-    """The same, from the Hugging Face hub."""
+    """Lines that load a network from the Hugging Face hub, and answer a photo. architecture: "" without a name."""
     lines = ["import dfkd", "from huggingface_hub import snapshot_download", "from PIL import Image", ""]
     return _python([*lines, _loaded(f"snapshot_download({repo!r})", architecture), *_ANSWER])
 

@@ -63,7 +63,6 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
             on_new=partial(save_settings, training, training.out, "dfkd-train-teacher"),
         )
     teacher = load_teacher(job.classifier)
-    say(f"teacher: {teacher.described()}")
     check_students(job, teacher)
     if job.evaluate is not None:  # the students' classes will be the teacher's
         match_classes(open_test(job.evaluate.data, job.evaluate.split, teacher.input_size), teacher.class_names)

@@ -53,7 +53,7 @@ class Listing:
         return replace(self, images=images, labels=labels)
 
     def compact(self) -> "Listing":
-        """The same without the numbers that no image has."""
+        """A copy whose classes are those with a name: numbers that no image has are left out."""
         return self.only([name for name in self.class_names if name])
 
     def only(self, class_names: Sequence[str]) -> "Listing":
@@ -67,7 +67,7 @@ class Listing:
         return replace(self, images=images, labels=labels, class_names=tuple(class_names))
 
     def ordered(self, class_names: Sequence[str], whose: str) -> "Listing":
-        """The same images, with labels in the order of `class_names`, matched by name.
+        """A copy with labels in the order of `class_names`, matched by name.
 
         Raises UsageError for images of other classes, which those of `whose` are not.
         """

@@ -47,7 +47,7 @@ class Views:
         return Views(*(None if part is None else part[rows] for part in (self.window, self.matrix, self.colour)))
 
     def mirror(self, flip: Tensor) -> "Views":
-        """The same windows, mirrored where `flip` (bool [B]) says so."""
+        """A copy whose windows are mirrored where `flip` (bool [B]) is true, and not elsewhere."""
         assert self.window is not None  # of views that crop
         return replace(self, window=torch.cat((self.window[:, :2], flip.long()[:, None]), dim=1))
 

@@ -24,7 +24,7 @@ class Difference:
 
 
 def difference(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> Difference:
-    """Of right answers [N] on the same N >= 1 images.
+    """How far the first is ahead of the second, with a 95 % interval, from which of N >= 1 images each has right, [N].
 
     McNemar's setting: only images that one of the two has right count. Interval of Agresti and Min (Statistics in
     Medicine 24, 2005), Wald's after half an image more in each cell of the table, which holds for few images too.
