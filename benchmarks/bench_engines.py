@@ -129,7 +129,7 @@ class Part:
 def contiguous(pipe: GuidedPipeline) -> GuidedPipeline:
     """The pipeline on copies of its networks whose weights are in the order of NCHW."""
     own = copy.deepcopy(pipe)
-    for network in (own.prior.unet, own.prior.vae, own.teacher.module):
+    for network in (own.prior.denoiser, own.prior.vae, own.teacher.module):
         network.to(memory_format=torch.contiguous_format)
     return own
 

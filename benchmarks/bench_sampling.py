@@ -116,9 +116,9 @@ def plain_diffusers(networks: Networks, images: int, mode: str | None = None) ->
     """
     pipe = networks.pipeline("unguided", **PLAIN)
     order = torch.channels_last if mode else torch.contiguous_format
-    unet, vae = (copy.deepcopy(network).to(memory_format=order) for network in (pipe.prior.unet, pipe.prior.vae))
+    unet, vae = (copy.deepcopy(network).to(memory_format=order) for network in (pipe.prior.denoiser, pipe.prior.vae))
     peer = StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=pipe.prior.text_encoder, tokenizer=pipe.prior.tokenizer,
+        unet=unet, vae=vae, text_encoder=pipe.prior.family.text.network, tokenizer=pipe.prior.family.text.tokenizer,
         scheduler=DDIMScheduler.from_config(pipe.prior.scheduler_config),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def plain_diffusers(networks: Networks, images: int, mode: str | None = None) ->
         "prompt_embeds": pack.conditional,
         "negative_prompt_embeds": pack.unconditional.expand_as(pack.conditional),
         "num_inference_steps": len(pipe.table),
-        "guidance_scale": pipe.config.sampling.cfg,
+        "guidance_scale": pipe.cfg,
     }
 
     def call() -> Tensor:

@@ -82,7 +82,7 @@ class PublishedLoop:
         scheduler.set_timesteps(len(pipe.table), device=pipe.device)
         if given["sampler"] != "ddim" or scheduler.timesteps.tolist() != pipe.table.timesteps.tolist():
             raise ValueError("the pipeline samples by another sampler than DDIM")
-        networks = pipe.prior.unet, pipe.prior.vae, pipe.teacher.module
+        networks = pipe.prior.denoiser, pipe.prior.vae, pipe.teacher.module
         unet, vae, teacher = (copy.deepcopy(n).to(memory_format=torch.contiguous_format) for n in networks)
         like = next(teacher.parameters())
         mean, std = (like.new_tensor(values).view(1, 3, 1, 1) for values in (pipe.teacher.mean, pipe.teacher.std))

@@ -19,6 +19,8 @@ import dfkd.priors  # noqa: F401  (makes the embedded prior known by its name)
 from dfkd.config import NORMALISATIONS
 from dfkd.teachers import Classifier
 from dfkd.teachers.adapters import build
+from dfkd_engine.families.stable_diffusion import StableDiffusion, last_hidden_state
+from dfkd_engine.families.text import TextEncoder
 from dfkd_engine.prior import DTYPES, EMBEDDED, Prior
 
 UNET: dict[str, Any] = {  # unet/config.json
@@ -94,16 +96,17 @@ def make_prior(size: int, dtype: str = "fp16", thin: bool = False, seed: int = 0
         text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ends, **shape))
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     return Prior(
-        unet=unet,
+        denoiser=unet,
         vae=vae,
-        text_encoder=text.to(kind).eval().requires_grad_(False),
-        tokenizer=tokenizer,
+        family=StableDiffusion(unet.config, TextEncoder(text.to(kind), tokenizer, last_hidden_state)),
         scheduler_config=SCHEDULER,
         prediction_type="epsilon",
         latent_channels=UNET["in_channels"],
         latent_size=(size // factor, size // factor),
         vae_scale_factor=factor,
         scaling_factor=VAE["scaling_factor"],
+        shift_factor=0.0,
+        prompt=StableDiffusion.prompt,
         source="random weights in the sizes of Stable Diffusion 1.5",
         digests=dict.fromkeys(parts, f"random {seed} {size} {dtype} {thin}"),
     )

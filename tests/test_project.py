@@ -93,7 +93,7 @@ print(*[name for name in sys.modules if name.startswith(("dfkd.training", "dfkd.
 
     def test_the_embedded_prior_has_a_name(self) -> None:
         prior = dfkd.Prior.from_pretrained("demo")
-        assert next(prior.unet.parameters()).dtype == torch.float32
+        assert next(prior.denoiser.parameters()).dtype == torch.float32
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

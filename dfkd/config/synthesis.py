@@ -9,7 +9,7 @@ from dfkd.config.fields import Config, nested, option
 DTYPES = ("fp32", "bf16", "fp16")
 BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch-tensorrt")  # of engines on disk
 QUANTISING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")  # those that take 8-bit graphs
-SAMPLERS = ("ddpm", "ddim", "euler", "dpmpp2m")
+SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "dpmpp2m", "lcm")
 METHODS = ("guided", "deepinversion", "noise")
 IMAGE_FORMATS = ("png", "jpg", "npy")
 SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise
@@ -85,7 +85,9 @@ class SamplingConfig(Config):
 
     sampler: str = option("ddim", "sampler", choices=SAMPLERS, extensible=True)
     steps: int = option(50, "denoising steps", low=1, high=1000)
-    cfg: float = option(3.0, "classifier-free guidance scale; 1: the prompt alone", low=0)
+    cfg: float | None = option(
+        None, "classifier-free guidance scale; up to 1: the prompt alone; none: 3, where the prior knows it", low=0
+    )
     cfg_from: float = option(0.0, "share of the steps after which it acts", low=0, high=1)
     cfg_to: float = option(1.0, "share of the steps until which it acts", low=0, high=1)
     prompt: str | None = option(
@@ -99,9 +101,10 @@ class SamplingConfig(Config):
         if self.cfg_from > self.cfg_to:
             raise ValueError(f"--cfg-from {self.cfg_from} lies after --cfg-to {self.cfg_to}")
 
-    def cfg_at(self, step: int) -> float:
-        """The scale at denoising step `step`, counted from 0; 1 where the prompt alone is used."""
-        return self.cfg if self.cfg_from <= step / self.steps < self.cfg_to else 1.0
+    def cfg_acts(self, step: int, cfg: float) -> bool:
+        """Whether the scale `cfg` moves the prediction at denoising step `step`, counted from 0: above 1, as in
+        diffusers."""
+        return cfg > 1 and self.cfg_from <= step / self.steps < self.cfg_to
 
 
 @dataclass(frozen=True, kw_only=True)

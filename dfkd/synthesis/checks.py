@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dfkd.config import GenerateConfig, GuidanceConfig
+from dfkd.config import GenerateConfig, GuidanceConfig, SamplingConfig
 from dfkd.errors import UsageError
 from dfkd.extension import running
 from dfkd.synthesis.guidance import Guidance
@@ -35,7 +35,9 @@ def prepare_prior(prior: Prior, config: GenerateConfig, device: torch.device, ke
     torch.backends.cudnn.allow_tf32 = False
     try:
         attention = choose_attention(compute.attention, device, prior.dtype)
-        for network in (prior.unet, prior.vae):
+        for network in (prior.denoiser, prior.vae):
+            if network is None:
+                continue
             set_attention(network, attention.name)
             set_group_norms(network, kernels)
     except EngineError as error:
@@ -54,6 +56,23 @@ def latent_size(size: int, prior: Prior) -> tuple[int, int]:
         why = f"its decoder enlarges latents {factor} times"
         raise UsageError(f"--size {size} does not fit the prior", why, f"choose a multiple of {factor}")
     return size // factor, size // factor
+
+
+def cfg_of(sampling: SamplingConfig, prior: Prior) -> float:
+    """The scale of classifier-free guidance: of the settings, or else 3, or 1 for a prior that has no way to use it.
+
+    Raises UsageError for a scale that would not act.
+    """
+    own = prior.family.cfg
+    if sampling.cfg is None:
+        return 1.0 if own == "none" else 3.0
+    if own == "none" and sampling.cfg > 1:
+        why = f"the prior, {prior.family.name}, has no unconditional rows to move away from"
+        raise UsageError(f"--cfg {sampling.cfg:g} cannot act", why, "leave it out, or use --cfg 1")
+    if own == "input" and (sampling.cfg_from, sampling.cfg_to) != (0, 1):
+        why = "the prior takes one scale for all steps, as an input"
+        raise UsageError("--cfg-from and --cfg-to cannot act", why, "leave them out")
+    return sampling.cfg
 
 
 def copy_student(student: Classifier, teacher: Classifier) -> Classifier:

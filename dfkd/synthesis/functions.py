@@ -1,6 +1,6 @@
 """The networks of a guided synthesis as functions that a compiler can take over, and engines in their place.
 
-    unet            (z [B,C,h,w], t, context [B,L,D])          -> prediction [B,C,h,w], all but t in the networks' dtype
+    unet            (z [B,C,h,w], t, *conditions [B,...])      -> prediction [B,C,h,w]; the denoiser, of any family
     decode          (z0 [B,C,h,w])                             -> image [B,3,H,W] in 0..1
     gradient        (z0, labels [B])                           -> gradient [B,C,h,w], losses [B]; z0 is a whole group,
                                                                   or images that do not interact
@@ -30,6 +30,7 @@ from dfkd.extension import described, source_digest
 from dfkd.synthesis import bn_statistics, guidance, losses
 from dfkd.synthesis.bn_statistics import Moments, by_layer, side_by_side
 from dfkd.synthesis.guidance import Decode, Guidance, identity
+from dfkd.synthesis.prompts import prompt_of
 from dfkd_engine.prior import Prior
 from dfkd_engine.spec import TensorSpec
 
@@ -71,8 +72,8 @@ class Networks:
         teacher = self.guidance.teacher.replace(module=copy.deepcopy(self.guidance.teacher.module).double())
         return Networks(prior, Guidance(prior.decode, teacher, self.guidance.losses))
 
-    def unet(self, z: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-        return (self.prior.denoise(z, t, context),)
+    def unet(self, z: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
+        return (self.prior.denoise(z, t, *conditions),)
 
     def decode(self, z0: Tensor) -> tuple[Tensor, ...]:
         return (self.prior.decode(z0),)
@@ -157,12 +158,19 @@ def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function
         components=_components(name, pipe, quantise),
         config=_config(name, pipe, networks, quantise),
         sources=source_digest(*_sources(name, pipe)),
-        networks=(pipe.prior.unet,) if name == "unet" else (pipe.prior.vae,) if name in _OF_VAE else (),
+        networks=_networks(name, pipe),
         device=pipe.device,
         dtype=str(pipe.prior.dtype).removeprefix("torch."),
         quantise=quantise,
         calibrate=partial(_calibrate, pipe) if quantise != "none" else None,
     )
+
+
+def _networks(name: str, pipe: "GuidedPipeline") -> tuple[nn.Module, ...]:
+    """Networks of the prior in a function."""
+    if name == "unet":
+        return (pipe.prior.denoiser,)
+    return (pipe.prior.vae,) if name in _OF_VAE and pipe.prior.vae is not None else ()
 
 
 def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -177,10 +185,12 @@ def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[Tensor
     width = sum(mean.numel() for mean in means if mean is not None)
     if name == "unet":
         dtype = str(pipe.prior.dtype).removeprefix("torch.")
-        length, depth = pipe.prior.encode_prompts([""]).shape[1:]
         z = TensorSpec("z", latent, dtype)
-        context = TensorSpec("context", (None, length, depth), dtype)
-        return (z, TensorSpec("t", (1,), "float32"), context), (replace(z, name="prediction"),)
+        conditions = [
+            TensorSpec(named, (None, *tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
+            for named, tensor in zip(pipe.prior.family.inputs, _conditions(pipe, 1), strict=True)
+        ]
+        return (z, TensorSpec("t", (1,), "float32"), *conditions), (replace(z, name="prediction"),)
     if name == "decode":
         return (z0,), (image,)
     if name == "decode_vjp":
@@ -201,8 +211,7 @@ def _samples(name: str, pipe: "GuidedPipeline", networks: Networks, rows: int, s
     generator, prior = torch.Generator().manual_seed(seed), pipe.prior
     z = torch.randn(rows, prior.latent_channels, *pipe.latent_size, generator=generator).to(pipe.device)
     if name == "unet":
-        context = prior.encode_prompts(["a photo", ""])[torch.arange(rows) % 2]
-        return z.to(prior.dtype), torch.tensor([500.0], device=pipe.device), context.to(pipe.device, prior.dtype)
+        return z.to(prior.dtype), torch.tensor([500.0], device=pipe.device), *_conditions(pipe, rows)
     if name == "decode":
         return (z,)
     images = prior.decode(z)
@@ -218,11 +227,22 @@ def _samples(name: str, pipe: "GuidedPipeline", networks: Networks, rows: int, s
     return {"image_moments": (images,), "gradient": (z, labels), "pixel_gradient": (images, labels)}[name]
 
 
+def _conditions(pipe: "GuidedPipeline", rows: int) -> list[Tensor]:
+    """The denoiser's conditions [rows, ...]: of the run's classes in turn, and between them the unconditional one."""
+    names = [prompt_of(pipe.prompt, pipe.class_names[i]) for i in pipe.classes[:2]]
+    given = pipe.prior.conditions(names, pipe.image_size, pipe.cfg)
+    if pipe.prior.family.cfg == "rows":
+        free = pipe.prior.unconditional(pipe.config.sampling.negative_prompt, pipe.image_size)
+        given = tuple(torch.cat([own[:1], other]) for own, other in zip(given, free, strict=True))
+    return [tensor[torch.arange(rows) % len(tensor)].to(pipe.device) for tensor in given]
+
+
 def _components(name: str, pipe: "GuidedPipeline", quantise: str) -> dict[str, str]:
-    parts = ["unet"] if name == "unet" else ["vae"] if name in _OF_VAE else []
+    digests = pipe.prior.digests
+    parts = [pipe.prior.family.part] if name == "unet" else ["vae"] if name in _OF_VAE and "vae" in digests else []
     if quantise != "none":  # its scales follow from the trajectories of the run's prompts
-        parts += ["text_encoder", "tokenizer", "scheduler"]
-    found = {part: pipe.prior.digests[part] for part in parts}
+        parts = [part for part in digests if part != "vae"]
+    found = {part: digests[part] for part in parts}
     return found | ({"teacher": pipe.teacher.digest()} if name in _OF_TEACHER else {})
 
 
@@ -253,7 +273,7 @@ def _sources(name: str, pipe: "GuidedPipeline") -> list[Path]:
 def _calibrate(pipe: "GuidedPipeline", unet: nn.Module) -> None:
     """Let a UNet in the place of the prior's make unguided trajectories, with the run's sampler and prompts."""
     own = copy.copy(pipe)
-    own.prior, own.call_size = replace(pipe.prior, unet=unet), CALIBRATION_IMAGES
+    own.prior, own.call_size = replace(pipe.prior, denoiser=unet), CALIBRATION_IMAGES
     own.guidance = own.statistics = None
     own.without_engines()
     for group in range(CALIBRATION_GROUPS):

@@ -45,9 +45,10 @@ class Pack:
         self.pipe, self.callback, self.batch, device = pipe, callback, pipe.call_size, pipe.device
         self.seed, self.prompts, self.ids, self.labels = seed, prompts, ids.to(device), labels.to(device)
         sampling, table = pipe.config.sampling, pipe.table
-        self.conditional = pipe.prior.encode_prompts(prompts).to(device)
-        self.unconditional = pipe.prior.encode_prompts([sampling.negative_prompt]).to(device)
-        self.cfg_rows = [1 + (sampling.cfg_at(i) != 1) for i in range(len(table))]
+        self.conditional = pipe.prior.conditions(prompts, pipe.image_size, pipe.cfg)
+        self.cfg_rows = [pipe.cfg_rows(i) for i in range(len(table))]
+        guided = max(self.cfg_rows) == 2
+        self.unconditional = pipe.prior.unconditional(sampling.negative_prompt, pipe.image_size) if guided else ()
         self.times = table.timesteps.to(device, torch.float32)
         self.noisy = [noise != 0 for noise in table.step_noise.tolist()]
         self.losses: dict[int, dict[str, Tensor]] = {}
@@ -65,14 +66,15 @@ class Pack:
 
         Both rows of an image are in one call.
         """
-        conditional = self.conditional if images is None else self.conditional[images]
+        conditional = [tensor if images is None else tensor[images] for tensor in self.conditional]
         outputs = []
         with calling("unet"):
             for cut in cuts(len(z), self.batch):
-                rows, context = z[cut], conditional[cut]
+                rows, given = z[cut], [tensor[cut] for tensor in conditional]
                 if self.cfg_rows[i] == 2:
-                    rows, context = torch.cat([rows] * 2), torch.cat([self.unconditional.expand_as(context), context])
-                output = self.pipe.denoise(rows, self.times[i], context)
+                    free = [tensor.expand_as(own) for tensor, own in zip(self.unconditional, given, strict=True)]
+                    rows, given = torch.cat([rows] * 2), [torch.cat(pair) for pair in zip(free, given, strict=True)]
+                output = self.pipe.denoise(rows, self.times[i], *given)
                 outputs.append(torch.unflatten(output, 0, (self.cfg_rows[i], -1)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 

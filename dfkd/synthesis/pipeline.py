@@ -22,7 +22,15 @@ from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
 from dfkd.synthesis.batching import cuts
-from dfkd.synthesis.checks import build_command, copy_student, latent_size, prepare_prior, require_losses, try_teacher
+from dfkd.synthesis.checks import (
+    build_command,
+    cfg_of,
+    copy_student,
+    latent_size,
+    prepare_prior,
+    require_losses,
+    try_teacher,
+)
 from dfkd.synthesis.functions import EngineGuidance, functions_of
 from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
@@ -56,7 +64,7 @@ class GuidedPipeline:
 
     Attributes:
         class_names, image_size: the teacher's, and the images' side in pixels.
-        prompt: the template, of the settings or else of the prior.
+        prompt, cfg: template and scale of classifier-free guidance, of the settings or else of the prior.
         group: images that interact, 1 where they do not; image i belongs to group i // group.
         call_size: images per network call, `--batch` at first; may be set between calls.
         on_progress: called after every step with the share, in 0..1, of a call's steps that are done; None: nobody.
@@ -95,6 +103,7 @@ class GuidedPipeline:
             warnings.warn(text, stacklevel=2)
         self.latent_size = latent_size(sampling.size, prior)
         self.image_size = self.latent_size[0] * prior.vae_scale_factor
+        self.cfg = cfg_of(sampling, prior)
         self.table = build_table(prior.scheduler_config, sampling.sampler, sampling.steps)
         self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
         require_losses(config.guidance, self.losses)
@@ -160,7 +169,7 @@ class GuidedPipeline:
     def latents(self, pack: Pack) -> Tensor:
         """Sample the latents [B, C, h, w] of a pack."""
         config, z = self.config.guidance, pack.start()
-        rows = self.table.coefficients(z, self.config.sampling.cfg)
+        rows = self.table.coefficients(z, self.cfg)
         if self.statistics:
             along = pack.noise_gradient(rows, self.statistics)
             z = edit_noise(z, along, config.noise_edit_steps, config.noise_edit_scale)
@@ -181,13 +190,12 @@ class GuidedPipeline:
         edits, refinements = config.noise_edit_steps, config.refine_steps
         return len(self.table) + (edits if self.statistics else 0) + (refinements if self.pixel_guidance else 0)
 
-    def denoise(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """One call of the UNet, or of the engine in its place: the prediction, like z."""
+    def denoise(self, z: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """One call of the denoiser, or of the engine in its place: the prediction, like z."""
         engine = (self._engines or {}).get("unet")
         if engine is None:
-            return self.prior.denoise(z, t, context)
-        dtype = self.prior.dtype
-        return engine(z.to(dtype), t.reshape(1), context.to(dtype))[0].to(z.dtype)
+            return self.prior.denoise(z, t, *conditions)
+        return engine(z.to(self.prior.dtype), t.reshape(1), *conditions)[0].to(z.dtype)
 
     def decode(self, z0: Tensor) -> Tensor:
         """One call of the decoder, or of the engine in its place: images in 0..1."""
@@ -243,8 +251,13 @@ class GuidedPipeline:
 
     @property
     def uses_cfg(self) -> bool:
-        """Whether classifier-free guidance doubles the rows of the UNet at any step."""
-        return any(self.config.sampling.cfg_at(i) != 1 for i in range(len(self.table)))
+        """Whether classifier-free guidance doubles the rows of the denoiser at any step."""
+        return any(self.cfg_rows(i) == 2 for i in range(len(self.table)))
+
+    def cfg_rows(self, step: int) -> int:
+        """Rows of the denoiser an image at a denoising step: 2 where classifier-free guidance takes an unconditional
+        one."""
+        return 2 if self.prior.family.cfg == "rows" and self.config.sampling.cfg_acts(step, self.cfg) else 1
 
     def identity(self) -> dict[str, Any]:
         """What the images follow from, beside seed and ids, in JSON's types."""
@@ -253,6 +266,7 @@ class GuidedPipeline:
             found["sampler"] = [sampler.partition(".py:")[2], described(find_sampler(sampler).update)]
         return found | {
             "prompt": self.prompt,
+            "cfg": self.cfg,
             "size": self.image_size,
             "group": self.group,
             "losses": [described(loss) for loss in self.losses],
@@ -265,8 +279,9 @@ class GuidedPipeline:
         """Lines for people: kernels, and what runs which network."""
         lines = [f"kernels: {self.kernels} ({self._kernels_why})"]
         if self.kernels == "triton":
-            for part, network in (("UNet", self.prior.unet), ("VAE", self.prior.vae)):
-                lines.append(f"  where the {part} is eager: {group_norms(network)}")
+            for part, network in (("denoiser", self.prior.denoiser), ("VAE", self.prior.vae)):
+                if network is not None:
+                    lines.append(f"  where the {part} is eager: {group_norms(network)}")
         if self.guidance and self.guidance.fused:
             lines.append(f"  where the teacher is eager: {self.guidance.fused.describe()}")
         return lines + describe_choices(self.choices)

@@ -89,7 +89,7 @@ def make_plan(synthesizer: Synthesizer, config: GenerateConfig, processes: int =
     pipe = cast("GuidedPipeline", synthesizer)
     device = pipe.device
     memory = device_bytes(device) // (processes if device.type == "cpu" else 1)
-    networks = [pipe.prior.unet, pipe.prior.vae, pipe.prior.text_encoder]
+    networks = [*pipe.prior.networks.values()]
     networks += [own.module for own in (pipe.teacher, pipe.student) if own is not None]
     held = weight_bytes(*networks) + _HELD * 4 * 3 * pipe.image_size**2 * max(batch, group)
     calls = network_calls(pipe)
@@ -128,7 +128,7 @@ def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> di
         return torch.full((count, *shape), 0.5, device=device)
 
     packs = {count: pipe.pack(torch.arange(count), 0) for count in {1, 2, images}}  # text is encoded here, with data
-    rows = pipe.table.coefficients(points(1), pipe.config.sampling.cfg)
+    rows = pipe.table.coefficients(points(1), pipe.cfg)
     cfg_rows = packs[1].cfg_rows
     largest = max(range(len(cfg_rows)), key=cfg_rows.__getitem__)
     guided = max(range(len(cfg_rows)), key=lambda i: (min(pipe.repeats_at(i), 1), cfg_rows[i]))

@@ -63,8 +63,8 @@ def xformers_unusable(device: torch.device | str, dtype: torch.dtype = torch.flo
 def set_attention(network: Any, name: str) -> int:
     """Let every attention layer of a diffusers network use "sdpa" or "xformers"; returns how many there are.
 
-    A network without any, such as an AutoencoderTiny, is left as it is. Raises EngineError for layers of a kind that
-    Stable Diffusion 1 and 2 do not have, whose inputs these processors would ignore.
+    A network without any, such as an AutoencoderTiny, is left as it is, and so are layers of a kind of their own, whose
+    inputs these processors would ignore: they call torch's attention. Raises EngineError for "xformers" there.
     """
     from diffusers.models import attention_processor
 
@@ -73,6 +73,8 @@ def set_attention(network: Any, name: str) -> int:
     before = getattr(network, "attn_processors", {})
     for place, processor in before.items():
         if not isinstance(processor, plain):
+            if name == "sdpa":
+                return 0
             why = f"{place} is a {type(processor).__name__}, which is of its own kind"
             raise EngineError(f"the attention {name} cannot be set", why, "use the network as it is")
     if before:

@@ -43,7 +43,7 @@ def test_a_function_that_the_settings_lack_is_an_error_of_its_rows(tmp_path):
 
 def test_eager_has_copies_of_the_networks_in_the_order_of_nchw():
     pipe = pipeline()
-    for network in (pipe.prior.unet, pipe.prior.vae):
+    for network in (pipe.prior.denoiser, pipe.prior.vae):
         network.to(memory_format=torch.channels_last)
     own, z = contiguous(pipe), torch.randn(2, 2, 4, 4)
     for made, as_it_was in ((own, True), (pipe, False)):

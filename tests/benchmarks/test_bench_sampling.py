@@ -35,7 +35,7 @@ def both(networks, dtype, images=2, **changes):
     """Images by the published loop, one after another, and by our sampler together, in this dtype."""
     networks = copy.deepcopy(networks)
     pipe = networks.pipeline("published", **PLAIN, **changes)
-    for network in (pipe.prior.unet, pipe.prior.vae, pipe.prior.text_encoder, pipe.teacher.module):
+    for network in (*pipe.prior.networks.values(), pipe.teacher.module):
         network.to(dtype)
     pipe.prior._encoded.clear()
     loop, pack = PublishedLoop.of(pipe), pipe.pack(torch.arange(images), SEED)
@@ -78,7 +78,7 @@ def test_the_published_loop_has_networks_of_its_own(demo):
     pipe = demo.pipeline("published", **PLAIN)
     loop = PublishedLoop.of(pipe)
     assert not any(layer._forward_pre_hooks for layer in pipe.teacher.module.modules())
-    assert loop.unet.conv_in.weight.is_contiguous() and not pipe.prior.unet.conv_in.weight.is_contiguous()
+    assert loop.unet.conv_in.weight.is_contiguous() and not pipe.prior.denoiser.conv_in.weight.is_contiguous()
 
 
 def unguided(networks):
@@ -114,7 +114,7 @@ def test_the_compiled_pipeline_is_the_same_on_copies(thin, monkeypatch):
     unet.register_forward_pre_hook(lambda *_: seen.append(read()))
     torch.testing.assert_close(call(), unguided(networks), rtol=0, atol=2e-4)
     assert asked == 2 * [{"mode": "max-autotune", "fullgraph": True}] and seen[0] == TUNED != before == read()
-    assert "Fused" in str(unet.attn_processors) and "Fused" not in str(networks.prior.unet.attn_processors)
+    assert "Fused" in str(unet.attn_processors) and "Fused" not in str(networks.prior.denoiser.attn_processors)
 
 
 @pytest.mark.parametrize("name", ["published", "late", "diffusers"])

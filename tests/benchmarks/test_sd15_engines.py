@@ -37,7 +37,7 @@ def test_random_weights_keep_half_precision_finite():
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         decoded = prior.vae.decode(z.half()).sample
-        predicted = prior.denoise(z, torch.tensor([500.0]), prior.encode_prompts(["a photo", ""]))
+        predicted = prior.denoise(z, torch.tensor([500.0]), *prior.conditions(["a photo", ""]))
         logits = teacher.logits(prior.decode(z))
     for result in (decoded, predicted, logits):
         assert result.isfinite().all() and 0.01 < result.float().std() < 100

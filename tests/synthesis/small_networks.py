@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,12 +56,13 @@ class SmallPrior:
 
     latent_channels, latent_size, vae_scale_factor, scaling_factor = CHANNELS, (SIDE, SIDE), 2, 1.0
     scheduler_config, source, device = SCHEDULER, "small", torch.device("cpu")
-    prompt, labels = "a drawing of {label}", ()
+    prompt, labels, pixels = "a drawing of {label}", (), False
+    family = SimpleNamespace(name="small", part="unet", inputs=("context",), cfg="rows")
 
     def __init__(self, seed: int = 1, dtype: torch.dtype = torch.float32, coupling: float = 1.0) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.unet = nn.Sequential(nn.Conv2d(CHANNELS, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, CHANNELS, 1))
+            self.denoiser = nn.Sequential(nn.Conv2d(CHANNELS, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, CHANNELS, 1))
             self.text_encoder = nn.Linear(WIDTH, CHANNELS)
             self.vae = nn.Sequential(nn.Conv2d(CHANNELS, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 3, 3, padding=1))
         self.coupling = coupling
@@ -71,13 +73,13 @@ class SmallPrior:
 
     def cast(self, dtype: torch.dtype) -> "SmallPrior":
         self.dtype = dtype
-        for network in (self.unet, self.text_encoder, self.vae):
+        for network in (self.denoiser, self.text_encoder, self.vae):
             network.requires_grad_(False).to(dtype)
         return self
 
     def to(self, device: torch.device) -> "SmallPrior":
         self.device = device
-        for network in (self.unet, self.text_encoder, self.vae):
+        for network in (self.denoiser, self.text_encoder, self.vae):
             network.to(device)
         return self
 
@@ -88,13 +90,20 @@ class SmallPrior:
         self.calls.append((len(z), t))
         self.seen.append(z.detach())
         shift = torch.tanh(self.text_encoder(context.mean(1)) + t.to(self.dtype) / 1000)
-        return self.coupling * self.unet(z) + shift[:, :, None, None]
+        return self.coupling * self.denoiser(z) + shift[:, :, None, None]
 
     def decode(self, z0: Tensor) -> Tensor:
         return torch.sigmoid(4 * self.vae(F.interpolate(z0, scale_factor=2)))
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return torch.stack([self._encode(prompt) for prompt in prompts])
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    def conditions(self, prompts: Sequence[str], side: int = 0, cfg: float = 1.0) -> tuple[Tensor, ...]:
+        return (torch.stack([self._encode(prompt) for prompt in prompts]),)
+
+    def unconditional(self, prompt: str = "", side: int = 0) -> tuple[Tensor, ...]:
+        return self.conditions([prompt])
 
     def _encode(self, prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(sum(i * ord(c) for i, c in enumerate(prompt, 1)))

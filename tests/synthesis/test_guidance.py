@@ -60,7 +60,7 @@ def test_gradient_is_that_of_the_summed_loss(prior, teacher, batch, stats, dista
 @pytest.mark.parametrize("stats", ["image", "group"])
 @pytest.mark.parametrize("batch", [3, 7])
 def test_gradient_through_the_denoiser(prior, teacher, batch, stats):
-    z, context = latents(), prior.encode_prompts(list("abcdefg"))
+    z, (context,) = latents(), prior.conditions(list("abcdefg"))
     t = torch.tensor(400.0)
 
     def to_latent(leaf, images):

@@ -1,0 +1,29 @@
+"""Families of diffusion models: what a denoiser takes beside latents and time, a file each.
+
+A family of your own is such a file, and its class in FAMILIES.
+"""
+
+from dfkd_engine.errors import EngineError
+from dfkd_engine.families.family import Family
+from dfkd_engine.families.stable_diffusion import StableDiffusion
+from dfkd_engine.prior_files import DENOISERS, PriorFolder
+
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+
+
+def family_of(folder: PriorFolder) -> type[Family]:
+    """The family of a prior's folder, by the class and the config of its denoiser. Raises EngineError."""
+    part = next((part for part in DENOISERS if part in folder.configs), None)
+    if part is None:
+        known = " or ".join(f"{name}/config.json" for name in DENOISERS)
+        raise EngineError(f"prior {folder.path}", f"{known} is missing", "point to a diffusers pipeline's folder")
+    for family in FAMILIES:
+        if family.part == part and folder.configs[part].get("_class_name") == family.denoiser and family.takes(folder):
+            return family
+    kinds = sorted({f"{family.part} {family.denoiser} ({family.name})" for family in FAMILIES})
+    named = folder.configs[part].get("_class_name")
+    raise EngineError(
+        f"prior {folder.path}: {part} is a {named}",
+        f"known are {', '.join(kinds)}",
+        "use a prior of one of these kinds",
+    )

@@ -1,0 +1,83 @@
+"""What a family of diffusion models has to say of itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_engine.errors import EngineError
+from dfkd_engine.prior_files import PriorFolder
+
+
+class Family:
+    """A denoiser's conditions, and how it is called with them. This base is a model without any.
+
+    name: for people. part, denoiser: the denoiser's folder and its class in diffusers. vaes: classes of its VAE, () for
+    a model of pixels.
+    requires: parts that it needs beside denoiser and scheduler.
+    prompt: the template that a prior takes where neither its folder nor the user gives one.
+    inputs: names of the condition tensors, in order.
+    cfg: how classifier-free guidance enters: "rows", by an unconditional row beside each; "input", as an input of a
+    network that was distilled with it; "none", not at all.
+    encoders: networks that make the conditions, by part.
+    facts: what the conditions follow from beside these networks' and tokenizers' files, in JSON's types.
+
+    config: the denoiser's.
+    """
+
+    name: ClassVar[str] = "unconditional"
+    part: ClassVar[str] = "unet"
+    denoiser: ClassVar[str] = "UNet2DModel"
+    vaes: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[str, ...]] = ()
+    prompt: ClassVar[str] = ""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.inputs: tuple[str, ...] = ()
+        self.cfg = "none"
+        self.encoders: Mapping[str, nn.Module] = {}
+        self.facts: Mapping[str, Any] = {}
+
+    @classmethod
+    def load(cls, folder: PriorFolder, dtype: torch.dtype, device: torch.device | str) -> Self:
+        """The family of a folder, its encoders loaded in `dtype`. Raises EngineError for configs that do not fit."""
+        return cls(folder.configs[cls.part])
+
+    @classmethod
+    def takes(cls, folder: PriorFolder) -> bool:
+        """Whether the folder is of this family, where several have the denoiser's class."""
+        return True
+
+    def gives(self, channels: int) -> tuple[int, ...]:
+        """Channels that the denoiser may give for latents of so many: twice as many where it learned its variance."""
+        return (channels,)
+
+    def conditions(self, prompts: Sequence[str], side: int, cfg: float) -> tuple[Tensor, ...]:
+        """The condition tensors [B, ...] of B prompts, in the order of `inputs`, on the networks' device.
+
+        side: of the image, in pixels. cfg: the scale, which enters where it is an input.
+        Each prompt is encoded by itself, so that its tensors do not depend on what it came with. Raises EngineError for
+        a prompt that the prior cannot take.
+        """
+        return ()
+
+    def unconditional(self, prompt: str, side: int) -> tuple[Tensor, ...]:
+        """`conditions` [1, ...] of the row that classifier-free guidance moves away from. prompt: the negative one."""
+        return self.conditions([prompt], side, 1.0)
+
+    def predict(self, denoiser: Any, z: Tensor, t: Tensor | float, *conditions: Tensor) -> Tensor:
+        """The denoiser's output for z [B, C, h, w], like it. Only tensor arithmetic: engines are traced from it."""
+        output: Tensor = denoiser(z, t).sample
+        return output
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the encoders."""
+        for network in self.encoders.values():
+            network.to(device)
+
+    @classmethod
+    def refuse(cls, folder: PriorFolder, fact: str, why: str, todo: str = "") -> EngineError:
+        """The error for a config that does not fit."""
+        return EngineError(f"prior {folder.path}: {fact}", why, todo or f"use a prior of the kind {cls.name}")
