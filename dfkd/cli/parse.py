@@ -202,7 +202,8 @@ def _parser(cls: type[Config], name: str) -> argparse.ArgumentParser:
 
 def _metavar(leaf: Leaf) -> str:
     kind, _ = split_optional(leaf.kind)
-    return {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", tuple[float, ...]: "FLOAT"}.get(kind, "NAME")
+    names = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", tuple[int, ...]: "INT", tuple[float, ...]: "FLOAT"}
+    return names.get(kind, "NAME")
 
 
 def _help(leaf: Leaf) -> str:
@@ -212,7 +213,7 @@ def _help(leaf: Leaf) -> str:
     facts = ["one of " + ", ".join(map(str, choices)) + own] if choices else []
     bounds = {(True, True): f"{low} to {high}", (True, False): f"at least {low}", (False, True): f"at most {high}"}
     facts += [" ".join(part for part in (bounds.get((low is not None, high is not None), ""), unit) if part)]
-    default = ",".join(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
+    default = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
     shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
     absent = "none" if leaf.facts["none"] is None else "not given"  # where the word `none` says something else
     facts += ["required" if default is MISSING else f"default {absent if shown in (None, '') else shown}"]

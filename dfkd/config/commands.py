@@ -3,9 +3,9 @@
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from dfkd.config.fields import Config, nested, option
+from dfkd.config.fields import Config, leaves, nested, option
 from dfkd.config.synthesis import GenerateConfig, TeacherConfig
-from dfkd.config.training import DistillConfig, LoggingConfig, TeacherTrainConfig
+from dfkd.config.training import AutoencoderConfig, DistillConfig, LoggingConfig, PriorTrainConfig, TeacherTrainConfig
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
 
@@ -40,6 +40,53 @@ class TrainTeacherCommand(Config):
     out: Path = option(MISSING, "folder to write", identity=False)
     input_size: int | None = option(None, "image side for the network; none is its own", low=8, unit="pixels")
     training: TeacherTrainConfig = nested(TeacherTrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPriorCommand(Config):
+    """Train a diffusion prior on images: a small one from nothing, or with --prior one that exists.
+
+    Writes OUT as a diffusers pipeline (give OUT to --prior of dfkd-generate) with dfkd.json, README.md (its model card)
+    and, while it learns, OUT/preview.png, log.jsonl and checkpoint.pt. Started again it goes on where it was stopped.
+    Several processes: torchrun --nproc-per-node N --no-python dfkd-train-prior ...; --batch-size is of all together.
+
+    --data is as of dfkd-train-teacher; its training images are learned, the loss on its validation images is logged,
+    its test images stay unseen. A prior that is to guide without real data of a teacher's has to come from other images
+    than the teacher's.
+    """
+
+    SECTION = "prior"
+
+    data: str = option(MISSING, "images to learn from: " + DATA_HELP)
+    out: Path = option(MISSING, "folder to write", identity=False)
+    prior: str | None = option(
+        None, "pipeline to go on from: demo, a folder, or a hub id; it keeps its networks, schedule and image size"
+    )
+    size: int | None = option(None, "side of the images; with --prior the prior's own", low=8, unit="pixels")
+    judge: Path | None = option(
+        None, "folder of a classifier that reads samples of the finished prior, for the model card", identity=False
+    )
+    training: PriorTrainConfig = nested(PriorTrainConfig)
+
+    def validate(self) -> None:
+        own, asked = self.training, self.training.changed()
+        if self.prior is not None:
+            if given := [*own.denoiser.changed(), *own.autoencoder.changed()]:
+                flag = "--" + given[0].replace("_", "-")
+                raise ValueError(f"{flag} with --prior {self.prior}: its networks are what they are; leave one out")
+            return
+        if self.size is None:
+            raise ValueError("--size is missing: a prior that is trained from nothing needs the side of its images")
+        condition, space = own.denoiser.condition, own.denoiser.space
+        idle = {
+            "with --prior": {"lora_rank", "train_text_encoder"},
+            "with --space latent": set(leaves(AutoencoderConfig)) if space == "pixel" else set(),
+            "with --condition text": {"prompts", "free_prompts"} if condition != "text" else set(),
+            "with a --condition": {"drop"} if condition == "none" else set(),
+        }
+        for where, names in idle.items():
+            if unused := sorted(names & asked.keys()):
+                raise ValueError(f"--{unused[0].replace('_', '-')} acts {where}: give that too, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

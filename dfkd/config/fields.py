@@ -255,7 +255,7 @@ def split_optional(kind: Any) -> tuple[Any, bool]:
 
 
 def convert(value: object, kind: Any) -> Any:
-    """`value` as `kind`: int, float, str, bool, Path, tuple[str, ...], tuple[float, ...], or one of these or None.
+    """`value` as `kind`: int, float, str, bool, Path, a tuple of str, int or float, or one of these or None.
 
     Text "none" is None where None is allowed: TOML and the command line have no other way to take back what a preset
     has set. Raises ValueError, which says what is wanted.
@@ -275,10 +275,10 @@ def check(value: Any, facts: Mapping[str, Any]) -> None:
         if choices is not None and _named(item, facts) not in choices and not (facts["extensible"] and ".py:" in item):
             own = ", or FILE.py:NAME" if facts["extensible"] else ""
             raise ValueError("it must be one of " + ", ".join(map(str, choices)) + own)
-    if low is not None and value < low:
-        raise ValueError(f"it must be at least {low}")
-    if high is not None and value > high:
-        raise ValueError(f"it must be at most {high}")
+        if low is not None and item < low:
+            raise ValueError(f"it must be at least {low}")
+        if high is not None and item > high:
+            raise ValueError(f"it must be at most {high}")
 
 
 def _named(item: Any, facts: Mapping[str, Any]) -> Any:
@@ -336,6 +336,13 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
+def _integers(value: object) -> tuple[int, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        raise ValueError("it must be whole numbers, separated by commas or in a list")
+    return tuple(_int(part) for part in parts)
+
+
 def _numbers(value: object) -> tuple[float, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple):
@@ -350,5 +357,6 @@ _CONVERTERS: dict[Any, Callable[[object], Any]] = {
     str: _str,
     Path: _path,
     tuple[str, ...]: _names,
+    tuple[int, ...]: _integers,
     tuple[float, ...]: _numbers,
 }

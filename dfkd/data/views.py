@@ -55,8 +55,8 @@ class Views:
 def draw(kind: str, batch: int, height: int, width: int, generator: Generator) -> Views:
     """Random views of ``batch`` images of height x width; rows are independent.
 
-    kind: none; crop-flip (zero padding of 4, random crop, horizontal flip); crop-altflip (the same here: Order.mirrored
-    knows what is mirrored in which epoch); shift (without the flip);
+    kind: none; flip (horizontal); crop-flip (zero padding of 4, random crop, flip); crop-altflip (the same here:
+    Order.mirrored knows what is mirrored in which epoch); shift (without the flip);
     affine (rotation of +-15 degrees, scale .85 to 1.15, shift of +-3 pixels, reflected at the border, no flip);
     affine-colour (affine, then contrast, brightness and channel gains); rrc-flip (a random part of 8 to 100 % of the
     area and of ratio 3/4 to 4/3, enlarged to the full size, and a flip).
@@ -64,6 +64,9 @@ def draw(kind: str, batch: int, height: int, width: int, generator: Generator) -
     """
     if kind == "none":
         return Views()
+    if kind == "flip":
+        middle = torch.tensor(padding(height, width)).expand(batch, 2)
+        return Views(window=torch.cat((middle, coin(batch, generator).long()[:, None]), dim=1))
     if kind in ("crop-flip", "crop-altflip", "shift"):
         pad = padding(height, width)
         top = torch.randint(0, 2 * pad[0] + 1, (batch,), generator=generator)

@@ -48,6 +48,7 @@ class Training:
     form: in which the network takes them. loss: of (the network as it is called, images, labels), a scalar.
     evaluate: of the state, on the first process: numbers for the log, {} for none; it may save and keep what it likes.
     mix: of a batch that is `rows` of a global batch of `total`: the images to train on.
+    example: what the loss calls the network with, of two images, where that is not two images of the form.
     """
 
     network: nn.Module
@@ -57,6 +58,7 @@ class Training:
     loss: Loss
     evaluate: Callable[[State], dict[str, float]]
     mix: Callable[[Batch, int, slice], Tensor] = unmixed
+    example: tuple[Tensor, ...] | None = None
 
 
 def fit(
@@ -78,7 +80,7 @@ def fit(
     thread).
     """
     order = order_of(config, len(training.positions), world)
-    unused = without_gradient(training.network, training.form, order.batch_size // world.size)
+    unused = without_gradient(training.network, training.form, order.batch_size // world.size, training.example)
     state = State(training.network, config, world.device)
     guard = _begin(training, state, order, out, identity, world, say)
     if state.step == order.steps:

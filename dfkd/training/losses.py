@@ -27,7 +27,7 @@ from dfkd.errors import UsageError
 from dfkd.extension import make
 from dfkd_kernels.soft_kl import divergence, soft_kl
 
-Network = Callable[[Tensor], Tensor]
+Network = Callable[..., Tensor]  # of images, or of what else a training gives its network
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dfkd.errors import UsageError
 from dfkd.training.muon import Muon, filters
 
 RISE = 0.3  # share of a onecycle run in which the rate rises
+FALL = 0.4  # share of a trapezoid run in which it falls
 
 
 def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
@@ -21,8 +22,8 @@ def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
 
     constant: the highest; multistep: the highest, times gamma from each milestone on; cosine: half a cosine from the
     highest to 0, which begins after the warm-up; onecycle: a straight rise from 1/25 over the first 30 %, then half a
-    cosine to 0 (Smith and Topin, arXiv:1708.07120). During the first `warmup` steps it is multiplied by
-    (step + 1) / (warmup + 1).
+    cosine to 0 (Smith and Topin, arXiv:1708.07120); trapezoid: the highest, and over the last 40 % straight down to 0
+    (Haegele et al., arXiv:2405.18392). During the first `warmup` steps it is multiplied by (step + 1) / (warmup + 1).
     """
     peak = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
     if config.schedule == "constant":
@@ -33,6 +34,8 @@ def learning_rate(step: int, total: int, config: OptimiserConfig) -> float:
         done = max(0, step - config.warmup) / max(1, total - config.warmup)
         return peak * (1 + math.cos(math.pi * done)) / 2
     done = step / total
+    if config.schedule == "trapezoid":
+        return peak * min(1.0, (1 - done) / FALL)
     if done < RISE:
         return peak * (0.04 + 0.96 * done / RISE)
     return peak * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE))) / 2
@@ -57,18 +60,27 @@ class State:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         # A captured step (--cuda-graph) reads its rate from the device.
         self._rate = torch.tensor(optimiser.lr, device=device) if config.compute.cuda_graph else None
+        rate = optimiser.lr if self._rate is None else self._rate
         self.optimizer: torch.optim.Optimizer
         if optimiser.optimiser == "muon":
             self.optimizer = Muon(groups, optimiser.lr, optimiser.momentum, nesterov)
+        elif optimiser.optimiser == "adamw":
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=rate,
+                betas=(optimiser.momentum, optimiser.beta2),
+                fused=fused or None,
+                capturable=config.compute.cuda_graph,
+            )
         else:
             self.optimizer = torch.optim.SGD(
                 groups,
-                lr=optimiser.lr if self._rate is None else self._rate,
+                lr=rate,
                 momentum=optimiser.momentum,
                 nesterov=nesterov,
                 fused=fused or None,  # on a GPU: it skips a step without asking the device
             )
-        if fused and optimiser.momentum:
+        if fused and optimiser.momentum and optimiser.optimiser == "sgd":
             # A first step that is skipped would leave behind what it allocated for the momentum.
             for p in self._parameters:
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -124,9 +136,9 @@ class State:
     def content(self) -> dict[str, Any]:
         """What `load` takes, on the network's device."""
         return {
-            "network": self.network.state_dict(),
-            "average": None if self.average is None else self.average.network.state_dict(),
-            "momentum": [self.optimizer.state[p].get("momentum_buffer") for p in self._parameters],
+            "network": learned(self.network),
+            "average": None if self.average is None else learned(self.average.network),
+            "optimiser": [dict(self.optimizer.state[p]) for p in self._parameters],
             "scaler": self.scaler.state_dict(),
             "skipped": int(self.skipped),
             "step": self.step,
@@ -136,16 +148,34 @@ class State:
 
     def load(self, content: Mapping[str, Any]) -> None:
         """Take up what `content` gave, perhaps on another device or computed otherwise."""
-        self.network.load_state_dict(content["network"])
+        load_learned(self.network, content["network"])
         if self.average is not None:
-            self.average.network.load_state_dict(content["average"])
+            load_learned(self.average.network, content["average"])
         # Not by the optimiser's own state_dict, which would bring back how it was computed too.
-        for p, momentum in zip(self._parameters, content["momentum"], strict=True):
-            if momentum is not None:
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
+        on_device = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
+        for p, kept in zip(self._parameters, content["optimiser"], strict=True):
+            for name, value in kept.items():
+                if value is None:  # of SGD without momentum
+                    continue
+                if value.ndim == 0:  # AdamW's count of steps, which lies beside the host's code unless that is a kernel
+                    self.optimizer.state[p][name] = value.clone().to(p.device if on_device else "cpu")
+                else:
+                    self.optimizer.state[p][name] = torch.empty_like(p).copy_(value)
         self.scaler.load_state_dict(content["scaler"])
         self.skipped.fill_(content["skipped"])
         self.step, self.seconds, self.kept = content["step"], content["seconds"], dict(content["kept"])
+
+
+def learned(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state without the parameters that are frozen, which its source still has."""
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in network.state_dict().items() if name not in frozen}
+
+
+def load_learned(network: nn.Module, content: Mapping[str, Tensor]) -> None:
+    """Take up what `learned` gave; frozen parameters stay."""
+    frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+    network.load_state_dict({**frozen, **content})
 
 
 def parameter_groups(network: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
@@ -178,7 +208,8 @@ class Average:
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network, self.decay = copy.deepcopy(network), decay
+        shared = {id(p): p for p in network.parameters() if not p.requires_grad}  # frozen: one copy is enough
+        self.network, self.decay = copy.deepcopy(network, shared), decay
 
     @torch.no_grad()
     def follow(self, network: nn.Module, taken: Tensor, updates: Tensor) -> None:
@@ -188,8 +219,8 @@ class Average:
         """
         decay = torch.clamp((1 + updates.double()) / (10 + updates.double()), max=self.decay)
         weight = torch.where(taken, 1 - decay, 0.0)
-        mine: list[Tensor] = list(self.network.parameters())
-        theirs: list[Tensor] = list(network.parameters())
+        mine: list[Tensor] = [p for p in self.network.parameters() if p.requires_grad]
+        theirs: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
         way = list(torch._foreach_sub(theirs, mine))  # a few launches, however many parameters
         torch._foreach_mul_(way, weight.to(mine[0].dtype))
         torch._foreach_add_(mine, way)

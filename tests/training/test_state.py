@@ -1,5 +1,6 @@
 """One step of SGD: clipping, the scale of fp16 and what a skipped step leaves alone, the average; the learning rate."""
 
+import copy
 import math
 from typing import Any
 
@@ -84,7 +85,11 @@ def test_the_average_is_its_definition_and_takes_no_skipped_step() -> None:
     assert torch.equal(averaged(skipping), averaged(plain)) and skipping.measured()["skipped"] == 4
 
 
-@pytest.mark.parametrize("changes", [{}, {"amp": "fp16", "ema": 0.9}, {"momentum": 0.0}, {"decay": "weights"}])
+SAVED: list[dict[str, Any]] = [{}, {"amp": "fp16", "ema": 0.9}, {"momentum": 0.0}, {"decay": "weights"}]
+SAVED += [{"optimiser": "adamw"}, {"optimiser": "adamw", "amp": "fp16", "ema": 0.9}]
+
+
+@pytest.mark.parametrize("changes", SAVED)
 def test_a_state_that_was_saved_goes_on_alike(changes: dict[str, Any]) -> None:
     own = state(**changes)
     for factor in (1.0, OVERFLOWS if "amp" in changes else 1.0):
@@ -97,6 +102,28 @@ def test_a_state_that_was_saved_goes_on_alike(changes: dict[str, Any]) -> None:
         step(each)
     assert torch.equal(weights(own), weights(other)) and own.measured() == other.measured()
     assert torch.equal(averaged(own), averaged(other))
+
+
+def test_adamw_takes_its_settings() -> None:
+    """The first step of Adam is the rate in the direction of each gradient's sign, decayed apart from it."""
+    own = state(optimiser="adamw", weight_decay=0.5, decay="all", momentum=0.8, beta2=0.9)
+    before = weights(own)
+    step(own)
+    moved = weights(own) - before * (1 - 0.1 * 0.5)
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.1), rtol=1e-4, atol=0)
+    assert own.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_what_is_frozen_is_neither_saved_nor_copied() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 3))
+    own = State(network, TrainConfig.of(steps=12, ema=0.5), CPU)
+    assert own.content()["network"].keys() == own.content()["average"].keys() == {"1.weight", "1.bias"}
+    assert own.result[0].weight is network[0].weight and own.result[1].weight is not network[1].weight  # type: ignore[index]
+    step(own)
+    other = State(copy.deepcopy(network), TrainConfig.of(steps=12, ema=0.5), CPU)
+    other.load(own.content())
+    assert torch.equal(weights(own), weights(other)) and torch.equal(averaged(own), averaged(other))
 
 
 def test_weight_decay_spares_biases_and_norms_where_asked() -> None:
@@ -125,6 +152,12 @@ def test_a_factor_of_ones_own_and_a_rate_that_stays() -> None:
     for epoch, rate in ((119, 0.1), (120, 0.02), (150, 0.004), (199, 8e-4)):
         assert found[epoch] == pytest.approx(rate)
     assert set(rates(120, lr=0.01, schedule="constant")) == {0.01}
+
+
+def test_a_trapezoid_is_flat_and_falls_straight() -> None:
+    found = rates(100, lr=0.1, schedule="trapezoid", warmup=4)
+    assert found[:4] == pytest.approx([0.02, 0.04, 0.06, 0.08]) and set(found[4:60]) == {0.1}
+    assert found[80] == pytest.approx(0.05) and found[99] == pytest.approx(0.0025)
 
 
 def test_cosine_and_onecycle_end_at_nearly_nothing() -> None:
