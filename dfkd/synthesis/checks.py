@@ -64,6 +64,9 @@ def cfg_of(sampling: SamplingConfig, prior: Prior) -> float:
     Raises UsageError for a scale that would not act.
     """
     own = prior.family.cfg
+    if sampling.negative_prompt and not (own == "rows" and prior.family.texts):
+        why = f"the prior, {prior.family.name}, has no unconditional rows with a text"
+        raise UsageError(f"--negative-prompt {sampling.negative_prompt!r} cannot act", why, "leave it out")
     if sampling.cfg is None:
         return 1.0 if own == "none" else 3.0
     if own == "none" and sampling.cfg > 1:

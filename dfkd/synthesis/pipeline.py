@@ -98,7 +98,7 @@ class GuidedPipeline:
         self.class_names = teacher.class_names
         self.classes = chosen_classes(self.class_names, sampling.only)
         self.prompt = prior.prompt if sampling.prompt is None else sampling.prompt
-        prompt_of(self.prompt, self.class_names[0])
+        prior.family.check([prompt_of(self.prompt, self.class_names[i]) for i in self.classes])
         if text := unknown_labels(self.prompt, [self.class_names[i] for i in self.classes], prior.labels):
             warnings.warn(text, stacklevel=2)
         self.latent_size = latent_size(sampling.size, prior)

@@ -4,6 +4,8 @@ What a folder holds is in prior_files.py, what its family of models takes and do
 """
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +38,8 @@ class Prior:
     vae_scale_factor: image side over latent side.
     scaling_factor, shift_factor: s, m; the denoiser works on s (encoded - m), the decoder on latents / s + m.
     source: as the caller wrote it.
-    digests: SHA-256 by component: of each network weights and config, tokenizers, scheduler.
+    digests: SHA-256 by component: of each network weights and config, tokenizers, scheduler; "conditions", of what else
+        they follow from, such as the names of classes.
     prompt: template of a prompt that suits it. labels: the only words for {label} that it was trained on, () for any.
     """
 
@@ -73,6 +76,8 @@ class Prior:
         of = _complete(folder)
         digests = folder.digests()
         family = of.load(folder, kind, device)
+        if family.facts:
+            digests["conditions"] = hashlib.sha256(json.dumps(family.facts, sort_keys=True).encode()).hexdigest()
         _check(folder, family)
         denoiser = folder.load(getattr(diffusers, of.denoiser), of.part, torch_dtype=kind)
         vae = folder.load(getattr(diffusers, _vae_class(folder)), "vae", torch_dtype=kind) if of.vaes else None
@@ -207,7 +212,8 @@ def _check(folder: PriorFolder, family: Family) -> None:
     if family.vaes:
         if (named := _vae_class(folder)) not in family.vaes:
             raise family.refuse(folder, f"vae is a {named}", f"want one of {', '.join(family.vaes)}")
-        taken, given = own.get("in_channels", 4), own.get("out_channels", 4)
+        taken = own.get("in_channels", 4)
+        given = own.get("out_channels") or taken
         latent = vae.get("latent_channels", 4)
         if taken != latent or given not in family.gives(taken):
             fact = f"{family.part} takes {taken} and gives {given} channels"

@@ -175,7 +175,7 @@ def test_missing_part(spoilt, part):
         ("unet", {"_class_name": "UNet3DConditionModel"}, "unet is a UNet3DConditionModel: known are .*UNet2DCond"),
         ("unet", {"cross_attention_dim": 64}, "cross_attention_dim is 64: its text encoder makes embeddings of width"),
         ("unet", {"in_channels": 9}, "unet takes 9 and gives 4 channels: the VAE's latents have 4"),
-        ("unet", {"addition_embed_type": "text_time"}, "unet has addition_embed_type = text_time"),
+        ("unet", {"addition_embed_type": "text"}, "unet has addition_embed_type = text"),
         ("unet", {"sample_size": None}, "no sample_size"),
         ("vae", {"_class_name": "VQModel"}, "vae is a VQModel: want one of AutoencoderKL, AutoencoderTiny"),
         ("text_encoder", {"architectures": ["T5EncoderModel"]}, "text_encoder is a T5EncoderModel: want a CLIPText"),

@@ -57,7 +57,9 @@ class SmallPrior:
     latent_channels, latent_size, vae_scale_factor, scaling_factor = CHANNELS, (SIDE, SIDE), 2, 1.0
     scheduler_config, source, device = SCHEDULER, "small", torch.device("cpu")
     prompt, labels, pixels = "a drawing of {label}", (), False
-    family = SimpleNamespace(name="small", part="unet", inputs=("context",), cfg="rows")
+    family = SimpleNamespace(
+        name="small", part="unet", inputs=("context",), cfg="rows", texts=True, check=lambda prompts: None
+    )
 
     def __init__(self, seed: int = 1, dtype: torch.dtype = torch.float32, coupling: float = 1.0) -> None:
         with torch.random.fork_rng(devices=[]):

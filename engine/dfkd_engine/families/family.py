@@ -16,6 +16,7 @@ class Family:
     name: for people. part, denoiser: the denoiser's folder and its class in diffusers. vaes: classes of its VAE, () for
     a model of pixels.
     requires: parts that it needs beside denoiser and scheduler.
+    texts: whether prompts are any text, rather than names of classes.
     prompt: the template that a prior takes where neither its folder nor the user gives one.
     inputs: names of the condition tensors, in order.
     cfg: how classifier-free guidance enters: "rows", by an unconditional row beside each; "input", as an input of a
@@ -31,6 +32,7 @@ class Family:
     denoiser: ClassVar[str] = "UNet2DModel"
     vaes: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
+    texts: ClassVar[bool] = False
     prompt: ClassVar[str] = ""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -53,6 +55,9 @@ class Family:
     def gives(self, channels: int) -> tuple[int, ...]:
         """Channels that the denoiser may give for latents of so many: twice as many where it learned its variance."""
         return (channels,)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise EngineError for a prompt that the prior cannot take, before any is encoded."""
 
     def conditions(self, prompts: Sequence[str], side: int, cfg: float) -> tuple[Tensor, ...]:
         """The condition tensors [B, ...] of B prompts, in the order of `inputs`, on the networks' device.
@@ -81,3 +86,17 @@ class Family:
     def refuse(cls, folder: PriorFolder, fact: str, why: str, todo: str = "") -> EngineError:
         """The error for a config that does not fit."""
         return EngineError(f"prior {folder.path}: {fact}", why, todo or f"use a prior of the kind {cls.name}")
+
+    def refuse_negative(self, prompt: str) -> EngineError:
+        """The error for a negative prompt where conditions are no text."""
+        return EngineError(f"the negative prompt {prompt!r}", f"the prior, {self.name}, takes no text", "leave it out")
+
+
+def times(t: Tensor | float, z: Tensor) -> Tensor:
+    """The timestep [B] of the rows of z [B, ...], from one number or [B]."""
+    return torch.as_tensor(t, device=z.device).expand(len(z))
+
+
+def prediction(output: Tensor, z: Tensor) -> Tensor:
+    """The part of a denoiser's output that is like z; a learned variance (arXiv 2102.09672) comes behind it."""
+    return output[:, : z.shape[1]]

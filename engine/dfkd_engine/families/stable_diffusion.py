@@ -24,6 +24,7 @@ class StableDiffusion(Family):
     name = "Stable Diffusion"
     part, denoiser, vaes = "unet", "UNet2DConditionModel", ("AutoencoderKL", "AutoencoderTiny")
     requires = ("vae", "text_encoder", "tokenizer")
+    texts = True
     prompt = "a photo of a {label}"  # the template of CLIP's authors, which suits any photo prior
 
     def __init__(self, config: Mapping[str, Any], text: TextEncoder) -> None:
