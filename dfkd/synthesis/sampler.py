@@ -10,6 +10,7 @@ loops waits for the device: coefficients, times and boxes are there before they 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -41,6 +42,29 @@ class Guide(Protocol):
     def __call__(self, point: Tensor, i: int, to_latent: ToLatent | None = None) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Clip:
+    """clip_sample of a prior on pixels: z0hat clamped to -limit..limit.
+
+    holds_z: whether the sampler holds z while its estimate moves, so that eps follows (DDPM, LCM), or holds eps (DDIM).
+        What guidance adds holds eps in either case.
+    """
+
+    limit: float
+    holds_z: bool
+
+    def output(self, z: Tensor, model: Tensor, row: Tensor) -> Tensor:
+        """The network's output [K, B, ...] or, where z is held, the one [1, B, ...] that means the clamped estimate."""
+        if not self.holds_z:
+            return model
+        bounded = clean_estimate(z, model, row).clamp(-self.limit, self.limit)
+        return ((bounded - row[0] * z) / row[1])[None]
+
+    def push(self, clean: Tensor, push: Tensor) -> Tensor:
+        """What is added to the clean estimate, cut so that the sum is in the range."""
+        return (clean + push).clamp(-self.limit, self.limit) - clean
+
+
 @torch.no_grad()
 def sample(
     z: Tensor,
@@ -53,19 +77,23 @@ def sample(
     mix: Callable[[int], Mix | None] = lambda i: None,
     after: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda i, z, z0: (z, z0),
     step: Step = guided_step_ref,
+    clip: Clip | None = None,
 ) -> Tensor:
     """Latents z [B, C, h, w] of pure noise -> clean latents, guided in the clean estimate (`latent` above).
 
     rows: [S, 8] on the device of z, the coefficients of dfkd_kernels.guided_step for every step, noise first.
     Functions of the step's number i: repeats, guidance steps at it, 0 for none; noise, what a stochastic sampler adds;
     mix, partners and boxes of a Latent CutMix behind it; after, which may replace z and z0hat behind it.
+    clip: the bounds of the clean estimate, for a prior on pixels.
     """
     before = None
     for i, row in enumerate(rows):
-        model = denoise(z, i)
-        clean, push = clean_estimate(z, model, row), torch.zeros_like(z)
+        model = denoise(z, i) if clip is None else clip.output(z, denoise(z, i), row)
+        clean = clean_estimate(z, model, row)
+        push = torch.zeros_like(z) if clip is None else clip.push(clean, torch.zeros_like(z))
         for _ in range(repeats(i)):
             push = push - guide(clean + push, i)
+            push = push if clip is None else clip.push(clean, push)
         z, before = step(z, model, row, push=push, before=before, noise=noise(i), mix=mix(i))
         z, before = after(i, z, before)
     return z
@@ -83,6 +111,7 @@ def sample_through_unet(
     mix: Callable[[int], Mix | None] = lambda i: None,
     after: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda i, z, z0: (z, z0),
     step: Step = guided_step_ref,
+    clip: Clip | None = None,
 ) -> Tensor:
     """`sample` with the gradient through the UNet (`unet` above, the published method); arguments are the same."""
     before = None
@@ -93,7 +122,9 @@ def sample_through_unet(
 
         for _ in range(repeats(i)):
             z = z - guide(z, i, to_latent)
-        z, before = step(z, denoise(z, i), row, before=before, noise=noise(i), mix=mix(i))
+        model = denoise(z, i) if clip is None else clip.output(z, denoise(z, i), row)
+        push = None if clip is None else clip.push(clean_estimate(z, model, row), torch.zeros_like(z))
+        z, before = step(z, model, row, push=push, before=before, noise=noise(i), mix=mix(i))
         z, before = after(i, z, before)
     return z
 

@@ -6,23 +6,30 @@ clean estimate, so a step is one row:
     z0hat = z0_z z + z0_model m
     z'    = step_z z + step_model m + step_prev z0hat_before + step_noise n
 
-with z = alpha z0 + sigma eps (alpha = sqrt(abar), sigma = sqrt(1 - abar): variance preserving, for Euler as well), and
-m what the network predicts:
+with z = alpha z0 + sigma eps, variance preserving (alpha = sqrt(abar), sigma = sqrt(1 - abar), for Euler as well) or
+rectified flow (alpha = 1 - sigma), and m what the network predicts:
 
     epsilon       z0hat = (z - sigma m) / alpha
     v_prediction  z0hat = alpha z - sigma m               arXiv:2202.00512, appendix D
     sample        z0hat = m
+    flow          z0hat = z - sigma m                     arXiv:2209.03003; m = eps - z0
 
 From level (alpha, sigma) to (a', s'), with lambda = log(alpha / sigma) and h = lambda' - lambda:
 
     ddim, euler   z' = a' z0hat + s' eps                  arXiv:2010.02502 eq. 12 at eta = 0; arXiv:2206.00364 alg. 1 is
-                                                          the same update in x = z / alpha
-    ddpm          z' = posterior mean + std n             arXiv:2006.11239 eq. 7
+                                                          the same update in x = z / alpha; on rectified flow as well
+    ddpm,         z' = posterior mean + std n             arXiv:2006.11239 eq. 7; k-diffusion's Euler ancestral is the
+    euler-ancestral                                       same in x = z / alpha, between the levels of euler
     dpmpp2m       z' = s'/sigma z - a' (e^-h - 1) D       arXiv:2211.01095 alg. 2; r = h_before / h,
                   D = (1 + 1/2r) z0hat - 1/2r z0hat_before            first order in the first and the last step
+    lcm           z' = a' (c_out z0hat + c_skip z) + s' n arXiv:2310.04378 alg. 3; no noise in the last step
 
 Timesteps and noise levels are those that the diffusers class of the sampler makes of the config, as its `from_config`
-would: keys that the config leaves out take that class's defaults.
+would: keys that the config leaves out take that class's defaults. A schedule whose first level has no signal (zero
+terminal SNR, arXiv:2305.08891) runs with every sampler where the network predicts v or the sample; euler,
+euler-ancestral and dpmpp2m put alpha = 2^-12 in the place of 0, as diffusers does.
+
+clip_sample, of a prior on pixels, is the one step that is no row: z0hat is clamped first (`Clip`).
 
 A linear sampler of your own is a file, used as --sampler my.py:ancestral(eta=0.5):
 
@@ -31,8 +38,8 @@ A linear sampler of your own is a file, used as --sampler my.py:ancestral(eta=0.
         return Sampler("DDIMScheduler", update)
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,32 +47,30 @@ from torch import Tensor
 
 from dfkd.errors import UsageError
 from dfkd.extension import resolve
+from dfkd.synthesis.sampler import Clip
+from dfkd.synthesis.scheduler_config import (
+    ANCESTRAL,
+    DDIM,
+    DDPM,
+    DPM,
+    EULER,
+    FLOW,
+    LCM,
+    check_config,
+    clip_range,
+    is_flow,
+    prediction_of,
+)
 from dfkd_kernels.guided_step import COEFFICIENTS
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-_EULER, _DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
-# Options that change the noise levels, their neutral value, and the diffusers classes that read them.
-_LEVEL_OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "use_karras_sigmas": (False, (_EULER, _DPM)),
-    "use_exponential_sigmas": (False, (_EULER, _DPM)),
-    "use_beta_sigmas": (False, (_EULER, _DPM)),
-    "use_lu_lambdas": (False, (_DPM,)),
-    "interpolation_type": ("linear", (_EULER,)),
-    "timestep_type": ("discrete", (_EULER,)),
-    "sigma_min": (None, (_EULER,)),
-    "sigma_max": (None, (_EULER,)),
-    "use_flow_sigmas": (False, ()),
-}
 
 
 @dataclass(frozen=True)
 class Levels:
     """Where S steps lie, float64 [S] each in sampling order, noise first.
 
-    timesteps: what the network gets as its time (whole numbers except for some Euler spacings). alpha, sigma: before
-    the step; next_alpha, next_sigma: the level that it leads to, where sigma may be 0. init_scale: the first z is that
-    times N(0, 1).
+    timesteps: what the network gets as its time (whole numbers except for some Euler spacings and for rectified flow).
+    alpha, sigma: before the step; next_alpha, next_sigma: the level that it leads to, where sigma may be 0.
+    init_scale: the first z is that times N(0, 1).
     """
 
     timesteps: Tensor
@@ -95,11 +100,15 @@ class Sampler:
 
     scheduler: name of the diffusers class whose timesteps and noise levels it takes. update: (levels, the scheduler's
     config) -> the factors of every step. forced: entries of the config that the sampler's name already says.
+    flow: the update on rectified flow, with the levels of FlowMatchEulerDiscreteScheduler; None: it has none.
+    clip: what its diffusers class holds while clip_sample moves z0hat, "z" or "eps"; None: it does not clip.
     """
 
     scheduler: str
     update: Callable[[Levels, Mapping[str, Any]], Update]
     forced: Mapping[str, Any] = field(default_factory=dict)
+    flow: Callable[[Levels, Mapping[str, Any]], Update] | None = None
+    clip: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class StepTable:
     step_z, step_model, step_prev, step_noise: z' = step_z z + step_model m + step_prev z0hat_before + step_noise n.
     step_z0: dz'/dz0hat with eps held. Guidance moves z0hat by d at the same eps, hence z by alpha d, and so
         z' by step_z0 d.
+    clip: the clamp of z0hat before that, of a prior on pixels; None: there is none.
     """
 
     timesteps: Tensor
@@ -124,6 +134,7 @@ class StepTable:
     step_noise: Tensor
     step_z0: Tensor
     init_scale: float
+    clip: Clip | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -134,26 +145,38 @@ class StepTable:
         return torch.stack([*columns, torch.full_like(self.alpha, cfg)], 1).to(like.device, like.dtype)
 
 
-def build_table(scheduler_config: Mapping[str, Any], sampler: str, steps: int) -> StepTable:
+def build_table(
+    scheduler_config: Mapping[str, Any], sampler: str, steps: int, *, pixels: bool = False, tokens: int | None = None
+) -> StepTable:
     """The coefficients of `sampler` in `steps` steps for a prior with this scheduler config.
 
     scheduler_config: content of a diffusers scheduler_config.json, of whichever class. sampler: as `find_sampler`.
+    pixels: z are images in -1..1, which clip_sample may bound. tokens: patches of the denoiser in an image, which
+        use_dynamic_shifting needs.
     For ddim the level after a step is that of timestep t - T // steps, as in diffusers: the next timestep of the table
     for `leading` spacing, and one beside it for the other spacings where they do not divide T evenly.
 
-    Raises UsageError: unknown sampler; steps the spacing cannot make; a config of another family (flow matching), with
-    clipping or thresholding of z0hat, a learned variance, or a first level without signal (zero terminal SNR) where the
-    network predicts epsilon.
+    Raises UsageError: unknown sampler; steps the spacing cannot make; a malformed entry; a config of another family,
+    one that the sampler does not honour, or a first level without signal (zero terminal SNR) where the network predicts
+    epsilon.
     """
     own = find_sampler(sampler)
-    _refuse_unsupported(scheduler_config, own, sampler)
-    scheduler = _scheduler(scheduler_config, own, sampler, steps)
-    prediction = str(scheduler.config["prediction_type"])
-    levels = (_sigma_levels if hasattr(scheduler, "sigmas") else _abar_levels)(scheduler, steps)
+    flow = is_flow(scheduler_config)
+    if flow and own.flow is None:
+        able = " or ".join(name for name, known in SAMPLERS.items() if known.flow)
+        raise UsageError(f"sampler {sampler} on rectified flow", "it has no such step", f"use {able}")
+    reader = FLOW if flow else own.scheduler
+    check_config(scheduler_config, sampler, reader, _samplers_of)
+    _check_variance(scheduler_config, sampler)
+    clipping = [name for name, known in SAMPLERS.items() if known.clip]
+    bound = clip_range(scheduler_config, pixels, own.clip is not None, sampler, clipping)
+    scheduler = _scheduler(scheduler_config, reader, own, sampler, steps, tokens)
+    levels = _levels(scheduler, steps)
+    prediction = prediction_of(scheduler_config)
     _check(levels, prediction, sampler, steps)
-    update = own.update(levels, scheduler.config)
+    update = (own.flow if flow and own.flow else own.update)(levels, scheduler.config)
     z0_z, z0_model = _clean_estimate(levels, prediction)
-    return StepTable(
+    table = StepTable(
         timesteps=levels.timesteps,
         alpha=levels.alpha,
         sigma=levels.sigma,
@@ -165,7 +188,13 @@ def build_table(scheduler_config: Mapping[str, Any], sampler: str, steps: int) -
         step_noise=update.noise,
         step_z0=update.z * levels.alpha + update.z0,
         init_scale=levels.init_scale,
+        clip=None if bound is None else Clip(bound, holds_z=own.clip == "z"),
     )
+    if not table.coefficients(torch.zeros(1, dtype=torch.float64)).isfinite().all():
+        raise UsageError(
+            f"{steps} steps of {sampler}", "a coefficient of the steps is not finite", "correct scheduler_config.json"
+        )
+    return table
 
 
 def find_sampler(name: str) -> Sampler:
@@ -180,71 +209,77 @@ def find_sampler(name: str) -> Sampler:
     return made
 
 
-def _family() -> set[str]:
-    """Classes whose configs describe one and the same kind of schedule; EDM's network is scaled in another way."""
-    # diffusers takes seconds to load: it is imported where it is used, so that a command's --help need not wait for it.
-    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-
-    return {member.name for member in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
+def _samplers_of(schedulers: Sequence[str]) -> list[str]:
+    """Names of the samplers that take the levels of these diffusers classes."""
+    return [name for name, known in SAMPLERS.items() if known.scheduler in schedulers]
 
 
-def _refuse_unsupported(config: Mapping[str, Any], own: Sampler, sampler: str) -> None:
-    """Raise UsageError for a config that a linear step would not honour."""
-    name = config.get("_class_name", "")
-    if name and name not in _family():
-        raise UsageError(
-            f"scheduler class {name}",
-            "not a discrete variance-preserving schedule (flow matching and consistency models are other families)",
-            "use a prior of the Stable Diffusion 1 or 2 kind",
-        )
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTION_TYPES:
-        raise UsageError(f"prediction_type '{prediction}'", f"want one of {', '.join(PREDICTION_TYPES)}")
-    # DDPM and DDIM clip unless told otherwise; the other classes have no such option.
-    clips = config.get("clip_sample", name in ("DDPMScheduler", "DDIMScheduler"))
-    for option, value in (("clip_sample", clips), ("thresholding", config.get("thresholding", False))):
-        if value:
-            raise UsageError(
-                f"scheduler config: {option} is on",
-                "it bounds pixel values, while this sampler works on latents, which have no such bounds",
-                f'set "{option}": false in scheduler_config.json if the prior is a latent one',
-            )
+def _check_variance(config: Mapping[str, Any], sampler: str) -> None:
+    """Raise UsageError for a variance that ddpm needs and no factor can hold; the other samplers have no use of it.
+
+    diffusers' fixed_small_log is fixed_small; its fixed_large_log takes the root of a logarithm.
+    """
     variance = config.get("variance_type") or "fixed_small"
-    if variance.startswith("learned") or (sampler == "ddpm" and variance not in ("fixed_small", "fixed_large")):
-        raise UsageError(f"scheduler config: variance_type '{variance}'", "want fixed_small or fixed_large")
-    for option, (neutral, readers) in _LEVEL_OPTIONS.items():
-        if config.get(option) not in (neutral, None) and own.scheduler not in readers:
-            able = [name for name, known in SAMPLERS.items() if known.scheduler in readers]
-            raise UsageError(
-                f"scheduler config: {option} = {config[option]}",
-                f"sampler {sampler} has no such option",
-                f"use {' or '.join(able)}" if able else "use another prior",
-            )
+    if sampler == "ddpm" and variance not in ("fixed_small", "fixed_small_log", "fixed_large"):
+        instead = " or ".join(name for name in SAMPLERS if name != "ddpm")
+        raise UsageError(
+            f"scheduler config: variance_type '{variance}' with ddpm",
+            "it is no factor of the step: want fixed_small or fixed_large",
+            f"use {instead}",
+        )
 
 
-def _scheduler(config: Mapping[str, Any], own: Sampler, sampler: str, steps: int) -> Any:
-    """The sampler's diffusers scheduler, set to this many steps."""
-    import diffusers  # here for the reason given in _family
+def _scheduler(
+    config: Mapping[str, Any], reader: str, own: Sampler, sampler: str, steps: int, tokens: int | None
+) -> Any:
+    """The scheduler `reader` of diffusers, set to this many steps."""
+    import diffusers  # here for the reason given in scheduler_config
 
     T = config.get("num_train_timesteps", 1000)
     if not 1 <= steps <= T:
         raise UsageError(f"steps {steps}", f"want 1 to {T}, the prior's number of training timesteps")
+    shift = {}
+    if reader == FLOW and config.get("use_dynamic_shifting"):
+        shift = {"mu": _dynamic_shift(config, tokens)}
     try:
-        scheduler = getattr(diffusers, own.scheduler).from_config({**config, **own.forced})
-        scheduler.set_timesteps(steps)
-    except (AttributeError, ValueError, NotImplementedError, ZeroDivisionError) as error:
-        raise UsageError(f"scheduler config with sampler {sampler} and {steps} steps", str(error)) from error
+        scheduler = getattr(diffusers, reader).from_config({**config, **own.forced})
+        scheduler.set_timesteps(steps, **shift)
+    except Exception as error:  # whatever a foreign class finds wrong with entries that fit one by one
+        why = " ".join(str(error).split()) or type(error).__name__
+        todo = "take other steps, or correct scheduler_config.json"
+        raise UsageError(f"scheduler config with sampler {sampler} and {steps} steps", why, todo) from error
     return scheduler
 
 
+def _dynamic_shift(config: Mapping[str, Any], tokens: int | None) -> float:
+    """mu of use_dynamic_shifting, linear in the number of an image's patches, as diffusers' pipelines compute it."""
+    if tokens is None:
+        raise UsageError(
+            "scheduler config: use_dynamic_shifting is on",
+            "its shift follows from the number of patches of an image, and this denoiser has none",
+            'set "use_dynamic_shifting": false and a "shift" in scheduler_config.json',
+        )
+    short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (tokens - short) * (high - low) / (long - short))
+
+
+def _levels(scheduler: Any, steps: int) -> Levels:
+    if is_flow({"_class_name": type(scheduler).__name__}):
+        sigma = scheduler.sigmas.double()
+        now, then = sigma[:steps], sigma[1 : steps + 1]
+        return Levels(scheduler.timesteps.double(), 1 - now, now, 1 - then, then, init_scale=1.0)
+    return (_sigma_levels if hasattr(scheduler, "sigmas") else _abar_levels)(scheduler, steps)
+
+
 def _abar_levels(scheduler: Any, steps: int) -> Levels:
-    """Levels at whole timesteps, for the classes of ddpm and ddim."""
+    """Levels at whole timesteps, for the classes of ddpm, ddim and lcm."""
     abar = scheduler.alphas_cumprod.double()
     # diffusers' trailing spacing makes one timestep too many, -1, where T / steps is not exact in floating point.
     timesteps = scheduler.timesteps[:steps]
     if timesteps.max() >= len(abar) or timesteps.min() < 0:
         raise _offset_error(scheduler.config, steps)
-    if hasattr(scheduler, "final_alpha_cumprod"):  # ddim's
+    if type(scheduler).__name__ == DDIM:
         following, final = timesteps - len(abar) // steps, scheduler.final_alpha_cumprod.double()
     else:
         following, final = torch.cat([timesteps[1:], torch.tensor([-1])]), abar.new_tensor(1.0)
@@ -253,7 +288,7 @@ def _abar_levels(scheduler: Any, steps: int) -> Levels:
 
 
 def _sigma_levels(scheduler: Any, steps: int) -> Levels:
-    """Levels by noise-to-signal ratio rho = sigma / alpha, for the classes of euler and dpmpp2m."""
+    """Levels by noise-to-signal ratio rho = sigma / alpha, for the classes of euler, euler-ancestral and dpmpp2m."""
     if scheduler.timesteps[:steps].max() >= scheduler.config["num_train_timesteps"]:
         raise _offset_error(scheduler.config, steps)
     rho = scheduler.sigmas.double()
@@ -295,6 +330,8 @@ def _clean_estimate(levels: Levels, prediction: str) -> tuple[Tensor, Tensor]:
         return 1 / alpha, -sigma / alpha
     if prediction == "v_prediction":
         return alpha, -sigma
+    if prediction == "flow":
+        return torch.ones_like(alpha), -sigma
     return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
@@ -305,18 +342,39 @@ def first_order(levels: Levels, config: Mapping[str, Any]) -> Update:
     return Update(z=ratio, z0=levels.next_alpha - ratio * levels.alpha, prev=zero, noise=zero)
 
 
-def ancestral(levels: Levels, config: Mapping[str, Any]) -> Update:
-    """The DDPM posterior q(z' | z, z0hat), between any two levels."""
+def straight(levels: Levels, config: Mapping[str, Any]) -> Update:
+    """Euler's step on rectified flow; with stochastic_sampling all noise is drawn anew, z' = a' z0hat + s' n."""
+    if not config["stochastic_sampling"]:
+        return first_order(levels, config)
+    zero = torch.zeros_like(levels.alpha)
+    return Update(z=zero, z0=levels.next_alpha, prev=zero, noise=levels.next_sigma)
+
+
+def posterior(levels: Levels, config: Mapping[str, Any]) -> Update:
+    """The mean and the variance of the DDPM posterior q(z' | z, z0hat), between any two levels."""
     alpha_step = levels.alpha / levels.next_alpha  # sqrt of the product of (1 - beta) between the levels
     beta = 1 - alpha_step**2
+    share = levels.next_sigma**2 / levels.sigma**2
+    zero = torch.zeros_like(beta)
+    z0 = levels.next_alpha * beta / levels.sigma**2
+    return Update(z=alpha_step * share, z0=z0, prev=zero, noise=(beta * share).clamp_min(0).sqrt())
+
+
+def ancestral(levels: Levels, config: Mapping[str, Any]) -> Update:
+    """DDPM: the posterior, or its mean with the variance beta (fixed_large), and no noise out of timestep 0."""
+    exact = posterior(levels, config)
     large = config["variance_type"] == "fixed_large"
-    variance = beta if large else beta * levels.next_sigma**2 / levels.sigma**2
-    return Update(
-        z=alpha_step * levels.next_sigma**2 / levels.sigma**2,
-        z0=levels.next_alpha * beta / levels.sigma**2,
-        prev=torch.zeros_like(beta),
-        noise=torch.where(levels.timesteps > 0, variance.sqrt(), 0.0),  # no noise on the step out of timestep 0
-    )
+    noise = (1 - (levels.alpha / levels.next_alpha) ** 2).sqrt() if large else exact.noise
+    return replace(exact, noise=torch.where(levels.timesteps > 0, noise, 0.0))
+
+
+def consistency(levels: Levels, config: Mapping[str, Any]) -> Update:
+    """LCM: the estimate with its boundary scalings, noised to the next level; that of the last step is zero noise."""
+    data = 0.5  # sigma_data of the consistency models, which diffusers' class holds fixed
+    time = levels.timesteps * config["timestep_scaling"]
+    c_skip, c_out = data**2 / (time**2 + data**2), time / (time**2 + data**2).sqrt()
+    a = levels.next_alpha
+    return Update(z=a * c_skip, z0=a * c_out, prev=torch.zeros_like(a), noise=levels.next_sigma)
 
 
 def second_order(levels: Levels, config: Mapping[str, Any]) -> Update:
@@ -334,10 +392,12 @@ def second_order(levels: Levels, config: Mapping[str, Any]) -> Update:
 
 
 SAMPLERS: Mapping[str, Sampler] = {  # names as in dfkd.config.SAMPLERS
-    "ddpm": Sampler("DDPMScheduler", ancestral),
-    "ddim": Sampler("DDIMScheduler", first_order),
-    "euler": Sampler(_EULER, first_order),
+    "ddpm": Sampler(DDPM, ancestral, clip="z"),
+    "ddim": Sampler(DDIM, first_order, flow=straight, clip="eps"),
+    "euler": Sampler(EULER, first_order, flow=straight),
+    "euler-ancestral": Sampler(ANCESTRAL, posterior),
     "dpmpp2m": Sampler(
-        _DPM, second_order, {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+        DPM, second_order, {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
     ),
+    "lcm": Sampler(LCM, consistency, clip="z"),
 }

@@ -81,7 +81,7 @@ def test_settings_given_back_are_the_same_run(call, tmp_path):
     [
         (["--only", "zero,cat"], ["unknown class 'cat'", "classes include zero, one, two"]),
         (["--only", "zero,zero"], ["class 'zero' is named twice"]),
-        (["--sampler", "plms"], ["sampler is 'plms'", "one of ddpm, ddim, euler, dpmpp2m"]),
+        (["--sampler", "plms"], ["sampler is 'plms'", "one of ddpm, ddim, euler, euler-ancestral, dpmpp2m, lcm"]),
         (["--shard-size", 6], ["--shard-size 6 is not a multiple of --group 4"]),
         (["--count", 0], ["count is '0'", "at least 1"]),
         (["--seed", 2**64], ["seed is", "at most 18446744073709551615"]),
