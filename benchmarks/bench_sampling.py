@@ -105,7 +105,7 @@ def published(networks: Networks, images: int) -> Callable[[], list[Tensor]]:
     loop, pack = PublishedLoop.of(pipe), pipe.pack(torch.arange(images), SEED)
     noise = (pack.start() / pipe.table.init_scale).to(pipe.prior.dtype)
     one = [slice(i, i + 1) for i in range(images)]
-    given = [(noise[i], int(pack.labels[i]), pack.conditional[i], pack.unconditional) for i in one]
+    given = [(noise[i], int(pack.labels[i]), pack.conditional[0][i], *pack.unconditional) for i in one]
     return lambda: [loop(*row) for row in given]
 
 
@@ -130,8 +130,8 @@ def plain_diffusers(networks: Networks, images: int, mode: str | None = None) ->
     pack, side = pipe.pack(torch.arange(images), SEED), pipe.image_size
     given: dict[str, Any] = {
         "latents": (pack.start() / pipe.table.init_scale).to(pipe.prior.dtype),
-        "prompt_embeds": pack.conditional,
-        "negative_prompt_embeds": pack.unconditional.expand_as(pack.conditional),
+        "prompt_embeds": pack.conditional[0],
+        "negative_prompt_embeds": pack.unconditional[0].expand_as(pack.conditional[0]),
         "num_inference_steps": len(pipe.table),
         "guidance_scale": pipe.cfg,
     }

@@ -37,13 +37,13 @@ def both(networks, dtype, images=2, **changes):
     pipe = networks.pipeline("published", **PLAIN, **changes)
     for network in (*pipe.prior.networks.values(), pipe.teacher.module):
         network.to(dtype)
-    pipe.prior._encoded.clear()
+    pipe.prior.to("cpu")  # forgets what it encoded in single precision
     loop, pack = PublishedLoop.of(pipe), pipe.pack(torch.arange(images), SEED)
     loop.scheduler.alphas_cumprod = loop.scheduler.alphas_cumprod.to(dtype)
-    noise, prompts, labels = pack.start(), pack.conditional, pack.labels.tolist()
+    noise, prompts, labels = pack.start(), pack.conditional[0], pack.labels.tolist()
     assert noise.dtype == prompts.dtype == dtype
     one = [slice(i, i + 1) for i in range(images)]
-    theirs = torch.cat([loop(noise[i], labels[i.start], prompts[i], pack.unconditional) for i in one])
+    theirs = torch.cat([loop(noise[i], labels[i.start], prompts[i], *pack.unconditional) for i in one])
     return theirs, pipe.prior.decode(pipe.latents(pack))
 
 

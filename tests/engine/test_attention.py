@@ -97,7 +97,7 @@ def test_a_network_without_attention_is_left_as_it_is():
     assert set_attention(AutoencoderTiny(**TINY_VAE), "sdpa") == 0
 
 
-def test_a_foreign_processor_is_refused():
+def test_a_foreign_processor_keeps_torchs_attention_and_refuses_another():
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnAddedKVProcessor2_0
 
@@ -105,8 +105,10 @@ def test_a_foreign_processor_is_refused():
 
     unet = UNet2DConditionModel(**UNET)
     unet.set_attn_processor(AttnAddedKVProcessor2_0())
+    assert set_attention(unet, "sdpa") == 0
+    assert all(isinstance(found, AttnAddedKVProcessor2_0) for found in unet.attn_processors.values())
     with pytest.raises(EngineError, match="is a AttnAddedKVProcessor2_0"):
-        set_attention(unet, "sdpa")
+        set_attention(unet, "xformers")
 
 
 @pytest.mark.gpu
