@@ -1,7 +1,8 @@
 """One training step: a loss, its gradient, SGD; compiled, captured or shared between processes as asked."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from dfkd.training.losses import Network
 from dfkd.training.state import State
 from dfkd.training.world import World
 from dfkd_engine.backends import get
+from dfkd_engine.backends.inductor import quiet
+from dfkd_engine.errors import compiler_line
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRAPHS = ("reduce-overhead", "max-autotune")  # the modes of torch.compile that replay CUDA graphs on a GPU
@@ -23,7 +26,10 @@ Loss = Callable[[Network, Tensor, Tensor], Tensor]
 
 
 def check_training(config: TrainConfig, world: World) -> None:
-    """Raise UsageError for what cannot work on the device, with so many processes, or without a package."""
+    """Raise UsageError for what cannot work on the device, with so many processes, or without a package.
+
+    With --compile a small function is compiled, which finds a compiler that does not work; seconds, once a process.
+    """
     compute, device, kind = config.compute, world.device, world.device.type
     if compute.amp == "fp16" and kind == "cpu":
         raise UsageError("--amp fp16 on a CPU", "float16 is for GPUs", "use --amp bf16 or --amp off")
@@ -58,6 +64,8 @@ def check_training(config: TrainConfig, world: World) -> None:
         if compute.cuda_graph and true:
             raise UsageError(f"--cuda-graph {where}", why, todo)
     check_logs(config.logging)
+    if compute.compile != "off":
+        try_compiler(compute.compile, device)
 
 
 def autocast(amp: str, device: torch.device) -> Callable[[], torch.autocast]:
@@ -90,11 +98,12 @@ class Step:
         return loss
 
     def _descend(self, images: Tensor, labels: Tensor) -> Tensor:
-        loss = self._loss(self._network, images, labels)
-        if self._share != 1:
-            loss = self._share * loss
-        self._state.descend(loss)
-        return loss.detach()
+        with compiling(self._mode):  # the backward pass is compiled when it is first taken
+            loss = self._loss(self._network, images, labels)
+            if self._share != 1:
+                loss = self._share * loss
+            self._state.descend(loss)
+            return loss.detach()
 
 
 def compiled(network: nn.Module, mode: str) -> Network:
@@ -108,14 +117,39 @@ def compiled(network: nn.Module, mode: str) -> Network:
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
     fast = torch.compile(network, dynamic=False, options=options)
 
-    def call(images: Tensor) -> Tensor:
-        try:
-            return fast(images)  # type: ignore[no-any-return]
-        except torch._dynamo.exc.TorchDynamoException as error:
-            why = str(error).strip().splitlines()[0]
-            raise UsageError(f"--compile {mode} cannot take the network", why, "use --compile off") from error
+    def call(*inputs: Tensor) -> Tensor:
+        with compiling(mode):
+            return fast(*inputs)  # type: ignore[no-any-return]
 
     return call
+
+
+@contextmanager
+def compiling(mode: str) -> Iterator[None]:
+    """Turn what torch's compiler raises inside into a UsageError of one line, in the words of whoever refused."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = compiler_line(error)
+        raise UsageError(f"--compile {mode} cannot take the network", why, "use --compile off") from error
+
+
+@cache
+def try_compiler(mode: str, device: torch.device) -> None:
+    """Compile a few sums with their gradient on the device, from nothing. Raises UsageError where that fails."""
+
+    def curve(x: Tensor) -> Tensor:
+        return (x.sin() * x).sum()
+
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        with (
+            quiet(),
+            torch._inductor.config.patch(force_disable_caches=True),
+        ):  # what was compiled before proves nothing now
+            torch.autograd.grad(torch.compile(curve, dynamic=False)(x), x)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise UsageError(f"--compile {mode} cannot work here", compiler_line(error), "use --compile off") from error
 
 
 class Captured:

@@ -19,7 +19,7 @@ from dfkd_engine.backends.inductor import PACKAGE
 from dfkd_engine.backends.onnxruntime import MODEL
 from dfkd_engine.compiled import Engine
 from dfkd_engine.devices import architecture
-from dfkd_engine.errors import EngineError
+from dfkd_engine.errors import EngineError, compiler_line
 from dfkd_engine.graph import trace
 from dfkd_engine.parity import TOLERANCE, measure
 from tests.engine.small_graphs import INPUTS, KINDS, OUTPUTS, ROWS, arguments, graph, networks, spec
@@ -144,9 +144,32 @@ def test_inductor_says_what_it_misses(monkeypatch):
     backend = get("inductor")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "finds no no-such-compiler" in backend.unusable("cpu")
+    monkeypatch.setenv("CXX", "false")
+    assert "false --version ends with status 1" in backend.unusable("cpu")
     monkeypatch.setenv("CXX", "true")
     monkeypatch.setattr(inductor_module, "missing", lambda name: [name])
     assert backend.unusable("cpu") is None and "needs triton" in backend.unusable("cuda:0")
+
+
+def of_torch(output):
+    """As torch words a C++ compiler's failure, behind the type that it wraps."""
+    return RuntimeError(f"CppCompileError: C++ compile error\n\nCommand:\ng++ main.cpp -o main.so\n\nOutput:\n{output}")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (of_torch("In file included from a.h:1:\na.h:9:2: error: no y\na.h:9: note: x\n"), "a.h:9:2: error: no y"),
+        (of_torch("/usr/bin/ld: cannot find -lgomp: No such file\ncollect2: error: ld returned 1 exit status\n"),
+         "/usr/bin/ld: cannot find -lgomp: No such file"),
+        (of_torch("Killed.\n"), "Killed"),
+        (of_torch(""), "g++ ended with an error and without a word"),
+        (KeyError("no such op"), "KeyError: 'no such op'"),
+        (RuntimeError("LoweringException: no kernel\ntarget: x"), "LoweringException: no kernel"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_compiler_that_says_what_is_wrong(error, line):
+    assert compiler_line(error) == line
 
 
 def test_onnxruntime_says_what_it_misses(monkeypatch):

@@ -16,7 +16,7 @@ from dfkd_engine.backends.inductor import Inductor
 from dfkd_engine.backends.onnxruntime import OnnxRuntime
 from dfkd_engine.backends.tensorrt import TENSORRT, TENSORRT_RTX
 from dfkd_engine.backends.torch_tensorrt import TorchTensorRT
-from dfkd_engine.errors import EngineError, first_line
+from dfkd_engine.errors import EngineError, compiler_line
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def get(name: str) -> Backend:
 def compile_graph(backend: Backend, graph: "Graph", spec: "EngineSpec", folder: Path) -> None:
     """Write the payload of an engine into `folder`, which is empty.
 
-    Raises EngineError: the backend cannot be used here, or its compiler fails, whose first line is the reason. An
+    Raises EngineError: the backend cannot be used here, or its compiler fails, whose own words are the reason. An
     OSError, such as that of a full disk, passes through.
     """
     what = f"{spec.network} cannot be compiled by {backend.name}"
@@ -100,5 +100,5 @@ def compile_graph(backend: Backend, graph: "Graph", spec: "EngineSpec", folder: 
     except (EngineError, OSError):
         raise
     except Exception as error:  # compilers share no base of their exceptions
-        why = f"its compiler stopped ({type(error).__name__}: {first_line(error)})"
+        why = f"its compiler stopped ({compiler_line(error)})"
         raise EngineError(what, why, "choose another backend for it, or report it with the network") from error

@@ -4,13 +4,17 @@ A stored engine is an AOTInductor package (`engine.pt2`): a zip of one shared li
 JSON. It holds machine code for this CPU or GPU, so the spec's device is part of its key.
 """
 
+import logging
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +46,8 @@ class Inductor:
     targets: tuple[str, ...] = ()
 
     def unusable(self, device: "Device", dtype: str = "float32") -> str | None:
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if shutil.which(compiler) is None:
-            return f"it needs a C++ compiler and finds no {compiler} (install g++, or name yours in CXX)"
+        if (why := _no_compiler(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))) is not None:
+            return why
         if kind_of(device) == "cuda" and missing("triton"):
             return "it needs triton for a GPU, which is not installed (pip install triton)"
         return None
@@ -62,8 +65,7 @@ class Inductor:
         from dfkd_engine.export import to_program
 
         program = to_program(graph, *spec.rows[1:])
-        with _own_cache(folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what torch's parts say to one another
+        with _own_cache(folder), quiet():
             aoti_compile_and_package(
                 program, package_path=str(folder / PACKAGE), inductor_configs=_options(spec.device)
             )
@@ -96,6 +98,34 @@ def _options(device: "Device") -> dict[str, Any]:
     return _OPTIONS | {"layout_optimization": kind_of(device) == "cuda"}
 
 
+@cache
+def _no_compiler(name: str) -> str | None:
+    """Why the C++ compiler of this name compiles nothing, as far as it tells without being given anything."""
+    install = "install g++, or name yours in CXX"
+    if shutil.which(name) is None:
+        return f"it needs a C++ compiler and finds no {name} ({install})"
+    try:
+        status = subprocess.run([name, "--version"], capture_output=True, timeout=60).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"it needs a C++ compiler, and {name} cannot be started: {first_line(error)} ({install})"
+    return f"it needs a C++ compiler, and {name} --version ends with status {status} ({install})" if status else None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch's parts say to one another while they compile."""
+    log = logging.getLogger("torch._inductor.utils")  # of a failure: that files are kept, which are removed here
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
+            yield
+    finally:
+        log.setLevel(before)
+
+
 @contextmanager
 def _own_cache(folder: Path) -> Iterator[None]:
     """Let inductor and Triton work in a folder of their own below `folder`, removed at the end.
@@ -105,8 +135,8 @@ def _own_cache(folder: Path) -> Iterator[None]:
     """
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
-    with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
-        os.environ.update(dict(zip(names, (work, f"{work}/triton"), strict=True)))
+    with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work, _plain_path(work) as place:
+        os.environ.update(dict(zip(names, (place, f"{place}/triton"), strict=True)))
         try:
             yield
         finally:
@@ -115,3 +145,23 @@ def _own_cache(folder: Path) -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+@contextmanager
+def _plain_path(folder: str) -> Iterator[str]:
+    """A path of `folder` that needs no quotes: torch writes the compiler's command as text and splits it at spaces.
+
+    A link in the folder of temporary files where its own path has spaces or the like. Raises EngineError where that
+    folder has them too.
+    """
+    folder = os.path.abspath(folder)
+    if shlex.quote(folder) == folder:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dfkd-") as place:
+        if shlex.quote(place) != place:
+            what, why = f"inductor cannot work in {folder}", "its compiler takes no path with spaces or quotes"
+            raise EngineError(what, why, f"set TMPDIR to a folder without them, instead of {tempfile.gettempdir()}")
+        link = os.path.join(place, "work")
+        os.symlink(folder, link)
+        yield link
