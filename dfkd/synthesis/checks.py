@@ -58,6 +58,12 @@ def latent_size(size: int, prior: Prior) -> tuple[int, int]:
     return size // factor, size // factor
 
 
+def patches_of(prior: Prior, latents: tuple[int, int]) -> int | None:
+    """How many patches a transformer makes of latents of this size; None for a UNet."""
+    patch = getattr(getattr(prior.denoiser, "config", None), "patch_size", None)
+    return None if patch is None else (latents[0] // patch) * (latents[1] // patch)
+
+
 def cfg_of(sampling: SamplingConfig, prior: Prior) -> float:
     """The scale of classifier-free guidance: of the settings, or else 3, or 1 for a prior that has no way to use it.
 

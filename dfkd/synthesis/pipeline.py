@@ -27,6 +27,7 @@ from dfkd.synthesis.checks import (
     cfg_of,
     copy_student,
     latent_size,
+    patches_of,
     prepare_prior,
     require_losses,
     try_teacher,
@@ -104,7 +105,10 @@ class GuidedPipeline:
         self.latent_size = latent_size(sampling.size, prior)
         self.image_size = self.latent_size[0] * prior.vae_scale_factor
         self.cfg = cfg_of(sampling, prior)
-        self.table = build_table(prior.scheduler_config, sampling.sampler, sampling.steps)
+        patches = patches_of(prior, self.latent_size)
+        self.table = build_table(
+            prior.scheduler_config, sampling.sampler, sampling.steps, pixels=prior.pixels, tokens=patches
+        )
         self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
         require_losses(config.guidance, self.losses)
         self.choices: tuple[Choice, ...] = ()
@@ -175,7 +179,7 @@ class GuidedPipeline:
             z = edit_noise(z, along, config.noise_edit_steps, config.noise_edit_scale)
         loop = sample_through_unet if self.guidance and config.gradient == "unet" else sample
         return loop(z, rows, pack.denoise, pack.guide, repeats=self.repeats_at, noise=pack.noise, mix=pack.mix,
-                    after=pack.after, step=GUIDED_STEPS[self.kernels])  # fmt: skip
+                    after=pack.after, step=GUIDED_STEPS[self.kernels], clip=self.table.clip)  # fmt: skip
 
     def repeats_at(self, step: int) -> int:
         """Guidance steps at a denoising step; 0 where the teacher does not guide."""
