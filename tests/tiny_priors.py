@@ -303,12 +303,13 @@ def unguided(
     cfg: float,
     negative: str | None = None,
     between: Sequence[Tensor] = (),
+    options: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The images [B, 3, H, W] in 0..1 that diffusers' own pipeline in `folder` draws from unit noise [B, C, h, w].
 
     prompts: texts, or names of classes; ignored by a prior without a condition. scheduler: name of the diffusers class
-    in place of the folder's own. cfg: diffusers' guidance_scale. between: noise of each step that adds some. The
+    in place of the folder's own. options: entries of its config, where the folder's has none. cfg: diffusers' guidance_scale. between: noise of each step that adds some. The
     pipelines of classes and of pixels take no noise: theirs is put in the place of what they draw. diffusers has none
     for classes of a UNet2DModel: the plain loop is here.
     """
@@ -317,7 +318,7 @@ def unguided(
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **absent)
     pipeline.set_progress_bar_config(disable=True)
     kind = getattr(diffusers, scheduler)
-    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **(options or {}))
     noise = noise.to(dtype)
     common: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
     with drawing(_module(kind), [n.to(dtype) for n in between]) if between else _nothing():

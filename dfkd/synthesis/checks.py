@@ -55,7 +55,15 @@ def latent_size(size: int, prior: Prior) -> tuple[int, int]:
     if size % factor:
         why = f"its decoder enlarges latents {factor} times"
         raise UsageError(f"--size {size} does not fit the prior", why, f"choose a multiple of {factor}")
-    return size // factor, size // factor
+    family, side = prior.family, size // factor
+    if side % family.multiple:
+        least = family.multiple * factor
+        why = f"its denoiser takes latents of a multiple of {family.multiple}"
+        raise UsageError(f"--size {size} does not fit the prior", why, f"choose a multiple of {least}")
+    if family.largest is not None and side > family.largest:
+        why = f"its denoiser knows places in latents of up to {family.largest}"
+        raise UsageError(f"--size {size} does not fit the prior", why, f"choose at most {family.largest * factor}")
+    return side, side
 
 
 def patches_of(prior: Prior, latents: tuple[int, int]) -> int | None:

@@ -58,7 +58,14 @@ class SmallPrior:
     scheduler_config, source, device = SCHEDULER, "small", torch.device("cpu")
     prompt, labels, pixels = "a drawing of {label}", (), False
     family = SimpleNamespace(
-        name="small", part="unet", inputs=("context",), cfg="rows", texts=True, check=lambda prompts: None
+        name="small",
+        part="unet",
+        inputs=("context",),
+        cfg="rows",
+        texts=True,
+        multiple=1,
+        largest=None,
+        check=lambda _: None,
     )
 
     def __init__(self, seed: int = 1, dtype: torch.dtype = torch.float32, coupling: float = 1.0) -> None:

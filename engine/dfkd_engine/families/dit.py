@@ -23,6 +23,7 @@ class DiT(Family):
         super().__init__(config)
         self.classes, self.device = classes, torch.device(device)
         self.inputs, self.cfg, self.facts = ("class_id",), "rows", classes.facts()
+        self.multiple = config.get("patch_size", 2)
 
     @classmethod
     def load(cls, folder: PriorFolder, dtype: torch.dtype, device: torch.device | str) -> Self:

@@ -21,6 +21,7 @@ class Family:
     inputs: names of the condition tensors, in order.
     cfg: how classifier-free guidance enters: "rows", by an unconditional row beside each; "input", as an input of a
     network that was distilled with it; "none", not at all.
+    multiple, largest: what the sides of latents are a multiple of, and the most that they may be (None: no bound).
     encoders: networks that make the conditions, by part.
     facts: what the conditions follow from beside these networks' and tokenizers' files, in JSON's types.
 
@@ -39,6 +40,8 @@ class Family:
         self.config = config
         self.inputs: tuple[str, ...] = ()
         self.cfg = "none"
+        self.multiple = 1
+        self.largest: int | None = None
         self.encoders: Mapping[str, nn.Module] = {}
         self.facts: Mapping[str, Any] = {}
 

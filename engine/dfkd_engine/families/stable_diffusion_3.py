@@ -33,6 +33,8 @@ class StableDiffusion3(Family):
         self.readers = [*clips, *([t5] if t5 else [])]
         self.encoders = dict(zip(ENCODERS, (text.network for text in self.readers), strict=False))
         self.inputs, self.cfg = ("context", "pooled"), "rows"
+        self.multiple = config.get("patch_size", 2)
+        self.largest = self.multiple * config.get("pos_embed_max_size", 96)
 
     @classmethod
     def load(cls, folder: PriorFolder, dtype: torch.dtype, device: torch.device | str) -> Self:

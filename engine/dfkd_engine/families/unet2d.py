@@ -37,6 +37,7 @@ class PixelUNet(Family):
         self.classes, self.null_class, self.device = classes, null_class, torch.device(device)
         if classes is not None:
             self.inputs, self.facts = ("class_id",), classes.facts()
+        self.multiple = 2 ** (len(config.get("block_out_channels", (224, 448, 672, 896))) - 1)
         self.cfg = "none" if null_class is None else "rows"
 
     @classmethod
