@@ -29,7 +29,7 @@ from dfkd.compiled.functions import Function
 from dfkd.extension import described, source_digest
 from dfkd.synthesis import bn_statistics, guidance, losses
 from dfkd.synthesis.bn_statistics import Moments, by_layer, side_by_side
-from dfkd.synthesis.guidance import Decode, Guidance, identity
+from dfkd.synthesis.guidance import Decode, Guidance, identity, pulled_back
 from dfkd.synthesis.prompts import prompt_of
 from dfkd_engine.prior import Prior
 from dfkd_engine.spec import TensorSpec
@@ -61,7 +61,7 @@ class Networks:
         own = self.guidance
         if own is None or own.kernels == kernels:
             return self
-        made = Guidance(own.decode, own.teacher, own.losses, None, own.grad_scale, kernels)
+        made = Guidance(own.decode, own.teacher, own.losses, None, own.narrow, kernels)
         return Networks(self.prior, made)
 
     def doubled(self) -> "Networks":
@@ -79,12 +79,9 @@ class Networks:
         return (self.prior.decode(z0),)
 
     def decode_vjp(self, z0: Tensor, image_gradient: Tensor) -> tuple[Tensor, ...]:
-        leaf, scale = z0.detach().requires_grad_(), self.guidance.grad_scale if self.guidance else 1.0
+        leaf, narrow = z0.detach().requires_grad_(), self.guidance is not None and self.guidance.narrow
         with torch.enable_grad():
-            # the scale keeps small gradients in float16's range on their way through the decoder
-            scaled = (self.prior.decode(leaf) * (image_gradient * scale)).sum()
-            (gradient,) = torch.autograd.grad(scaled, leaf)
-        return (gradient / scale,)
+            return (pulled_back(self.prior.decode(leaf), leaf, image_gradient, narrow),)
 
     def gradient(self, z0: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         assert self.guidance is not None
@@ -128,7 +125,7 @@ def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
     own = pipe.guidance
     if own is not None:  # as it is by autograd, whatever runs in its place
         losses = [loss for loss in own.losses if "student" not in loss.needs]
-        own = Guidance(pipe.prior.decode, own.teacher, losses, None, own.grad_scale, own.kernels, own.fused)
+        own = Guidance(pipe.prior.decode, own.teacher, losses, None, own.narrow, own.kernels, own.fused)
     networks = Networks(pipe.prior, own)
     return tuple(_function(name, pipe, networks) for name in names)
 
@@ -160,7 +157,7 @@ def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function
         sources=source_digest(*_sources(name, pipe)),
         networks=_networks(name, pipe),
         device=pipe.device,
-        dtype=str(pipe.prior.dtype).removeprefix("torch."),
+        dtype=_dtype(name, pipe.prior),
         quantise=quantise,
         calibrate=partial(_calibrate, pipe) if quantise != "none" else None,
     )
@@ -171,6 +168,12 @@ def _networks(name: str, pipe: "GuidedPipeline") -> tuple[nn.Module, ...]:
     if name == "unet":
         return (pipe.prior.denoiser,)
     return (pipe.prior.vae,) if name in _OF_VAE and pipe.prior.vae is not None else ()
+
+
+def _dtype(name: str, prior: Prior) -> str:
+    """The dtype that a function's networks compute in: a VAE may be wider than the denoiser."""
+    network = prior.networks.get("vae", prior.denoiser) if name != "unet" else prior.denoiser
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
 def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -251,7 +254,7 @@ def _config(name: str, pipe: "GuidedPipeline", networks: Networks, quantise: str
     if name in _OF_VAE:
         found["scaling_factor"] = pipe.prior.scaling_factor
     if name in _GRADIENTS:
-        found["grad_scale"] = pipe.guidance.grad_scale if pipe.guidance else 1.0
+        found["narrow"] = pipe.guidance is not None and pipe.guidance.narrow
     if name in _OF_TEACHER and name != "image_moments" and networks.guidance:
         found["losses"] = [described(loss) for loss in networks.guidance.losses]
     if quantise != "none":
@@ -262,7 +265,7 @@ def _config(name: str, pipe: "GuidedPipeline", networks: Networks, quantise: str
 
 def _sources(name: str, pipe: "GuidedPipeline") -> list[Path]:
     """The Python files behind a function, the engine's own package apart."""
-    modules = [sys.modules[__name__]]
+    modules = [sys.modules[__name__], guidance] if name == "decode_vjp" else [sys.modules[__name__]]
     if name in _OF_TEACHER:
         modules += [guidance, losses, bn_statistics]
         modules += [sys.modules[type(layer).__module__] for layer in [*pipe.teacher.module.modules(), pipe.teacher]]
@@ -292,7 +295,7 @@ class EngineGuidance(Guidance):
     """
 
     def __init__(self, guidance: Guidance, engines: Mapping[str, Callable[..., Any]], pixels: bool = False) -> None:
-        own = (guidance.student, guidance.grad_scale, guidance.kernels, guidance.fused)
+        own = (guidance.student, guidance.narrow, guidance.kernels, guidance.fused)
         super().__init__(guidance.decode, guidance.teacher, guidance.losses, *own)
         self.engines, self.pixels = engines, pixels
         self.in_pixels = self if pixels else EngineGuidance(guidance.with_(identity), engines, pixels=True)

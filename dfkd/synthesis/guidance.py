@@ -8,6 +8,7 @@ it was batched. A loss of a whole group enters by its slopes in the group's mome
 call takes them from that call's own moments, one in several calls from a pass before. The sum is exact.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,6 +28,20 @@ def identity(z: Tensor) -> Tensor:
     return z
 
 
+def pulled_back(images: Tensor, point: Tensor, gradient: Tensor, narrow: bool) -> Tensor:
+    """dL/dpoint of dL/dimages, both [B, C, H, W], where image i follows from point i: the vector-Jacobian product.
+
+    narrow: networks on the way compute in float16, which holds 6e-8 to 65 504. Each image's gradient then enters them
+    times a power of two that brings its largest entry to 1..2, and is divided by it behind them: the sum of losses may
+    have any size, and no image's gradient depends on another's.
+    """
+    if not narrow:
+        return torch.autograd.grad(images, point, gradient)[0]
+    largest = gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+    power = torch.pow(2.0, -(largest.log() / math.log(2)).floor())  # of operations that every backend has
+    return torch.autograd.grad(images, point, gradient * power)[0] / power
+
+
 class Guidance:
     """The gradient of the summed guidance losses.
 
@@ -35,7 +50,7 @@ class Guidance:
         teacher: frozen, in evaluation mode.
         losses: at least one.
         student: needed where a loss needs "student".
-        grad_scale: the loss is multiplied by it before the backward pass and the gradient divided after (float16).
+        narrow: whether decoder or denoiser compute in float16, whose range `pulled_back` brings the gradient into.
         kernels: of the losses and, where moments are needed, of the teacher's BatchNorm layers: "torch" or "triton";
             results differ by rounding.
         fused: the same teacher's, where it is made already; otherwise made here for "triton".
@@ -51,12 +66,12 @@ class Guidance:
         teacher: Classifier,
         losses: Sequence[GuidanceLoss],
         student: Classifier | None = None,
-        grad_scale: float = 1.0,
+        narrow: bool = False,
         kernels: str = "torch",
         fused: FusedTeacher | None = None,
     ) -> None:
         self.decode, self.teacher, self.student = decode, teacher, student
-        self.losses, self.grad_scale, self.kernels = tuple(losses), grad_scale, kernels
+        self.losses, self.narrow, self.kernels = tuple(losses), narrow, kernels
         self.needs = frozenset[str]().union(*(loss.needs for loss in losses))
         self.layers = teacher.batch_norms() if "moments" in self.needs else ()
         names = [loss.name for loss in losses]
@@ -74,8 +89,8 @@ class Guidance:
 
     def with_(self, decode: Decode, losses: Sequence[GuidanceLoss] | None = None) -> "Guidance":
         """A guidance of this teacher and student with another decoder, and other losses where they are given."""
-        scale = 1.0 if decode is identity else self.grad_scale  # pixels reach no network in float16
-        own = (self.student, scale, self.kernels, self.fused)
+        narrow = self.narrow and decode is not identity  # the gradient of pixels passes no network of the prior
+        own = (self.student, narrow, self.kernels, self.fused)
         return Guidance(decode, self.teacher, self.losses if losses is None else losses, *own)
 
     def judge(self, images: Tensor) -> tuple[Tensor, list[Moments]]:
@@ -113,11 +128,12 @@ class Guidance:
         """
         leaf = latents.detach().requires_grad_()
         with torch.enable_grad():
-            values = self.values(self.decode(to_latent(leaf)), labels, averages)
+            images = self.decode(to_latent(leaf))
+            values = self.values(images, labels, averages)
             total = torch.stack([loss.weight * values[loss.name] for loss in self.losses]).sum()
-            (gradient,) = torch.autograd.grad(total * self.grad_scale, leaf)
-        record = {name: value.detach() for name, value in values.items()}
-        return gradient if self.grad_scale == 1 else gradient / self.grad_scale, record
+            (in_images,) = torch.autograd.grad(total, images)
+            gradient = pulled_back(images, leaf, in_images, self.narrow)
+        return gradient, {name: value.detach() for name, value in values.items()}
 
     def gradient(
         self, latents: Tensor, labels: Tensor, batch: int, to_latent: ToLatent | None = None

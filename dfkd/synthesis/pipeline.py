@@ -47,8 +47,6 @@ from dfkd_engine.prior import Prior
 from dfkd_engine.store import EngineStore
 from dfkd_kernels.guided_step import GUIDED_STEPS
 
-FP16_GRAD_SCALE = 2.0**10  # lifts gradients of 1e-7, common here, into float16's normal range
-
 # (pipe, step, timestep, {"latents", "clean"}) -> replacements for some of them, or None; as in diffusers.
 Callback = Callable[["GuidedPipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
@@ -308,8 +306,8 @@ class GuidedPipeline:
         self.guidance = self.pixel_guidance = self.statistics = None
         if not self.losses:
             return
-        config, scale = self.config.guidance, FP16_GRAD_SCALE if self.prior.dtype == torch.float16 else 1.0
-        own = Guidance(self.prior.decode, self.teacher, self.losses, self.student, scale, self.kernels)
+        config, narrow = self.config.guidance, self.prior.dtype == torch.float16
+        own = Guidance(self.prior.decode, self.teacher, self.losses, self.student, narrow, self.kernels)
         self.guidance = own
         if config.refine_steps:
             self.pixel_guidance = own.with_(identity)

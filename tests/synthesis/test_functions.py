@@ -1,5 +1,7 @@
 """The networks as functions for compilers: what each computes, which a pipeline has, and engines in their place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,11 @@ import torch.nn.functional as F
 from dfkd.compiled.choose import Choice
 from dfkd.compiled.engines import engine_spec
 from dfkd.synthesis.bn_statistics import record_bn_inputs, side_by_side
-from dfkd.synthesis.functions import EngineGuidance
+from dfkd.synthesis.functions import EngineGuidance, Networks
 from dfkd.synthesis.guidance import Guidance
+from dfkd.synthesis.losses import CrossEntropy
+from dfkd_engine.backends import compile_graph, get
+from dfkd_engine.graph import trace
 from tests.synthesis.small_networks import CHANNELS, SIDE, SmallPrior, classifier, pipeline
 
 F64 = torch.float64
@@ -66,6 +71,24 @@ def test_samples_fit_and_float64_is_the_same_function(name):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     assert all(map(torch.equal, arguments, function.samples(3, 0)))
     assert not torch.equal(arguments[0], function.samples(3, 1)[0])
+
+
+@pytest.mark.skipif(get("onnxruntime").unusable("cpu") is not None, reason="needs the extra onnx")
+@pytest.mark.parametrize("name", ["gradient", "decode_vjp"])
+def test_a_graph_brings_gradients_into_float16s_range_too(name, tmp_path):
+    """Of float32 networks here, which the power of two must not change: ONNX Runtime's CPU has hardly any float16."""
+    pipe = pipeline(bn_stats="image", batch=3)
+    own = Guidance(pipe.prior.decode, pipe.teacher, (CrossEntropy(1e9),), narrow=True)
+    (function,) = (f for f in every_function().values() if f.name == name)
+    call = getattr(Networks(pipe.prior, own), name)
+    outputs = [output.name for output in function.outputs][: 2 if name == "gradient" else 1]
+    graph, backend = trace(call, function.inputs, output_names=outputs), get("onnxruntime")
+    assert any(node.target is torch.ops.aten.pow.Scalar for node in graph.module.graph.nodes)
+    spec = replace(engine_spec(function, "onnxruntime", "cpu test"), outputs=graph.outputs)
+    compile_graph(backend, graph, spec, tmp_path)
+    arguments = function.samples(3, 0)
+    got, want = backend.load(tmp_path, spec, "cpu")(*arguments)[0], call(*arguments)[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 def test_the_split_form_by_hand():

@@ -114,12 +114,49 @@ def test_adversarial_loss_by_hand(prior, teacher, kernels):
     assert (gradient[~agree] == 0).all() and (gradient[agree] != 0).any()
 
 
-def test_grad_scale_is_taken_back_exactly():
+def test_the_power_of_two_is_taken_back_exactly():
     prior, teacher, z = SmallPrior(), classifier(), latents(torch.float32)
     plain, scaled = (
-        Guidance(prior.decode, teacher, BOTH, grad_scale=scale).gradient(z, LABELS, 3)[0] for scale in (1.0, 1024.0)
+        Guidance(prior.decode, teacher, BOTH, narrow=narrow).gradient(z, LABELS, 3)[0] for narrow in (False, True)
     )
-    assert torch.equal(plain, scaled)  # a power of two moves exponents alone
+    assert torch.equal(plain, scaled)  # it moves exponents alone
+
+
+@pytest.mark.parametrize("weight", [1e-12, 1.0, 1e12])
+def test_losses_of_any_size_pass_a_decoder_in_float16(weight):
+    """Beside float64: 1e-12 would be zero on the way, and 1e12 infinite."""
+    prior, teacher, z = SmallPrior(dtype=torch.float16), classifier(), latents(torch.float32)
+    losses = (CrossEntropy(weight), BatchNormLoss(weight, "group"))
+
+    def decode(z0):
+        return prior.decode(z0.half()).to(z0)
+
+    gradient, _ = Guidance(decode, teacher, losses, narrow=True).gradient(z, LABELS, 7)
+    exact = Guidance(prior.doubled().decode, classifier(dtype=F64), losses)
+    expected, _ = exact.gradient(z.half().double(), LABELS, 7)
+    error = (gradient - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.max() < 0.01  # a dozen roundings to 11 bits, where sums cancel in part
+    plain, _ = Guidance(decode, teacher, losses).gradient(z, LABELS, 7)
+    assert (weight == 1.0) == bool((plain - expected).norm() < 0.01 * expected.norm())
+
+
+def test_no_images_gradient_depends_on_anothers_size(prior, teacher):
+    """One with a gradient 1e12 times as large, and one without any, are beside it."""
+    z, factor = latents(count=3), torch.tensor([1.0, 1e12, 0.0], dtype=F64)
+
+    @dataclass(frozen=True)
+    class Weighted(CrossEntropy):
+        name = "weighted"
+
+        def __call__(self, seen):
+            return super().__call__(seen) * factor[: len(seen.labels)]
+
+    together, alone = (
+        Guidance(prior.decode, teacher, (Weighted(1.0),), narrow=True).gradient(z[:count], LABELS[:count], 3)[0]
+        for count in (3, 1)
+    )
+    torch.testing.assert_close(together[:1], alone, **EXACT)
+    assert (together[2] == 0).all() and together[1].abs().max() > 1e9 * together[0].abs().max()
 
 
 def test_a_sure_teachers_gradient_keeps_its_direction():
@@ -148,7 +185,7 @@ def test_cross_entropy_is_torchs():
 
 def test_guidance_of_pixels_keeps_losses_and_teacher(prior, teacher):
     x = prior.decode(latents())
-    guidance = Guidance(prior.decode, teacher, BOTH, grad_scale=1024.0)
+    guidance = Guidance(prior.decode, teacher, BOTH, narrow=True)
     gradient, _ = guidance.with_(identity).gradient(x, LABELS, 4)
     plain, _ = Guidance(identity, teacher, BOTH).gradient(x, LABELS, 7)
     torch.testing.assert_close(gradient, plain, **EXACT)
