@@ -23,6 +23,8 @@ class Family:
     network that was distilled with it; "none", not at all.
     multiple, largest: what the sides of latents are a multiple of, and the most that they may be (None: no bound).
     encoders: networks that make the conditions, by part.
+    upcasts: whether the VAE computes in float32 beside a denoiser in float16 where its config says force_upcast. Only
+    some pipelines of diffusers go by that, which is AutoencoderKL's default.
     facts: what the conditions follow from beside these networks' and tokenizers' files, in JSON's types.
 
     config: the denoiser's.
@@ -35,6 +37,7 @@ class Family:
     requires: ClassVar[tuple[str, ...]] = ()
     texts: ClassVar[bool] = False
     prompt: ClassVar[str] = ""
+    upcasts: ClassVar[bool] = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config

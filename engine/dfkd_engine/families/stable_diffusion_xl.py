@@ -23,6 +23,7 @@ class StableDiffusionXL(Family):
     requires = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     texts = True
     prompt = "a photo of a {label}"
+    upcasts = True  # its VAE's activations leave float16's range
 
     def __init__(self, config: Mapping[str, Any], first: TextEncoder, second: TextEncoder, zeros: bool) -> None:
         super().__init__(config)
