@@ -4,7 +4,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
-from dfkd.config.synthesis import GenerateConfig, TeacherConfig
+from dfkd.config.synthesis import GenerateConfig, PriorConfig, TeacherConfig
 from dfkd.config.training import AutoencoderConfig, DistillConfig, LoggingConfig, PriorTrainConfig, TeacherTrainConfig
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
@@ -103,11 +103,6 @@ class GenerateCommand(Config):
     SECTION = "generate"
 
     out: Path = option(MISSING, "folder to write", identity=False)
-    prior: str = option(
-        "demo",
-        "demo (the embedded one), a folder in Stable Diffusion layout, or the id of one on the Hugging Face hub",
-        identity=False,
-    )
     count: int = option(1000, "how many images", unit="images", low=1, identity=False)
     seed: int = option(0, "run seed; with the image id it fixes an image", low=0, high=2**64 - 1)
     student_checkpoint: Path | None = option(
@@ -122,6 +117,7 @@ class GenerateCommand(Config):
     plan_only: bool = option(
         False, "print images per call, memory and predicted seconds, write nothing and stop", identity=False
     )
+    prior: PriorConfig = nested(PriorConfig)
     teacher: TeacherConfig = nested(TeacherConfig)
     generate: GenerateConfig = nested(GenerateConfig)
     logging: LoggingConfig = nested(LoggingConfig)

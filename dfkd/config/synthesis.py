@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dfkd.config.fields import Config, nested, option
 
@@ -29,6 +30,46 @@ def channel_fault(mean: Sequence[float], std: Sequence[float]) -> str | None:
     if any(not 0 <= value <= 1 for value in mean):
         return f"mean {', '.join(map(str, mean))}"
     return f"std {', '.join(map(str, std))}" if any(not 0 < value <= 5 for value in std) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorFilesConfig(Config):
+    """Files of the prior"""
+
+    EXAMPLE = "--prior OWNER/NAME --revision main --variant fp16 --offline"
+
+    revision: str | None = option(
+        None, "of a hub id: branch, tag or commit; none is its main branch, as it is that day", identity=False
+    )
+    variant: str | None = option(
+        None,
+        "which weights where a prior has several sets side by side, such as fp16; none is the plain one",
+        identity=False,
+    )
+    offline: bool = option(False, "take a hub id from the local cache alone, and fetch nothing", identity=False)
+    config: str | None = option(
+        None,
+        "of a single-file checkpoint: folder or hub id of a pipeline of the same kind, for configs and tokenizer",
+        flag="prior_config",
+        identity=False,
+    )
+
+    def files(self) -> dict[str, Any]:
+        """These settings as keywords of `Prior.from_pretrained`."""
+        return {"revision": self.revision, "variant": self.variant, "offline": self.offline, "config": self.config}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(PriorFilesConfig):
+    """Prior: which diffusion model, and which of its files"""
+
+    source: str = option(
+        "demo",
+        "demo (the embedded one), a folder in diffusers' layout, the id of one on the Hugging Face hub, or a checkpoint"
+        " in a single file",
+        flag="prior",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

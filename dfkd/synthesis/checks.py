@@ -49,6 +49,8 @@ def latent_size(size: int, prior: Prior) -> tuple[int, int]:
     """(h, w) of the latents of images of this side, 0 for the prior's own. Raises UsageError where it does not fit."""
     factor = prior.vae_scale_factor
     if not size:
+        if prior.latent_size is None:
+            raise UsageError("the prior's config states no sample_size", "images need one", "give --size")
         if len(set(prior.latent_size)) > 1:
             raise UsageError(f"the prior's latents are {prior.latent_size}", "images are square here", "give --size")
         return prior.latent_size
@@ -135,7 +137,7 @@ def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> No
 
 def build_command(config: GenerateConfig, prior: Prior, teacher: Classifier) -> str:
     """The command that builds the engines of a run with these settings."""
-    words = ["--prior", prior.source, *_teacher_words(teacher)]
+    words = ["--prior", prior.source, *_file_words(prior), *_teacher_words(teacher)]
     for name, value in config.changed().items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -144,6 +146,13 @@ def build_command(config: GenerateConfig, prior: Prior, teacher: Classifier) -> 
             words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     own = [] if config.compute.backend == "auto" else ["--backend", config.compute.backend]
     return shlex.join(["dfkd-engines", "build", *own, "--engines", str(config.compute.engines), "--", *words])
+
+
+def _file_words(prior: Prior) -> list[str]:
+    """The flags that choose the prior's files again."""
+    flags = {"revision": "--revision", "variant": "--variant", "config": "--prior-config"}
+    words = [word for name, flag in flags.items() if prior.files.get(name) for word in (flag, str(prior.files[name]))]
+    return words + (["--offline"] if prior.files.get("offline") else [])
 
 
 def _teacher_words(teacher: Classifier) -> list[str]:

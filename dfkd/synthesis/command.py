@@ -50,7 +50,7 @@ def check(asked: GenerateCommand) -> None:
     prompt_of(config.sampling.prompt or "", "any")
     if config.guidance.step > 0:
         require_losses(config.guidance, losses_of(config.guidance))
-    check_source(asked.prior)
+    check_source(asked.prior.source, **asked.prior.files())
 
 
 def pipeline_of(asked: GenerateCommand, say: Say = lambda text: None) -> Synthesizer:
@@ -69,7 +69,8 @@ def pipeline_of(asked: GenerateCommand, say: Say = lambda text: None) -> Synthes
     if needs_prior(config):
         if not (rank.first and sys.stderr.isatty()):
             quieten_libraries()
-        prior = Prior.from_pretrained(asked.prior, dtype=config.compute.dtype, device=device)
+        own = asked.prior
+        prior = Prior.from_pretrained(own.source, dtype=config.compute.dtype, device=device, **own.files())
     return make_method(config, prior, teacher, student)
 
 

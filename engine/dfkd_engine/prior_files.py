@@ -14,26 +14,31 @@ Weights are read from safetensors only: a pickled file can run code. No safety c
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from dfkd_engine import EMBEDDED
 from dfkd_engine.errors import EngineError, first_line
 from dfkd_engine.files import sha256_once
+from dfkd_engine.prior_configs import check_diffusers_config, check_transformers_config, construction_error
+from dfkd_engine.prior_source import DENOISERS, LAYOUT, STEMS, TEXT_ENCODERS, TOKENIZERS, PriorSource
+from dfkd_engine.prior_weights import (
+    FETCH,
+    WeightSet,
+    check_whole,
+    chosen_set,
+    no_set,
+    other_content,
+    read_json,
+    shards,
+    weight_sets,
+)
+
+__all__ = ["DENOISERS", "FACTS", "FETCH", "PriorFolder"]
 
 FACTS = "dfkd.json"
-DENOISERS = ("unet", "transformer")
-_STEMS = {  # of the files of a network's weights
-    **dict.fromkeys((*DENOISERS, "vae"), "diffusion_pytorch_model"),
-    **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "model"),
-}
-_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-_LAYOUT = "a folder in the layout of a diffusers pipeline (unet/ or transformer/, vae/, text_encoder/, scheduler/, ...)"
-_POINT = f"point to {_LAYOUT}"
-FETCH = "fetch the prior again"
+_TOKENIZER_FILES = (".json", ".txt", ".model")  # what a tokenizer is read from
 
 
 @dataclass(frozen=True)
@@ -42,31 +47,41 @@ class PriorFolder:
 
     configs: {part: content of its config.json}, of the networks that are there; "scheduler": of scheduler_config.json;
     "model_index" and "dfkd": of these files, {} where there is none.
+    variant: of the weights, where a network has several sets side by side.
     """
 
     path: Path
     configs: Mapping[str, dict[str, Any]]
+    variant: str | None = None
 
     @classmethod
-    def open(cls, source: str | Path) -> Self:
-        """The folder that `source` names, fetched where it is on the hub. Raises EngineError."""
-        return cls.read(_locate(source))
+    def open(cls, source: str | Path | PriorSource, check: Callable[[Self], object] | None = None) -> Self:
+        """The folder that `source` names, fetched where it is on the hub.
+
+        check: called with the folder before any weights are fetched, to refuse it. Raises EngineError.
+        """
+        place = source if isinstance(source, PriorSource) else PriorSource(source)
+        folder = cls.read(place.configs(), place.variant)
+        if check is not None:
+            check(folder)
+        place.weights(folder.path, folder.networks)
+        return folder
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path, variant: str | None = None) -> Self:
         """The configs of a folder. Raises EngineError: one is missing, or no JSON of an object."""
         flat = (path / "config.json").is_file() and not any((path / part).is_dir() for part in DENOISERS)
-        homes = {part: path / part for part in _STEMS if (path / part).is_dir()} | ({"unet": path} if flat else {})
-        configs = {part: _read_json(path, home / "config.json") for part, home in homes.items()}
-        configs["scheduler"] = _read_json(path, _scheduler(path))
+        homes = {part: path / part for part in STEMS if (path / part).is_dir()} | ({"unet": path} if flat else {})
+        configs = {part: _config(path, home / "config.json") for part, home in homes.items()}
+        configs["scheduler"] = _config(path, _scheduler(path))
         for name, file in (("model_index", "model_index.json"), ("dfkd", FACTS)):
-            configs[name] = _read_json(path, path / file) if (path / file).exists() else {}
-        return cls(path, configs)
+            configs[name] = read_json(path / file) if (path / file).exists() else {}
+        return cls(path, configs, variant)
 
     @property
     def networks(self) -> tuple[str, ...]:
         """The networks that are there, by part."""
-        return tuple(part for part in _STEMS if part in self.configs)
+        return tuple(part for part in STEMS if part in self.configs)
 
     def home(self, part: str) -> Path:
         """The folder of a part."""
@@ -75,59 +90,96 @@ class PriorFolder:
     def require(self, *parts: str) -> None:
         """Raise EngineError for a part that is not there, or has no files."""
         for part in parts:
-            if part in _TOKENIZERS:
+            if part in TOKENIZERS:
                 self.tokenizer(part)
             elif part not in self.configs:
-                raise EngineError(f"prior {self.path}", f"{part}/config.json is missing", f"a prior is {_LAYOUT}")
+                raise EngineError(f"prior {self.path}", f"{part}/config.json is missing", f"a prior is {LAYOUT}")
             else:
                 self.weights(part)
 
     def weights(self, part: str) -> list[Path]:
-        """The safetensors files of one network, sorted. Raises EngineError where there are none."""
-        stem, home = _STEMS[part], self.home(part)
-        whole = home / f"{stem}.safetensors"
-        files = [whole] if whole.is_file() else sorted(home.glob(f"{stem}-*-of-*.safetensors"))
-        if not files:
-            found = sorted(p.name for p in home.glob("*") if p.suffix != ".json")
-            why = f"{part}/{stem}.safetensors is missing ({part}/ holds {', '.join(found) or 'no weights'})"
-            todo = "save the pipeline again with diffusers' save_pretrained, in full precision and as safetensors"
-            raise EngineError(f"prior {self.path}", why, todo)
-        return files
+        """The safetensors files of one network that are loaded, sorted, and of several their index before them.
+
+        Raises EngineError: there are none, or one is missing or damaged as far as its header tells.
+        """
+        chosen, home = self._chosen(part), self.home(part)
+        files = shards(home / chosen.file) if chosen.sharded else [home / chosen.file]
+        for file in files:
+            check_whole(file)
+        return [home / chosen.file, *files] if chosen.sharded else files
 
     def tokenizer(self, part: str) -> list[Path]:
-        """The files of a tokenizer. Raises EngineError where it has no vocabulary."""
-        files = [path for path in (self.path / part).glob("*") if path.is_file()]
+        """The files that a tokenizer is read from. Raises EngineError: it has no vocabulary, or one is damaged."""
+        files = [path for path in (self.path / part).glob("*") if path.suffix in _TOKENIZER_FILES and path.is_file()]
         names = {path.name for path in files}
         if not names & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= names:
             why = f"{part}/ has neither tokenizer.json nor vocab.json with merges.txt"
             raise EngineError(f"prior {self.path}", why, f"{FETCH}, its {part}/ included")
+        for path in files:
+            if path.suffix == ".json":
+                read_json(path)
+            elif content := other_content(path):
+                raise EngineError(str(path), content, "fetch it again")
         return files
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 by part: the names and bytes of its weights and config, or of all files of a tokenizer.
+    def digests(self, networks: Iterable[str] | None = None) -> dict[str, str]:
+        """SHA-256 by part: the names and bytes of the files that it is loaded from, a network's config included.
 
-        Files are read once a process. Raises EngineError where a network's weights or a tokenizer are missing.
+        networks: those that are in use, with the tokenizers of their texts; None: all that are there. Files are read
+        once a process. Raises EngineError where a network's weights or a tokenizer are missing.
         """
-        parts = {part: [self.home(part) / "config.json", *self.weights(part)] for part in self.networks}
-        parts |= {part: self.tokenizer(part) for part in _TOKENIZERS if (self.path / part).is_dir()}
+        used = tuple(self.networks if networks is None else networks)
+        parts = {part: [self.home(part) / "config.json", *self.weights(part)] for part in used}
+        texts = {part.replace("text_encoder", "tokenizer") for part in used if part in TEXT_ENCODERS}
+        parts |= {part: self.tokenizer(part) for part in TOKENIZERS if part in texts}
         parts["scheduler"] = [_scheduler(self.path)]
         return {part: _digest(self.path, files) for part, files in parts.items()}
 
-    def load(self, network: Any, part: str, **options: Any) -> Any:
-        """A network with every weight from its files; diffusers and transformers alone would only warn.
+    def check(self, part: str) -> None:
+        """Raise EngineError, naming key and value, where a network's class cannot take the values of its config.
 
-        network: a class of theirs, loaded by `from_pretrained`. Raises EngineError.
+        Of a class that diffusers or transformers do not have nothing is said: families know which they want.
         """
-        home = self.home(part)
+        import diffusers
+        import transformers
+
+        config, where = self.configs[part], f"prior {self.path}: {part}/config.json"
+        if part not in TEXT_ENCODERS:
+            named = config.get("_class_name")
+            if isinstance(named, str) and (network := getattr(diffusers, named, None)) is not None:
+                check_diffusers_config(where, network, config)
+            return
+        named = config.get("architectures")
+        named = named[0] if isinstance(named, list) and named else None
+        kind = getattr(getattr(transformers, named, None) if isinstance(named, str) else None, "config_class", None)
+        if kind is not None and config.get("model_type", kind.model_type) == kind.model_type:
+            check_transformers_config(where, kind, config)
+
+    def load(self, network: Any, part: str, **options: Any) -> Any:
+        """A network with every weight from its files, and no other; diffusers and transformers alone would only warn.
+
+        network: a class of theirs, loaded by `from_pretrained`. Raises EngineError: its config makes no network, or
+        one whose weights are not those of its files.
+        """
+        home, given = self.home(part), {"use_safetensors": True, "variant": self._chosen(part).variant}
+        given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # these are told below
         try:
-            loaded, info = network.from_pretrained(home, use_safetensors=True, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise EngineError(f"{home}", f"could not be loaded ({first_line(error)})", FETCH) from error
-        absent = sorted(info["missing_keys"])
-        if absent:
-            why = f"{len(absent)} weights are not in its files, first {absent[0]}"
-            raise EngineError(f"{home}", why, FETCH)
+            loaded, info = network.from_pretrained(home, **given, **options)
+        except Exception as error:  # whatever a network's own code meets in a config that it was not made for
+            raise construction_error(f"{home}", self.configs[part], error) from error
+        self._complete(part, network.__name__, info)
         return loaded
+
+    def _complete(self, part: str, name: str, info: Mapping[str, Any]) -> None:
+        """Raise EngineError for weights that are missing, left over or of another shape, by a loading info."""
+        home, todo = self.home(part), f"use the config and the weights of one network: {FETCH}"
+        if odd := sorted(info["mismatched_keys"]):
+            weight, file, config = odd[0]
+            why = f"{len(odd)} weights have other shapes than its config.json says, first {weight}: {list(file)} in the"
+            raise EngineError(f"{home}", f"{why} file, {list(config)} by the config", todo)
+        for fact, keys in (("are not in its files", "missing_keys"), (f"are none of a {name}'s", "unexpected_keys")):
+            if odd := sorted(info[keys]):
+                raise EngineError(f"{home}", f"{len(odd)} weights {fact}, first {odd[0]}", todo)
 
     def load_tokenizer(self, tokenizer: Any, part: str) -> Any:
         """A tokenizer, of a class of transformers. Raises EngineError."""
@@ -135,6 +187,14 @@ class PriorFolder:
             return tokenizer.from_pretrained(self.path / part)
         except Exception as error:  # the tokenizers' library, which is not Python's, raises nothing narrower
             raise EngineError(f"{self.path / part}", f"could not be loaded ({first_line(error)})", FETCH) from error
+
+    def _chosen(self, part: str) -> WeightSet:
+        """The set of weights that is loaded. Raises EngineError where there is none to choose."""
+        names = [path.name for path in self.home(part).iterdir()]
+        chosen = chosen_set(weight_sets(names, STEMS[part], part not in TEXT_ENCODERS), self.variant)
+        if chosen is None:
+            raise no_set(str(self.path), part, STEMS[part], names, self.variant)
+        return chosen
 
     def facts(self) -> tuple[str | None, tuple[str, ...]]:
         """The prompt and the labels that the prior states of itself, (None, ()) where it states none.
@@ -149,57 +209,17 @@ class PriorFolder:
         return prompt, tuple(labels)
 
 
-def local(source: str | Path) -> Path | None:
-    """The folder of an embedded prior, or `source` itself; None for a hub id. Raises EngineError for none of them."""
-    name, folder = str(source), Path(source).expanduser()
-    if name in EMBEDDED:
-        return EMBEDDED[name]
-    if folder.is_dir():
-        return folder
-    if isinstance(source, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        known = f", embedded are {', '.join(EMBEDDED)}" if EMBEDDED else ""
-        raise EngineError(f"prior {name}", f"no such folder, and a hub id has the form owner/name{known}", _POINT)
-    return None
-
-
-def _locate(source: str | Path) -> Path:
-    """The folder that `source` names: an embedded prior's, its own, or the hub's cached copy of the parts needed.
-
-    Raises EngineError: no such folder, and no hub id that can be fetched.
-    """
-    if (folder := local(source)) is not None:
-        return folder
-    name = str(source)
-    wanted = ["*.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
-    wanted += [f"{part}/{stem}{end}" for part, stem in _STEMS.items() for end in (".safetensors*", "-*.safetensors")]
-    wanted += ["diffusion_pytorch_model.safetensors"]
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # the hub's errors are all of these two kinds
-        why = f"no folder of that name, and it could not be fetched from the Hugging Face hub ({first_line(error)})"
-        todo = f"check the id and the network, or fetch it elsewhere and {_POINT}"
-        raise EngineError(f"prior {name}", why, todo) from error
-
-
 def _scheduler(path: Path) -> Path:
     """The scheduler's config: in its folder, or beside a denoiser that is alone with it."""
     flat = path / "scheduler_config.json"
     return flat if flat.is_file() else path / "scheduler" / "scheduler_config.json"
 
 
-def _read_json(folder: Path, path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises EngineError where it is missing or none."""
+def _config(folder: Path, path: Path) -> dict[str, Any]:
+    """The object in a config. Raises EngineError where it is missing or none."""
     if not path.is_file():
-        raise EngineError(f"prior {folder}", f"{path.relative_to(folder)} is missing", f"a prior is {_LAYOUT}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"it is a {type(found).__name__}")
-        return found
-    except (ValueError, TypeError) as error:
-        raise EngineError(str(path), f"not JSON of an object ({error})", FETCH) from error
+        raise EngineError(f"prior {folder}", f"{path.relative_to(folder)} is missing", f"a prior is {LAYOUT}")
+    return read_json(path)
 
 
 def _digest(folder: Path, files: Iterable[Path]) -> str:

@@ -82,6 +82,7 @@ ELSEWHERE = {
     "plan_only",
 }
 ELSEWHERE |= {"engines", "quantise"}  # test_generate_engines.py
+ELSEWHERE |= {"revision", "variant", "offline", "prior_config"}  # tests/engine/test_prior_files.py
 
 
 @pytest.fixture(scope="session")
