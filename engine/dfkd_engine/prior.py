@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,8 @@ from dfkd_engine.errors import EngineError
 from dfkd_engine.families import family_of
 from dfkd_engine.families.family import Family
 from dfkd_engine.group_norms import set_group_norms
-from dfkd_engine.prior_files import PriorFolder, local
+from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.prior_source import PriorSource
 
 __all__ = ["DTYPES", "EMBEDDED", "Prior", "check_source"]
 
@@ -35,13 +36,14 @@ class Prior:
     denoiser: the UNet or transformer. vae: None for a model of pixels, whose latents are the image in -1..1.
     family: what the denoiser takes beside latents and time, with the networks that make it.
     scheduler_config: content of scheduler_config.json; prediction_type is its entry ("epsilon" where it has none).
-    latent_channels, latent_size: C and the trained (h, w) of the latents.
+    latent_channels, latent_size: C and the trained (h, w) of the latents, None where its config does not say.
     vae_scale_factor: image side over latent side.
     scaling_factor, shift_factor: s, m; the denoiser works on s (encoded - m), the decoder on latents / s + m.
     source: as the caller wrote it.
     digests: SHA-256 by component: of each network weights and config, tokenizers, scheduler; "conditions", of what else
         they follow from, such as the names of classes.
     prompt: template of a prompt that suits it. labels: the only words for {label} that it was trained on, () for any.
+    files: the keywords of `from_pretrained` that chose the files.
     """
 
     denoiser: Any  # diffusers gives neither its networks' configs a type nor their calls
@@ -50,7 +52,7 @@ class Prior:
     scheduler_config: dict[str, Any]
     prediction_type: str
     latent_channels: int
-    latent_size: tuple[int, int]
+    latent_size: tuple[int, int] | None
     vae_scale_factor: int
     scaling_factor: float
     shift_factor: float
@@ -58,27 +60,36 @@ class Prior:
     digests: Mapping[str, str]
     prompt: str
     labels: tuple[str, ...] = ()
+    files: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        source: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        offline: bool = False,
+        config: str | None = None,
     ) -> Self:
         """Load a prior.
 
-        source: a folder, a hub id ("owner/name", fetched into the hub's cache on first use), or a name in EMBEDDED.
+        source: a folder, a hub id ("owner/name", fetched into the hub's cache on first use), a checkpoint in one file,
+        or a name in EMBEDDED.
+        revision, variant, offline, config: as of PriorSource.
         dtype: of the networks; also "fp32", "bf16" or "fp16". A VAE may be wider (`Family.upcasts`).
 
-        Raises EngineError: no such folder or id, a part is missing, a network of another kind, or parts that do not
-        fit.
+        Raises EngineError: no such folder or id, a part is missing or damaged, a network of another kind, or parts that
+        do not fit.
         """
         import diffusers  # which takes seconds to load
 
-        kind, folder = _dtype(dtype), PriorFolder.open(source)
+        kind = _dtype(dtype)
+        folder = PriorFolder.open(PriorSource(source, revision, variant, offline, config), check=family_of)
         of = _complete(folder)
-        digests = folder.digests()
         family = of.load(folder, kind, device)
-        if family.facts:
-            digests["conditions"] = hashlib.sha256(json.dumps(family.facts, sort_keys=True).encode()).hexdigest()
         _check(folder, family)
         denoiser = folder.load(getattr(diffusers, of.denoiser), of.part, torch_dtype=kind)
         vae_class = getattr(diffusers, _vae_class(folder)) if of.vaes else None
@@ -87,7 +98,7 @@ class Prior:
             if network is not None:  # NHWC: what tensor cores want, and a tenth to a third faster on CPUs
                 network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         prompt, labels = folder.facts()
-        size, scheduler = denoiser.config.sample_size, folder.configs["scheduler"]
+        scheduler = folder.configs["scheduler"]
         return cls(
             denoiser=denoiser,
             vae=vae,
@@ -95,14 +106,15 @@ class Prior:
             scheduler_config=scheduler,
             prediction_type=scheduler.get("prediction_type", "epsilon"),
             latent_channels=denoiser.config.in_channels,
-            latent_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+            latent_size=_size(denoiser.config.sample_size),
             vae_scale_factor=_enlargement(vae),
             scaling_factor=1.0 if vae is None else float(vae.config.scaling_factor),
             shift_factor=0.0 if vae is None else float(vae.config.get("shift_factor") or 0.0),
             source=str(source),
-            digests=digests,
+            digests=_digests(folder, family),
             prompt=family.prompt if prompt is None else prompt,
             labels=labels,
+            files={"revision": revision, "variant": variant, "offline": offline, "config": config},
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -140,11 +152,17 @@ class Prior:
         side: of the image in pixels, 0: the trained one. cfg: the guidance scale, for networks that take it as an
         input. Raises EngineError for a prompt that it cannot take.
         """
-        return self.family.conditions(prompts, side or self.latent_size[0] * self.vae_scale_factor, cfg)
+        return self.family.conditions(prompts, side or self._side(), cfg)
 
     def unconditional(self, prompt: str = "", side: int = 0) -> tuple[Tensor, ...]:
         """The same [1, ...] for the rows that classifier-free guidance moves away from. prompt: the negative one."""
-        return self.family.unconditional(prompt, side or self.latent_size[0] * self.vae_scale_factor)
+        return self.family.unconditional(prompt, side or self._side())
+
+    def _side(self) -> int:
+        """The trained side of the image. Raises EngineError where it is not known."""
+        if self.latent_size is None:
+            raise EngineError(f"prior {self.source}", "its config states no size", "say the side of the images")
+        return self.latent_size[0] * self.vae_scale_factor
 
     def denoise(self, z: Tensor, t: Tensor | float, *conditions: Tensor) -> Tensor:
         """The denoiser's prediction (of prediction_type), shape and dtype of z.
@@ -176,18 +194,45 @@ class Prior:
         return replace(self, denoiser=denoiser, vae=vae)
 
 
-def check_source(source: str | Path) -> None:
-    """Raise EngineError for a source that is none, or whose folder lacks a part, without loading or fetching any."""
-    if (path := local(source)) is not None:
-        _complete(PriorFolder.read(path))
+def check_source(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    offline: bool = False,
+    config: str | None = None,
+) -> None:
+    """Raise EngineError for a source that is none, or whose folder lacks a part or has configs that cannot be, without
+    loading or fetching any. Arguments as of `Prior.from_pretrained`.
+    """
+    place = PriorSource(source, revision, variant, offline, config)
+    if (path := place.local()) is not None and path.is_dir():
+        _complete(PriorFolder.open(place))
 
 
 def _complete(folder: PriorFolder) -> type[Family]:
-    """The family of a folder. Raises EngineError where it has none, or lacks a part."""
+    """The family of a folder. Raises EngineError where it has none, lacks a part, or has a config that cannot be."""
     family = family_of(folder)
     folder.require(family.part, *family.requires)
     folder.facts()
+    for part in folder.networks:
+        folder.check(part)
     return family
+
+
+def _digests(folder: PriorFolder, family: Family) -> dict[str, str]:
+    """SHA-256 by part of all that was loaded, "conditions" included."""
+    digests = folder.digests((family.part, *(["vae"] if family.vaes else []), *family.encoders))
+    if family.facts:
+        digests["conditions"] = hashlib.sha256(json.dumps(family.facts, sort_keys=True).encode()).hexdigest()
+    return digests
+
+
+def _size(sample_size: Any) -> tuple[int, int] | None:
+    """(h, w) of a config's sample_size: a side, both, or none."""
+    if sample_size is None or isinstance(sample_size, int):
+        return None if sample_size is None else (sample_size, sample_size)
+    return sample_size[0], sample_size[1]
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -227,7 +272,3 @@ def _check(folder: PriorFolder, family: Family) -> None:
         if taken != latent or given not in family.gives(taken):
             fact = f"{family.part} takes {taken} and gives {given} channels"
             raise family.refuse(folder, fact, f"the VAE's latents have {latent}")
-    if own.get("sample_size") is None:
-        raise family.refuse(
-            folder, f"{family.part}'s config has no sample_size", "the size that it was trained on is unknown"
-        )
