@@ -100,7 +100,7 @@ class Family:
 
 def times(t: Tensor | float, z: Tensor) -> Tensor:
     """The timestep [B] of the rows of z [B, ...], from one number or [B]."""
-    return torch.as_tensor(t, device=z.device).expand(len(z))
+    return torch.as_tensor(t, device=z.device).expand(z.shape[0])  # len() would fix the batch of a traced graph
 
 
 def prediction(output: Tensor, z: Tensor) -> Tensor:
