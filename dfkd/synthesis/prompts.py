@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +69,44 @@ def unknown_labels(template: str, names: Sequence[str], known: Sequence[str]) ->
         f"the prior does not know {_some(strange)}, and will draw something else: the words that it knows are "
         f"{_some(known)}; give a --prior that knows the teacher's classes"
     )
+
+
+class Reader(Protocol):
+    """What is asked of a text encoder and its tokenizer, dfkd_engine.families.text.TextEncoder."""
+
+    def tokens(self, prompt: str) -> list[int]: ...
+    def lost(self, prompt: str) -> str: ...
+    def strange(self, prompt: str) -> bool: ...
+
+
+def unread_words(prompts: Sequence[str], readers: Sequence[Reader]) -> str:
+    """A warning for what the tokenizers leave out of the classes' prompts, "" where that is nothing.
+
+    Raises UsageError: two prompts that differ become the same tokens, so that their classes would get the same images.
+    """
+    if not readers:
+        return ""
+    read: dict[tuple[tuple[int, ...], ...], str] = {}
+    warned: dict[str, str] = {}
+    for prompt in dict.fromkeys(prompts):
+        lost = next((text for reader in readers if (text := reader.lost(prompt))), "")
+        strange = any(reader.strange(prompt) for reader in readers)
+        tokens = tuple(tuple(reader.tokens(prompt)) for reader in readers)
+        other = read.setdefault(tokens, prompt)
+        if other != prompt and (lost or strange):
+            why = f"its tokenizer cuts off {lost!r} of the second" if lost else "its tokenizer has no tokens for them"
+            what = f"the prompts {other!r} and {prompt!r} are one to the prior"
+            todo = "shorten --prompt" if lost else "use words that the prior knows, in --prompt or as class names"
+            raise UsageError(what, f"{why}, and images of these classes would not differ", todo)
+        if other != prompt:
+            warned[prompt] = f"{other!r} and {prompt!r} are one to the prior's tokenizer"
+        elif lost:
+            warned[prompt] = f"the prior does not read {lost!r}, the end of {prompt!r}: it is too long"
+        elif strange:
+            warned[prompt] = f"the prior's tokenizer does not know all of {prompt!r}"
+    if not warned:
+        return ""
+    return next(iter(warned.values())) + (f"; so it is with {len(warned)} classes" if len(warned) > 1 else "")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -63,6 +63,7 @@ class SmallPrior:
         inputs=("context",),
         cfg="rows",
         texts=True,
+        readers=(),
         multiple=1,
         largest=None,
         check=lambda _: None,

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from dfkd.errors import UsageError
-from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels
+from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels, unread_words
+from dfkd_engine.families.stable_diffusion import last_hidden_state
+from dfkd_engine.families.text import TextEncoder
+from dfkd_engine.prior import Prior
+from tests.tiny_sd import write_tokenizer
 
 NAMES = ("zero", "one", "alarm_clock")
 
@@ -66,3 +71,46 @@ def test_prompts():
 def test_other_placeholders_are_refused(template):
     with pytest.raises(UsageError, match=r"cannot be filled in.*use \{label\} as the only placeholder"):
         prompt_of(template, "seven")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Prior.from_pretrained("demo").family.readers
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A reader of 77 tokens, whose tokenizer knows small letters and digits alone."""
+    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_attention_heads=1)
+    return (TextEncoder(CLIPTextModel(config), tokenizer, last_hidden_state),)
+
+
+def prompts(template, *names):
+    return [prompt_of(template, name) for name in names]
+
+
+def test_prompts_whose_labels_are_cut_off_are_refused(demo, letters):
+    template = "a high quality photo of the digit {label}"
+    with pytest.raises(UsageError, match=r"digit zero' and .*digit one' are one to the prior: .*cuts off '.*one' of"):
+        unread_words(prompts(template, "zero", "one"), demo)
+    assert unread_words(prompts("the digit {label}", "zero", "one"), demo) == ""
+    long = "x" * 76 + "{label}"
+    with pytest.raises(UsageError, match="cuts off"):
+        unread_words(prompts(long, "a", "b"), letters)
+    longer = TextEncoder(letters[0].network, letters[0].tokenizer, last_hidden_state, length=100)
+    assert "does not read" in unread_words(prompts(long, "a", "b"), (*letters, longer))  # which tells them apart
+
+
+def test_words_without_tokens(letters):
+    with pytest.raises(UsageError, match="'a да' and 'a ня' are one to the prior: its tokenizer has no tokens"):
+        unread_words(prompts("a {label}", "да", "ня"), letters)
+    assert "does not know all of 'a дa'" in unread_words(["a дa", "a b"], letters)
+    assert unread_words(["", "a b"], letters) == ""
+
+
+def test_what_is_not_read_is_said(letters):
+    said = unread_words(prompts("{label} " + "a " * 80 + "the end", "b", "c", "d"), letters)
+    assert "the end', the end of 'b a a" in said and "so it is with 3 classes" in said
+    assert unread_words(["a Cat", "a cat"], letters) == "'a Cat' and 'a cat' are one to the prior's tokenizer"
+    assert unread_words(["a Cat", "a cat"], ()) == ""

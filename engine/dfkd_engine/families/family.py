@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_engine.errors import EngineError
+from dfkd_engine.families.text import TextEncoder
 from dfkd_engine.prior_files import PriorFolder
 
 
@@ -25,6 +26,7 @@ class Family:
     encoders: networks that make the conditions, by part.
     upcasts: whether the VAE computes in float32 beside a denoiser in float16 where its config says force_upcast. Only
     some pipelines of diffusers go by that, which is AutoencoderKL's default.
+    readers: the text encoders with their tokenizers, () where conditions are no text.
     facts: what the conditions follow from beside these networks' and tokenizers' files, in JSON's types.
 
     config: the denoiser's.
@@ -46,6 +48,7 @@ class Family:
         self.multiple = 1
         self.largest: int | None = None
         self.encoders: Mapping[str, nn.Module] = {}
+        self.readers: Sequence[TextEncoder] = ()
         self.facts: Mapping[str, Any] = {}
 
     @classmethod

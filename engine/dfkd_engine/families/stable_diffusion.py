@@ -29,7 +29,7 @@ class StableDiffusion(Family):
 
     def __init__(self, config: Mapping[str, Any], text: TextEncoder) -> None:
         super().__init__(config)
-        self.text, self.encoders = text, {"text_encoder": text.network}
+        self.text, self.readers, self.encoders = text, (text,), {"text_encoder": text.network}
         self.guidance = config.get("time_cond_proj_dim")
         self.inputs = ("context",) if self.guidance is None else ("context", "guidance")
         self.cfg = "rows" if self.guidance is None else "input"

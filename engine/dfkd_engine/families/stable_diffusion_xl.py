@@ -28,6 +28,7 @@ class StableDiffusionXL(Family):
     def __init__(self, config: Mapping[str, Any], first: TextEncoder, second: TextEncoder, zeros: bool) -> None:
         super().__init__(config)
         self.first, self.second, self.facts = first, second, {"zeros": zeros}
+        self.readers = (first, second)
         self.encoders = {"text_encoder": first.network, "text_encoder_2": second.network}
         self.guidance = config.get("time_cond_proj_dim")
         self.inputs = ("context", "pooled", "sizes") + (() if self.guidance is None else ("guidance",))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfkd_engine.errors import EngineError
+
 
 class TextEncoder:
     """A network of transformers and its tokenizer, which encode each prompt once.
@@ -33,7 +35,8 @@ class TextEncoder:
 
     def tokens(self, prompt: str, cut: bool = True) -> list[int]:
         """Token ids of a prompt, ends included and without padding; cut to the encoder's length unless told not to."""
-        found: list[int] = self.tokenizer(prompt, truncation=cut, max_length=self.length if cut else None).input_ids
+        length = self.length if cut else None
+        found: list[int] = self.tokenizer(prompt, truncation=cut, max_length=length, verbose=False).input_ids
         return found
 
     def lost(self, prompt: str) -> str:
@@ -44,6 +47,12 @@ class TextEncoder:
         text: str = self.tokenizer.decode(whole[len(kept) - 1 :], skip_special_tokens=True)
         return text.strip()
 
+    def strange(self, prompt: str) -> bool:
+        """Whether a prompt has something that the tokenizer has no token for."""
+        tokens, unknown = self.tokens(prompt), self.tokenizer.unk_token_id
+        ends = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+        return unknown in [token for i, token in enumerate(tokens) if 0 < i < len(tokens) - 1 or token not in ends]
+
     @torch.no_grad()
     def __call__(self, prompt: str) -> tuple[Tensor, ...]:
         """What is picked of the outputs for one prompt, padded or cut to `length`; each tensor [1, ...]."""
@@ -51,10 +60,18 @@ class TextEncoder:
             tokens = self.tokenizer(
                 prompt, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
             ).to(self.network.device)
+            self._check_known(prompt, tokens.input_ids)
             mask = tokens.attention_mask if self.masked else None
             outputs = self.network(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
             self._encoded[prompt] = self.pick(outputs)
         return self._encoded[prompt]
+
+    def _check_known(self, prompt: str, tokens: Tensor) -> None:
+        """Raise EngineError for a token that the network has no embedding of."""
+        known, highest = self.network.config.vocab_size, int(tokens.max())
+        if highest >= known:
+            fact = f"the tokenizer has token {highest} in {prompt!r}, and the text encoder's vocab_size is {known}"
+            raise EngineError(fact, "they are not of one model", "use a prior whose tokenizer is its text encoder's")
 
     def to(self, device: torch.device | str) -> None:
         self.network.to(device)
