@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dfkd.config import DistillConfig, GenerateConfig, TeacherTrainConfig
     from dfkd.errors import UsageError
     from dfkd.evaluation import Evaluation, evaluate
+    from dfkd.synthesis.diffusers_guidance import TeacherGuidance, guided
     from dfkd.synthesis.pipeline import GuidedPipeline
     from dfkd.synthesis.run import generate
     from dfkd.teachers import Classifier
@@ -34,11 +35,13 @@ _HOME = {
     "GenerateConfig": "dfkd.config",
     "GuidedPipeline": "dfkd.synthesis.pipeline",
     "Prior": "dfkd_engine.prior",
+    "TeacherGuidance": "dfkd.synthesis.diffusers_guidance",
     "TeacherTrainConfig": "dfkd.config",
     "UsageError": "dfkd.errors",
     "distill": "dfkd.training.distill",
     "evaluate": "dfkd.evaluation",
     "generate": "dfkd.synthesis.run",
+    "guided": "dfkd.synthesis.diffusers_guidance",
     "train_teacher": "dfkd.training.teacher",
 }
 
@@ -49,12 +52,14 @@ __all__ = [
     "GenerateConfig",
     "GuidedPipeline",
     "Prior",
+    "TeacherGuidance",
     "TeacherTrainConfig",
     "UsageError",
     "__version__",
     "distill",
     "evaluate",
     "generate",
+    "guided",
     "load_student",
     "train_teacher",
 ]

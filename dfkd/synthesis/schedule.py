@@ -175,7 +175,7 @@ def build_table(
     prediction = prediction_of(scheduler_config)
     _check(levels, prediction, sampler, steps)
     update = (own.flow if flow and own.flow else own.update)(levels, scheduler.config)
-    z0_z, z0_model = _clean_estimate(levels, prediction)
+    z0_z, z0_model = clean_factors(levels.alpha, levels.sigma, prediction)
     table = StepTable(
         timesteps=levels.timesteps,
         alpha=levels.alpha,
@@ -323,9 +323,8 @@ def _check(levels: Levels, prediction: str, sampler: str, steps: int) -> None:
         )
 
 
-def _clean_estimate(levels: Levels, prediction: str) -> tuple[Tensor, Tensor]:
-    """(z0_z, z0_model)."""
-    alpha, sigma = levels.alpha, levels.sigma
+def clean_factors(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """(z0_z, z0_model) at levels of any one shape; prediction: of PREDICTION_TYPES, or "flow"."""
     if prediction == "epsilon":
         return 1 / alpha, -sigma / alpha
     if prediction == "v_prediction":
