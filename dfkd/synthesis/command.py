@@ -107,10 +107,7 @@ def run(asked: GenerateCommand, say: Say, progress: Progress | None = None) -> d
             if asked.format == "imagefolder":
                 stored = work.images(work.missing) + asked.count
                 require_space(asked.out, stored, size, asked.generate.shards.image_format)
-        try:
-            written = work.write(progress, asked.logging)
-        except FloatingPointError as error:
-            raise UsageError(str(error), todo="lower --guidance-step, or use --dtype fp32") from None
+        written = work.write(progress, asked.logging)
     if not rank.first:
         return None
     if asked.format == "imagefolder":

@@ -157,7 +157,7 @@ def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function
         sources=source_digest(*_sources(name, pipe)),
         networks=_networks(name, pipe),
         device=pipe.device,
-        dtype=_dtype(name, pipe.prior),
+        dtype=dtype_of(name, pipe.prior),
         quantise=quantise,
         calibrate=partial(_calibrate, pipe) if quantise != "none" else None,
     )
@@ -170,7 +170,7 @@ def _networks(name: str, pipe: "GuidedPipeline") -> tuple[nn.Module, ...]:
     return (pipe.prior.vae,) if name in _OF_VAE and pipe.prior.vae is not None else ()
 
 
-def _dtype(name: str, prior: Prior) -> str:
+def dtype_of(name: str, prior: Prior) -> str:
     """The dtype that a function's networks compute in: a VAE may be wider than the denoiser."""
     network = prior.networks.get("vae", prior.denoiser) if name != "unet" else prior.denoiser
     return str(next(network.parameters()).dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from dfkd.data import Record
 from dfkd.synthesis import cutmix
 from dfkd.synthesis.batching import calling, cuts
+from dfkd.synthesis.finite import Faults
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.sampler import ToLatent, unit_rms
 from dfkd.synthesis.synthesizer import rounded
@@ -31,6 +32,7 @@ class Pack:
     ids, labels: int64 [B], given on the CPU and held on the device; whole groups in turn where images interact.
     losses: filled by `guide`, {step: {name: [B]}}, taken before the last guidance step of each denoising step.
     plans: Latent CutMix by step, partners as positions in the pack.
+    faults: what was first not finite.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Pack:
         self.noisy = [noise != 0 for noise in table.step_noise.tolist()]
         self.losses: dict[int, dict[str, Tensor]] = {}
         self.stepped: Callable[[], object] = lambda: None  # called after every step of any kind
+        self.faults = Faults(len(ids), device)
         self.plans = self._cutmix_plans(ids, labels)
         self._mixes = {i: (plan.partner.to(device), plan.box.to(device)) for i, plan in self.plans.items()}
 
@@ -76,28 +79,35 @@ class Pack:
                     rows, given = torch.cat([rows] * 2), [torch.cat(pair) for pair in zip(free, given, strict=True)]
                 output = self.pipe.denoise(rows, self.times[i], *given)
                 outputs.append(torch.unflatten(output, 0, (self.cfg_rows[i], -1)))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        predicted = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        self.faults.see(predicted.transpose(0, 1), "unet", self._step(i), images)
+        return predicted
 
     def gradient(
-        self, guidance: Guidance, point: Tensor, to_latent: ToLatent | None = None
+        self, guidance: Guidance, point: Tensor, to_latent: ToLatent | None = None, where: str = ""
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Guidance gradient in `point` [B, ...] and losses {name: [B]}: a group at a time where its images interact."""
+        """Guidance gradient in `point` [B, ...] and losses {name: [B]}: a group at a time where its images interact.
+
+        where: the step, for people.
+        """
         size = self.pipe.group if "group" in guidance.needs else len(point)
         found = []
         with calling("gradient"):
             for cut in cuts(len(point), size):
                 way = to_latent and partial(_shifted, to_latent, cut.start)
                 found.append(guidance.gradient(point[cut], self.labels[cut], self.batch, way))
-        if len(found) == 1:
-            return found[0]
         gradients, records = zip(*found, strict=True)
-        return torch.cat(gradients), {name: torch.cat([record[name] for record in records]) for name in records[0]}
+        gradient = torch.cat(gradients)
+        losses = {name: torch.cat([record[name] for record in records]) for name in records[0]}
+        for kind, values in (*losses.items(), ("gradient", gradient)):
+            self.faults.see(values, kind, where)
+        return gradient, losses
 
     def guide(self, point: Tensor, i: int, to_latent: ToLatent | None = None) -> Tensor:
         """The guidance step rho g at step i, as `sampler.Guide`."""
         assert self.pipe.guidance is not None
         config = self.pipe.config.guidance
-        gradient, self.losses[i] = self.gradient(self.pipe.guidance, point, to_latent)
+        gradient, self.losses[i] = self.gradient(self.pipe.guidance, point, to_latent, self._step(i))
         return config.step * (unit_rms(gradient) if config.norm == "rms" else gradient)
 
     def noise(self, i: int) -> Noise | None:
@@ -108,11 +118,12 @@ class Pack:
 
     def after(self, i: int, z: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
         self.stepped()
-        if self.callback is None:
-            return z, z0
-        timestep = float(self.pipe.table.timesteps[i])
-        found = self.callback(self.pipe, i, timestep, {"latents": z, "clean": z0}) or {}
-        return found.get("latents", z), found.get("clean", z0)
+        if self.callback is not None:
+            timestep = float(self.pipe.table.timesteps[i])
+            found = self.callback(self.pipe, i, timestep, {"latents": z, "clean": z0}) or {}
+            z, z0 = found.get("latents", z), found.get("clean", z0)
+        self.faults.see(z, "latents", self._step(i))
+        return z, z0
 
     def noise_gradient(self, rows: Tensor, guidance: Guidance) -> Callable[[Tensor], Tensor]:
         """Gradient of the losses in z_T, along the path that the settings name; rows as of `sampler.sample`."""
@@ -123,19 +134,24 @@ class Pack:
                 model = self.denoise(z, 0, images)
             return clean_estimate(z, model, rows[0])
 
-        return lambda z: self.stepping(guidance, z, to_latent)
+        return lambda z: self.stepping(guidance, z, "an edit of the noise", to_latent)
 
-    def stepping(self, guidance: Guidance, point: Tensor, to_latent: ToLatent | None = None) -> Tensor:
+    def stepping(self, guidance: Guidance, point: Tensor, where: str, to_latent: ToLatent | None = None) -> Tensor:
         """`gradient` of a step that is no denoising step."""
-        found, _ = self.gradient(guidance, point, to_latent)
+        found, _ = self.gradient(guidance, point, to_latent, where)
         self.stepped()
         return found
+
+    def _step(self, i: int) -> str:
+        return f"step {i + 1} of {len(self.cfg_rows)}"
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> images in 0..1, float32 [B, 3, H, W]."""
         with calling("decode"):
-            return torch.cat([self.pipe.decode(z[cut]).float() for cut in cuts(len(z), self.batch)])
+            images = torch.cat([self.pipe.decode(z[cut]).float() for cut in cuts(len(z), self.batch)])
+        self.faults.see(images, "decode", "the end")
+        return images
 
     def records(self, probability: Tensor) -> list[Record]:
         """What is known of each image. probability: the teacher's for the label, [B]."""

@@ -32,7 +32,7 @@ from dfkd.synthesis.checks import (
     require_losses,
     try_teacher,
 )
-from dfkd.synthesis.functions import EngineGuidance, functions_of
+from dfkd.synthesis.functions import EngineGuidance, dtype_of, functions_of
 from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
 from dfkd.synthesis.pack import Pack
@@ -136,8 +136,9 @@ class GuidedPipeline:
         callback_on_step_end: (pipe, step, timestep, tensors) after every denoising step of every pack of images, with
             the tensors "latents" and "clean" [B, C, h, w]; a dict that it returns replaces them.
 
-        Raises FloatingPointError: images are not finite (names their ids). ShortMemory: a network call found too little
-        memory; a smaller call_size may do. UsageError: wrong ids or labels.
+        Raises NotFinite, a FloatingPointError: images are not finite (names their ids, what was so first, and what
+        helps). ShortMemory: a network call found too little memory; a smaller call_size may do. UsageError: wrong ids
+        or labels.
         """
         asked = self._checked(ids, labels)
         if self._engines is None:
@@ -213,10 +214,13 @@ class GuidedPipeline:
         z = self.latents(pack)
         images = pack.decode(z)
         if (pixels := self.pixel_guidance) is not None:
-            images = refine(images, lambda x: pack.stepping(pixels, x), config.refine_steps, config.refine_step)
+            images = refine(
+                images, lambda x: pack.stepping(pixels, x, "a refinement"), config.refine_steps, config.refine_step
+            )
         finite = (z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)).cpu()
         if not finite.all():
-            raise FloatingPointError(f"the images {pack.ids.cpu()[~finite].tolist()} are not finite")
+            half = [name for name in ("unet", "decode") if dtype_of(name, self.prior) == "float16"]
+            raise pack.faults.error(pack.ids, finite, half)
         stored = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         sure = label_probability(self.teacher, stored, pack.labels, self.call_size)
         return stored.cpu(), pack.records(sure)

@@ -144,7 +144,8 @@ def test_folders_and_disks_that_do_not_take_it_are_refused(call, tmp_path, capsy
 
 def test_images_that_are_not_finite_end_the_run_in_words(call, tmp_path, capsys):
     argv = ["--out", tmp_path / "out", "--guidance-norm", "none", "--guidance-step", 1e38]
-    assert "are not finite. lower --guidance-step" in refused(call, capsys, *argv)
+    error = refused(call, capsys, *argv)
+    assert "are not finite: first is the latents, beyond 1000, at step 1 of 3. lower --guidance-step." in error
 
 
 def test_a_run_is_taken_up_and_mended(call, tmp_path, capsys):

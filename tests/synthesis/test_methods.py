@@ -8,6 +8,7 @@ from dfkd.config import METHODS as NAMES
 from dfkd.config import GenerateConfig
 from dfkd.errors import UsageError
 from dfkd.runtime import generator
+from dfkd.synthesis.finite import NotFinite
 from dfkd.synthesis.methods import METHODS, make_method, needs_prior, unread
 from dfkd.synthesis.run import identity_of
 from dfkd.synthesis.synthesizer import Synthesizer
@@ -104,6 +105,11 @@ def test_deepinversion_tells_the_share_of_its_steps(teacher):
     own.on_progress = seen.append
     own([0, 3])  # of two groups
     assert seen == [0.25, 0.5, 0.75, 1]
+
+
+def test_deepinversion_names_images_that_are_not_finite(teacher):
+    with pytest.raises(NotFinite, match=r"the images \[0, 1, 2\] are not finite.*lower lr"):
+        method(teacher, "deepinversion(steps=3, bn_weight=1e300, group=3)")(range(3))
 
 
 def test_settings_enter_the_identity(teacher):

@@ -8,6 +8,7 @@ from torch import nn
 
 from dfkd.errors import UsageError
 from dfkd.synthesis.batching import ShortMemory
+from dfkd.synthesis.finite import NotFinite
 from dfkd.synthesis.run import generate
 from dfkd.synthesis.synthesizer import Synthesizer
 from tests.synthesis.small_networks import CLASS_NAMES, SmallPrior, classifier, doubled, pipeline
@@ -171,12 +172,61 @@ def test_adversarial_guidance_takes_a_newer_student():
         pipe.update(classifier().replace(class_names=("a", "b")))
 
 
-def test_images_that_are_not_finite_are_named():
+def spoilt(call, after=0):
+    """A function of images' tensors that gives NaN for the third from its call `after` on."""
+    calls = []
+
+    def spoiling(z, *more):
+        calls.append(z)
+        place = torch.arange(len(z))[:, None, None, None] % 4 == 2
+        return call(z, *more) * torch.where(place & (len(calls) > after), torch.nan, 1.0)
+
+    return spoiling
+
+
+LOWER, BF16 = "lower --guidance-step", "float16 ends at 65 504: use --dtype bf16"
+
+
+@pytest.mark.parametrize(
+    "own, part, after, half, first, todo",
+    [
+        ({}, "decode", 0, (), "the guidance loss cls at step 1 of 3", "see to the losses"),
+        ({}, "decode", 1, ("decode",), "the guidance loss cls at step 2 of 3", BF16),
+        ({"guidance_step": 0.0}, "decode", 0, (), "the decoder's image at the end", "see to the prior"),
+        ({"guidance_step": 0.0}, "decode", 0, ("decode",), "the decoder's image at the end", BF16),
+        ({}, "denoise", 0, (), "the denoiser's prediction at step 1 of 3", "see to the prior"),
+        ({}, "denoise", 1, (), "the denoiser's prediction at step 2 of 3", LOWER),
+        ({}, "denoise", 2, ("unet", "decode"), "the denoiser's prediction at step 3 of 3", BF16),
+        ({"gradient": "unet"}, "denoise", 2, (), "the denoiser's prediction at step 2 of 3", LOWER),
+        (
+            {"refine_steps": 2, "guide_from": 1.0},
+            "judge",
+            1,
+            (),
+            "the guidance loss cls at a refinement",
+            "see to the los",
+        ),
+    ],
+)
+def test_images_that_are_not_finite_are_named_with_what_was_so_first(monkeypatch, own, part, after, half, first, todo):
     prior = SmallPrior()
-    pipe, decode = pipeline(prior, **ALONE), prior.decode
-    prior.decode = lambda z0: torch.where(torch.arange(len(z0))[:, None, None, None] == 2, torch.nan, decode(z0))
-    with pytest.raises(FloatingPointError, match=r"the images \[6\] are not finite"):
+    pipe = pipeline(prior, steps=3, **{**ALONE, "cfg": 1.0, **own})
+    monkeypatch.setattr("dfkd.synthesis.pipeline.dtype_of", lambda name, _: "float16" if name in half else "float32")
+    where = pipe.teacher if part == "judge" else prior
+    name = "prepare" if part == "judge" else part
+    object.__setattr__(where, name, spoilt(getattr(where, name), after))
+    if pipe.guidance is not None and part == "decode":
+        pipe.guidance.decode = prior.decode
+    with pytest.raises(NotFinite) as caught:
         pipe([4, 5, 6, 7], seed=SEED)
+    assert caught.value.what == "the images [6] are not finite" and isinstance(caught.value, FloatingPointError)
+    assert caught.value.why == f"first is {first}" and caught.value.todo.startswith(todo)
+
+
+def test_latents_that_a_guidance_step_threw_far_away_are_told_from_a_prediction_that_failed():
+    pipe = pipeline(steps=3, **{**ALONE, "guidance_norm": "none", "guidance_step": 1e39})
+    with pytest.raises(NotFinite, match=f"first is the latents, beyond 1000, at step 1 of 3. {LOWER}"):
+        pipe([4, 5], seed=SEED)
 
 
 @pytest.mark.parametrize("network", ["unet", "decode", "gradient"])

@@ -19,6 +19,7 @@ from dfkd.config.fields import convert
 from dfkd.data import Record
 from dfkd.extension import settings_of
 from dfkd.runtime import choose_kernels, generator
+from dfkd.synthesis.finite import require_finite
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.losses import BatchNormLoss, CrossEntropy, GuidanceLoss, Seen
 from dfkd.synthesis.prompts import chosen_classes, labels_of
@@ -136,6 +137,7 @@ class DeepInversion:
             adam.step()
             x.data.clamp_(0, 1)
             stepped()
+        require_finite(x.detach(), ids, "lower lr, as in deepinversion(lr=0.05), or bn_weight")
         return (x.detach() * 255).round().to(torch.uint8).cpu(), losses
 
 
