@@ -23,6 +23,7 @@ from dfkd_engine.families.family import Family
 from dfkd_engine.group_norms import set_group_norms
 from dfkd_engine.prior_files import PriorFolder
 from dfkd_engine.prior_source import PriorSource
+from dfkd_engine.prior_trial import try_networks
 
 __all__ = ["DTYPES", "EMBEDDED", "Prior", "check_source"]
 
@@ -97,6 +98,7 @@ class Prior:
         for network in (denoiser, vae):
             if network is not None:  # NHWC: what tensor cores want, and a tenth to a third faster on CPUs
                 network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        try_networks(folder, family, denoiser, vae)
         prompt, labels = folder.facts()
         scheduler = folder.configs["scheduler"]
         return cls(

@@ -10,7 +10,7 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from dfkd_engine.errors import EngineError, first_line
@@ -18,6 +18,8 @@ from dfkd_engine.errors import EngineError, first_line
 _ZERO_TOO = ("freq_shift", "downsample_padding", "dual_attention_layers")  # the last one's are numbers of layers
 _ABOVE_ZERO = ("scaling_factor", "mid_block_scale_factor", "resnet_out_scale_factor")
 _NOT_BELOW_ZERO = ("norm_eps", "dropout")
+_NEVER_NULL = ("norm_num_groups", "layer_norm_eps", "eos_token_id")
+_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 _LEVELS = ("block_out_channels", "down_block_types", "up_block_types")  # one entry a level of a network each
 _CORRECT = "correct it, or fetch the prior again"
 # What libraries of other versions wrote into the configs of transformers' networks, and nothing follows from.
@@ -43,16 +45,25 @@ def check_diffusers_config(where: str, network: Any, config: Mapping[str, Any]) 
 
 def check_transformers_config(where: str, kind: Any, config: Mapping[str, Any]) -> None:
     """The same for a network of transformers. kind: the class of its config."""
-    given = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        made = kind.from_dict(given)
+        kind.from_dict(dict(config))
     except Exception as error:  # a strict dataclass's own errors, and those of its checks
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise EngineError(where, " ".join(lines).rstrip(".: "), _CORRECT) from error
-    parameters = inspect.signature(kind.__init__).parameters
-    known = {name: getattr(made, name, None) for name in parameters}
-    base = {*vars(type(made)()), *kind.attribute_map, *_TRANSFORMERS_OWN}
-    check_keys(where, kind.__name__, {key: v for key, v in config.items() if key not in base}, known)
+        raise failure(where, config, ValueError(" ".join(str(error).split())), kind.from_dict) from error
+    known, hints = vars(kind()), inspect.get_annotations(kind, eval_str=True)
+    for key in known.keys() & hints.keys() & config.keys():
+        if wanted := unfit(key, config[key], hints[key], known[key]):
+            raise refused(where, key, config[key], f"{kind.__name__} wants {wanted}")
+    check_keys(where, kind.__name__, config, [*known, *kind.attribute_map, *_TRANSFORMERS_OWN])
+
+
+def check_tokenizer_config(where: str, config: Mapping[str, Any]) -> None:
+    """Raise EngineError for an entry of a tokenizer's JSON files that it cannot have, naming `where`, key and value."""
+    for key, value in config.items():
+        written = value.get("content") if isinstance(value, dict) else value or ""
+        if key in _TOKENS and not isinstance(written, str):
+            raise refused(where, key, value, "it is a text, or an object with the text as its content")
+        if key == "model_max_length" and unfit(key, value, int, 1) and not (isinstance(value, float) and value > 1e9):
+            raise refused(where, key, value, "it is a number of tokens, more than 0")
 
 
 def check_keys(where: str, name: str, config: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -70,6 +81,8 @@ def check_keys(where: str, name: str, config: Mapping[str, Any], known: Iterable
 
 def unfit(key: str, value: object, hint: Any, default: object) -> str:
     """What is wanted instead of a value, "" where it fits. hint: the type that the class states, default: its own."""
+    if value is None and key in _NEVER_NULL:
+        return "a number"
     like_default = default is not None and type(value) is type(default) and not isinstance(value, list | tuple)
     if not (like_default or fits(value, hint)):
         return f"{_words(hint)}"
@@ -79,7 +92,8 @@ def unfit(key: str, value: object, hint: Any, default: object) -> str:
             continue
         if not math.isfinite(number):
             return "finite numbers"
-        if number <= 0 and (key in _ABOVE_ZERO or (isinstance(number, int) and _counts(hint) and key not in _ZERO_TOO)):
+        counted = isinstance(number, int) and _counts(hint) and key not in _ZERO_TOO and not key.endswith("token_id")
+        if number <= 0 and (key in _ABOVE_ZERO or counted):
             return "more than 0"
         if number < 0 and key in (*_NOT_BELOW_ZERO, *_ZERO_TOO):
             return "0 or more"
@@ -113,12 +127,39 @@ def refused(where: str, key: str, value: object, why: str) -> EngineError:
     return EngineError(f"{where}: {key} is {value!r}", why, _CORRECT)
 
 
-def construction_error(where: str, config: Mapping[str, Any], error: Exception) -> EngineError:
-    """The error for a network that its class cannot make of a config, with the values of the keys that it speaks of."""
+def failure(
+    where: str, config: Mapping[str, Any], error: Exception, make: Callable[[dict[str, Any]], object]
+) -> EngineError:
+    """The error for a network that its config does not make, or that fails when it is called.
+
+    make: what failed, from a config, with no weights: the key without which it works is named. error: how it failed.
+    """
     text = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
-    named = [f"{key} = {config[key]!r}" for key in config if f"`{key}`" in text or f" {key} " in f" {text} "]
-    known = f"; {', '.join(named)}" if named else ""
-    return EngineError(where, f"no network can be made of it ({text[:300]}{known})", _CORRECT)
+    for key, value in config.items() if not _works(make, dict(config)) else ():
+        if not key.startswith("_") and _works(make, {k: v for k, v in config.items() if k != key}):
+            return refused(where, key, value, f"with it no such network works ({text[:300]})")
+    return EngineError(where, f"no network works with it ({text[:300]})", _CORRECT)
+
+
+def make_diffusers(network: Any, config: dict[str, Any]) -> Any:
+    """A network of diffusers as its config says, on torch's default device."""
+    return network.from_config(config)
+
+
+def make_transformers(network: Any, config: dict[str, Any]) -> Any:
+    """A network of transformers as its config says, on torch's default device."""
+    return network(network.config_class.from_dict(config))
+
+
+def _works(make: Callable[[dict[str, Any]], object], config: dict[str, Any]) -> bool:
+    import torch
+
+    try:
+        with torch.device("meta"), torch.no_grad():  # shapes alone
+            make(config)
+    except Exception:  # whichever: it is asked for nothing else
+        return False
+    return True
 
 
 def _check_levels(where: str, config: Mapping[str, Any]) -> None:

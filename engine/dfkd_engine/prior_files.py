@@ -16,12 +16,22 @@ Weights are read from safetensors only: a pickled file can run code. No safety c
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from dfkd_engine.errors import EngineError, first_line
 from dfkd_engine.files import sha256_once
-from dfkd_engine.prior_configs import check_diffusers_config, check_transformers_config, construction_error
+from dfkd_engine.prior_configs import (
+    check_diffusers_config,
+    check_tokenizer_config,
+    check_transformers_config,
+    failure,
+    fits,
+    make_diffusers,
+    make_transformers,
+    refused,
+)
 from dfkd_engine.prior_source import DENOISERS, LAYOUT, STEMS, TEXT_ENCODERS, TOKENIZERS, PriorSource
 from dfkd_engine.prior_weights import (
     FETCH,
@@ -117,7 +127,7 @@ class PriorFolder:
             raise EngineError(f"prior {self.path}", why, f"{FETCH}, its {part}/ included")
         for path in files:
             if path.suffix == ".json":
-                read_json(path)
+                check_tokenizer_config(f"prior {self.path}: {part}/{path.name}", read_json(path))
             elif content := other_content(path):
                 raise EngineError(str(path), content, "fetch it again")
         return files
@@ -149,9 +159,10 @@ class PriorFolder:
             if isinstance(named, str) and (network := getattr(diffusers, named, None)) is not None:
                 check_diffusers_config(where, network, config)
             return
-        named = config.get("architectures")
-        named = named[0] if isinstance(named, list) and named else None
-        kind = getattr(getattr(transformers, named, None) if isinstance(named, str) else None, "config_class", None)
+        architectures = config.get("architectures")
+        if architectures is not None and not fits(architectures, list[str]):
+            raise refused(where, "architectures", architectures, "it names the network's class, in a list of texts")
+        kind = getattr(getattr(transformers, (architectures or [""])[0], None), "config_class", None)
         if kind is not None and config.get("model_type", kind.model_type) == kind.model_type:
             check_transformers_config(where, kind, config)
 
@@ -166,7 +177,8 @@ class PriorFolder:
         try:
             loaded, info = network.from_pretrained(home, **given, **options)
         except Exception as error:  # whatever a network's own code meets in a config that it was not made for
-            raise construction_error(f"{home}", self.configs[part], error) from error
+            make = partial(make_transformers if part in TEXT_ENCODERS else make_diffusers, network)
+            raise failure(f"prior {self.path}: {part}/config.json", self.configs[part], error, make) from error
         self._complete(part, network.__name__, info)
         return loaded
 

@@ -1,0 +1,69 @@
+"""A trial of a prior's networks on a few numbers: what its configs leave wrong shows before any work, and is named."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfkd_engine.errors import EngineError, first_line
+from dfkd_engine.families.family import Family
+from dfkd_engine.prior_configs import failure, make_diffusers
+from dfkd_engine.prior_files import PriorFolder
+
+_SIDE = 8  # of latents that are enough for a trial; larger ones than the trained are not taken
+
+
+@torch.no_grad()
+def try_networks(folder: PriorFolder, family: Family, denoiser: Any, vae: Any) -> None:
+    """One empty prompt through the text encoders, one small latent through denoiser and decoder.
+
+    Raises EngineError, which names the part, and the key of its config where leaving it out helps.
+    """
+    for part, reader in zip(family.encoders, family.readers, strict=True):
+        try:
+            reader("")
+        except EngineError:
+            raise
+        except Exception as error:  # of the tokenizer or the network, whatever it is
+            what = f"prior {folder.path}: {part} with its tokenizer"
+            raise EngineError(what, f"it fails on an empty prompt ({first_line(error)})", "fetch both again") from error
+    side = _side(family)
+    z = torch.zeros(1, denoiser.config.in_channels, side, side, device=denoiser.device)
+    given = family.unconditional("", side if vae is None else 8 * side)
+    if len(given) < len(family.inputs):  # class ids, without one that stands for none
+        given = (torch.zeros(1, dtype=torch.int64, device=z.device),)
+
+    def denoise(network: Any, z: Tensor, given: tuple[Tensor, ...]) -> None:
+        family.predict(network, z.to(denoiser.dtype), 1, *given)
+
+    _try(folder, family.part, denoiser, denoise, z, given)
+    if vae is not None:
+        _try(folder, "vae", vae, lambda network, z, _: network.decode(z.to(vae.dtype)), z, ())
+
+
+def _try(
+    folder: PriorFolder,
+    part: str,
+    network: Any,
+    call: Callable[[Any, Tensor, tuple[Tensor, ...]], object],
+    z: Tensor,
+    given: tuple[Tensor, ...],
+) -> None:
+    """`call` of a network of diffusers. Raises EngineError as `failure`."""
+    try:
+        call(network, z, given)
+    except Exception as error:  # whatever a network's own code meets
+
+        def again(config: dict[str, Any]) -> None:
+            call(make_diffusers(type(network), config), z.to("meta"), tuple(tensor.to("meta") for tensor in given))
+
+        where = f"prior {folder.path}: {part}/config.json"
+        raise failure(where, folder.configs[part], error, again) from error
+
+
+def _side(family: Family) -> int:
+    """A side that the denoiser takes, as small as is enough."""
+    step = family.multiple
+    side = -(-_SIDE // step) * step
+    return side if family.largest is None else max(min(side, family.largest // step * step), step)
