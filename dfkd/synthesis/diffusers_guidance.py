@@ -10,6 +10,7 @@ behind the step.
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dfkd.config import GuidanceConfig
 from dfkd.config.words import nearest
-from dfkd.errors import UsageError
+from dfkd.errors import SettingError, UsageError
 from dfkd.runtime import choose_kernels
 from dfkd.synthesis.checks import copy_student, try_teacher
 from dfkd.synthesis.diffusers_levels import (
@@ -47,8 +48,8 @@ class TeacherGuidance:
 
     Args:
         teacher: frozen, and moved to the latents' device.
-        vae: the pipeline's, which decodes the clean estimates; None for a pipeline of pixels. A float16 one whose
-            config says force_upcast is copied to float32 for that: backward it overflows sooner than forward.
+        vae: the pipeline's, which decodes the clean estimates, frozen as well; None for a pipeline of pixels. A float16
+            one whose config says force_upcast is copied to float32: backward it overflows sooner than forward.
         student: of the adversarial loss, copied.
         losses: guidance losses beside those of the settings.
         batch: images per call of decoder and teacher; 0: all.
@@ -73,6 +74,9 @@ class TeacherGuidance:
         batch: int = 0,
         **settings: Any,
     ) -> None:
+        known = [field.name for field in dataclasses.fields(GuidanceConfig) if field.name != "losses"]
+        if unknown := sorted(settings.keys() - set(known)):
+            raise SettingError(f"TeacherGuidance has no setting {unknown[0]!r}: {nearest(unknown[0], known)}")
         self.config = config = GuidanceConfig(**settings)
         for name, off in _ELSEWHERE.items():
             if (value := getattr(config, name)) != off:
@@ -86,7 +90,7 @@ class TeacherGuidance:
         self.losses = (*losses_of(config), *losses)
         if not self.losses:
             raise UsageError("no guidance loss", "every weight is 0", "give one a weight")
-        self.vae, self.batch = vae, batch
+        self.vae, self.batch = vae and vae.requires_grad_(False), batch
         device = torch.device("cpu") if vae is None else vae.device
         self.teacher = teacher.freeze(device).tried()
         self.student = student and copy_student(student, self.teacher)
@@ -99,8 +103,8 @@ class TeacherGuidance:
     def for_labels(self, labels: Sequence[int | str]) -> "TeacherGuidance":
         """Set the classes of the next images, and return the guidance itself.
 
-        labels: numbers or names of the teacher's classes, in the pipeline's order of images; or one for each prompt,
-        where num_images_per_prompt draws several. Raises UsageError: no such class.
+        labels: numbers or names of the teacher's classes, one for each image in the pipeline's order: those of a prompt
+        follow one another. Raises UsageError: no such class.
         """
         self._labels = tuple(self._class_of(label) for label in labels)
         return self
@@ -118,18 +122,20 @@ class TeacherGuidance:
         labels = self._labels_of(clean)
         if self._where != (clean.device, self.vae and self.vae.dtype):  # the pipeline was moved
             self._guidance = self._on(clean.device)
-        push = torch.zeros_like(clean) if clip is None else clip.push(clean, torch.zeros_like(clean))
-        for _ in range(config.repeats):
-            gradient, self.record[i] = self._guidance.gradient(clean + push, labels, self.batch or len(clean))
-            push = push - config.step * (unit_rms(gradient) if config.norm == "rms" else gradient)
-            push = push if clip is None else clip.push(clean, push)
+        with torch.inference_mode(False), torch.no_grad():  # inference mode's own tensors take no gradient
+            clean = clean.clone()
+            push = torch.zeros_like(clean) if clip is None else clip.push(clean, torch.zeros_like(clean))
+            for _ in range(config.repeats):
+                gradient, self.record[i] = self._guidance.gradient(clean + push, labels, self.batch or len(clean))
+                push = push - config.step * (unit_rms(gradient) if config.norm == "rms" else gradient)
+                push = push if clip is None else clip.push(clean, push)
         return push
 
     def decode(self, z0: Tensor) -> Tensor:
         """Clean latents [B, C, h, w] -> images [B, 3, H, W] in 0..1, as the pipelines decode; differentiable."""
         if self.vae is None:
             return (z0 / 2 + 0.5).clamp(0, 1)
-        vae, config = self._decoder(), self.vae.config
+        vae, config = self._decoder(z0.device), self.vae.config
         latents = z0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             mean, std = (z0.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
@@ -177,11 +183,12 @@ class TeacherGuidance:
 
     def _labels_of(self, clean: Tensor) -> Tensor:
         """int64 [B] on the device of the clean estimates. Raises UsageError where there are not as many."""
-        count, images = len(self._labels), len(clean)
-        if not count or images % count:
-            why = "there is one for every image, or for every prompt, in the pipeline's order"
-            raise UsageError(f"{count} labels for {images} images", why, "give them: guidance.for_labels([...])")
-        return torch.tensor(self._labels, device=clean.device).repeat_interleave(images // count)
+        if len(self._labels) != len(clean):
+            what = f"{len(self._labels)} labels for {len(clean)} rows of latents"
+            why = "every row has one, in the pipeline's order; DiTPipeline holds its images twice under guidance_scale"
+            raise UsageError(what, why, "give them: guidance.for_labels([...])")
+        with torch.inference_mode(False):
+            return torch.tensor(self._labels, device=clean.device)
 
     def _on(self, device: torch.device) -> Guidance:
         """The gradient on this device, to which teacher and student follow the pipeline."""
@@ -189,17 +196,19 @@ class TeacherGuidance:
         self.teacher.freeze(device)
         if self.student is not None:
             self.student.freeze(device)
-        narrow = self.vae is not None and self._decoder().dtype == torch.float16
+        narrow = self.vae is not None and self._decoder(device).dtype == torch.float16
         kernels = choose_kernels("auto", device).name
         return Guidance(self.decode, self.teacher, self.losses, self.student, narrow, kernels)
 
-    def _decoder(self) -> Any:
-        """The VAE, or its float32 copy where it is float16 and overflows there."""
+    def _decoder(self, device: torch.device) -> Any:
+        """The VAE, or its float32 copy on this device where it is float16 and would overflow."""
         if self.vae.dtype != torch.float16 or not self.vae.config.get("force_upcast"):
             return self.vae
-        if self._upcast is None:
-            self._upcast = copy.deepcopy(self.vae).float()
-        return self._upcast.to(self.vae.device)
+        if self._upcast is None:  # made anew: a copy would have the hooks of an offloaded one
+            self._upcast = type(self.vae).from_config(self.vae.config)
+            self._upcast.load_state_dict(self.vae.state_dict())
+            self._upcast.eval().requires_grad_(False)
+        return self._upcast.to(device)
 
 
 def guided(scheduler: Scheduler, guidance: TeacherGuidance) -> Scheduler:
@@ -252,8 +261,7 @@ def _moved(
     if clip is not None and clip.holds_z:
         clean = clean.clamp(-clip.limit, clip.limit)
         m = level.output_of(x, clean)
-    with torch.no_grad():
-        push = guidance.push(clean, place, len(scheduler.timesteps), clip)
+    push = guidance.push(clean, place, len(scheduler.timesteps), clip)
     if push is None:
         return output, sample
     x, m = level.moved(x, m, push)
