@@ -54,9 +54,17 @@ class PriorFilesConfig(Config):
         identity=False,
     )
 
+    lora: tuple[str, ...] = option(
+        (), "LoRA weights to fuse into the networks: FILE_OR_FOLDER[:SCALE], safetensors", identity=False
+    )
+    textual_inversion: tuple[str, ...] = option(
+        (), "words to add, which the prompt may use: FILE[:TOKEN], safetensors", identity=False
+    )
+
     def files(self) -> dict[str, Any]:
         """These settings as keywords of `Prior.from_pretrained`."""
-        return {"revision": self.revision, "variant": self.variant, "offline": self.offline, "config": self.config}
+        names = ("revision", "variant", "offline", "config", "lora", "textual_inversion")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

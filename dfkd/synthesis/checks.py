@@ -152,6 +152,8 @@ def _file_words(prior: Prior) -> list[str]:
     """The flags that choose the prior's files again."""
     flags = {"revision": "--revision", "variant": "--variant", "config": "--prior-config"}
     words = [word for name, flag in flags.items() if prior.files.get(name) for word in (flag, str(prior.files[name]))]
+    for name, flag in (("lora", "--lora"), ("textual_inversion", "--textual-inversion")):
+        words += [flag, ",".join(prior.files[name])] if prior.files.get(name) else []
     return words + (["--offline"] if prior.files.get("offline") else [])
 
 

@@ -36,7 +36,7 @@ from dfkd.synthesis.functions import EngineGuidance, dtype_of, functions_of
 from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
 from dfkd.synthesis.pack import Pack
-from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels, unread_words
+from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels, unread_words, unused_tokens
 from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
 from dfkd.synthesis.synthesizer import Sample, counted, label_probability
@@ -101,6 +101,7 @@ class GuidedPipeline:
         prior.family.check(prompts)
         texts = [unknown_labels(self.prompt, [self.class_names[i] for i in self.classes], prior.labels)]
         texts += [unread_words(read, prior.family.readers) for read in (prompts, [sampling.negative_prompt])]
+        texts += [unused_tokens(prior.tokens, [*prompts, sampling.negative_prompt])]
         for text in filter(None, texts):
             warnings.warn(text, stacklevel=2)
         self.latent_size = latent_size(sampling.size, prior)

@@ -71,6 +71,12 @@ def unknown_labels(template: str, names: Sequence[str], known: Sequence[str]) ->
     )
 
 
+def unused_tokens(tokens: Sequence[str], prompts: Sequence[str]) -> str:
+    """A warning for added words (textual inversion) that are in no prompt, "" where there are none."""
+    unused = [token for token in tokens if not any(token in prompt for prompt in prompts)]
+    return f"no prompt has {_some(unused)}, which textual inversion added: write it into --prompt" if unused else ""
+
+
 class Reader(Protocol):
     """What is asked of a text encoder and its tokenizer, dfkd_engine.families.text.TextEncoder."""
 

@@ -21,6 +21,7 @@ from dfkd_engine.errors import EngineError
 from dfkd_engine.families import family_of
 from dfkd_engine.families.family import Family
 from dfkd_engine.group_norms import set_group_norms
+from dfkd_engine.prior_adapters import Added, add_tokens, fuse_loras
 from dfkd_engine.prior_files import PriorFolder
 from dfkd_engine.prior_source import PriorSource
 from dfkd_engine.prior_trial import try_networks
@@ -44,6 +45,7 @@ class Prior:
     digests: SHA-256 by component: of each network weights and config, tokenizers, scheduler; "conditions", of what else
         they follow from, such as the names of classes.
     prompt: template of a prompt that suits it. labels: the only words for {label} that it was trained on, () for any.
+    tokens: words that textual inversion added.
     files: the keywords of `from_pretrained` that chose the files.
     """
 
@@ -61,6 +63,7 @@ class Prior:
     digests: Mapping[str, str]
     prompt: str
     labels: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     files: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -74,12 +77,16 @@ class Prior:
         variant: str | None = None,
         offline: bool = False,
         config: str | None = None,
+        lora: Sequence[str] = (),
+        textual_inversion: Sequence[str] = (),
     ) -> Self:
         """Load a prior.
 
         source: a folder, a hub id ("owner/name", fetched into the hub's cache on first use), a checkpoint in one file,
         or a name in EMBEDDED.
         revision, variant, offline, config: as of PriorSource.
+        lora: FILE_OR_FOLDER[:SCALE] of LoRA weights, fused into the networks. textual_inversion: FILE[:TOKEN] of words
+        to be added. Both in safetensors.
         dtype: of the networks; also "fp32", "bf16" or "fp16". A VAE may be wider (`Family.upcasts`).
 
         Raises EngineError: no such folder or id, a part is missing or damaged, a network of another kind, or parts that
@@ -88,6 +95,7 @@ class Prior:
         import diffusers  # which takes seconds to load
 
         kind = _dtype(dtype)
+        loras, inversions = [Added.lora(text) for text in lora], [Added.inversion(text) for text in textual_inversion]
         folder = PriorFolder.open(PriorSource(source, revision, variant, offline, config), check=family_of)
         of = _complete(folder)
         family = of.load(folder, kind, device)
@@ -95,6 +103,12 @@ class Prior:
         denoiser = folder.load(getattr(diffusers, of.denoiser), of.part, torch_dtype=kind)
         vae_class = getattr(diffusers, _vae_class(folder)) if of.vaes else None
         vae = vae_class and folder.load(vae_class, "vae", torch_dtype=_vae_dtype(folder, of, vae_class, kind))
+        digests = _digests(folder, family)
+        tokens: tuple[str, ...] = ()
+        if loras or inversions:
+            pipeline = family.pipeline(denoiser)
+            tokens = add_tokens(pipeline, inversions, digests)
+            fuse_loras(pipeline, loras, digests)
         for network in (denoiser, vae):
             if network is not None:  # NHWC: what tensor cores want, and a tenth to a third faster on CPUs
                 network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -113,10 +127,18 @@ class Prior:
             scaling_factor=1.0 if vae is None else float(vae.config.scaling_factor),
             shift_factor=0.0 if vae is None else float(vae.config.get("shift_factor") or 0.0),
             source=str(source),
-            digests=_digests(folder, family),
+            digests=digests,
             prompt=family.prompt if prompt is None else prompt,
             labels=labels,
-            files={"revision": revision, "variant": variant, "offline": offline, "config": config},
+            tokens=tokens,
+            files={
+                "revision": revision,
+                "variant": variant,
+                "offline": offline,
+                "config": config,
+                "lora": tuple(lora),
+                "textual_inversion": tuple(textual_inversion),
+            },
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -203,11 +225,17 @@ def check_source(
     variant: str | None = None,
     offline: bool = False,
     config: str | None = None,
+    lora: Sequence[str] = (),
+    textual_inversion: Sequence[str] = (),
 ) -> None:
     """Raise EngineError for a source that is none, or whose folder lacks a part or has configs that cannot be, without
     loading or fetching any. Arguments as of `Prior.from_pretrained`.
     """
     place = PriorSource(source, revision, variant, offline, config)
+    for text in lora:
+        Added.lora(text)
+    for text in textual_inversion:
+        Added.inversion(text)
     if (path := place.local()) is not None and path.is_dir():
         _complete(PriorFolder.open(place))
 

@@ -56,7 +56,7 @@ class SmallPrior:
 
     latent_channels, latent_size, vae_scale_factor, scaling_factor = CHANNELS, (SIDE, SIDE), 2, 1.0
     scheduler_config, source, device = SCHEDULER, "small", torch.device("cpu")
-    prompt, labels, pixels, files = "a drawing of {label}", (), False, {}
+    prompt, labels, tokens, pixels, files = "a drawing of {label}", (), (), False, {}
     family = SimpleNamespace(
         name="small",
         part="unet",

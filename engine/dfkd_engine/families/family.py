@@ -86,6 +86,11 @@ class Family:
         output: Tensor = denoiser(z, t).sample
         return output
 
+    def pipeline(self, denoiser: Any) -> Any:
+        """diffusers' pipeline of these networks, whose loaders put LoRA weights and tokens in. Raises EngineError."""
+        why = "diffusers has no loader for it"
+        raise EngineError(f"LoRA weights and tokens cannot be added to {self.name}", why, "leave them out")
+
     def to(self, device: torch.device | str) -> None:
         """Move the encoders."""
         for network in self.encoders.values():

@@ -68,6 +68,20 @@ class StableDiffusion(Family):
         output: Tensor = denoiser(z, t, encoder_hidden_states=context, timestep_cond=shift).sample
         return output
 
+    def pipeline(self, denoiser: Any) -> Any:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=None,
+            text_encoder=self.text.network,
+            tokenizer=self.text.tokenizer,
+            unet=denoiser,
+            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),  # any: it is not run
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
     def to(self, device: torch.device | str) -> None:
         self.text.to(device)
 

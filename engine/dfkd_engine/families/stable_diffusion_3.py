@@ -92,6 +92,22 @@ class StableDiffusion3(Family):
         ).sample
         return output
 
+    def pipeline(self, denoiser: Any) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+        first, second = self.clips
+        return StableDiffusion3Pipeline(
+            transformer=denoiser,
+            scheduler=FlowMatchEulerDiscreteScheduler(),  # any: it is not run
+            vae=None,
+            text_encoder=first.network,
+            tokenizer=first.tokenizer,
+            text_encoder_2=second.network,
+            tokenizer_2=second.tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+
     def to(self, device: torch.device | str) -> None:
         for text in self.readers:
             text.to(device)

@@ -105,6 +105,20 @@ class StableDiffusionXL(Family):
         ).sample
         return output
 
+    def pipeline(self, denoiser: Any) -> Any:
+        from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline(
+            vae=None,
+            text_encoder=self.first.network,
+            text_encoder_2=self.second.network,
+            tokenizer=self.first.tokenizer,
+            tokenizer_2=self.second.tokenizer,
+            unet=denoiser,
+            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),  # any: it is not run
+            add_watermarker=False,
+        )
+
     def to(self, device: torch.device | str) -> None:
         self.first.to(device)
         self.second.to(device)

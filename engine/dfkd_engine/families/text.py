@@ -26,6 +26,7 @@ class TextEncoder:
         self.length = length or (min(own, most) if most else own)
         # As in diffusers: Stable Diffusion was trained attending to the padding; a few text encoders say otherwise.
         self.masked = bool(getattr(config, "use_attention_mask", False))
+        self._words = set(tokenizer.added_tokens_encoder)  # before any that textual inversion may add
         self._encoded: dict[str, tuple[Tensor, ...]] = {}
 
     @property
@@ -36,7 +37,9 @@ class TextEncoder:
     def tokens(self, prompt: str, cut: bool = True) -> list[int]:
         """Token ids of a prompt, ends included and without padding; cut to the encoder's length unless told not to."""
         length = self.length if cut else None
-        found: list[int] = self.tokenizer(prompt, truncation=cut, max_length=length, verbose=False).input_ids
+        found: list[int] = self.tokenizer(
+            self._written(prompt), truncation=cut, max_length=length, verbose=False
+        ).input_ids
         return found
 
     def lost(self, prompt: str) -> str:
@@ -58,13 +61,26 @@ class TextEncoder:
         """What is picked of the outputs for one prompt, padded or cut to `length`; each tensor [1, ...]."""
         if prompt not in self._encoded:
             tokens = self.tokenizer(
-                prompt, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+                self._written(prompt),
+                padding="max_length",
+                max_length=self.length,
+                truncation=True,
+                return_tensors="pt",
             ).to(self.network.device)
             self._check_known(prompt, tokens.input_ids)
             mask = tokens.attention_mask if self.masked else None
             outputs = self.network(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
             self._encoded[prompt] = self.pick(outputs)
         return self._encoded[prompt]
+
+    def _written(self, prompt: str) -> str:
+        """The prompt with every embedding of a word that textual inversion gave several; diffusers' own conversion."""
+        if self._words >= set(self.tokenizer.added_tokens_encoder):
+            return prompt
+        from diffusers.loaders import TextualInversionLoaderMixin
+
+        converted: str = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
+        return converted
 
     def _check_known(self, prompt: str, tokens: Tensor) -> None:
         """Raise EngineError for a token that the network has no embedding of."""
