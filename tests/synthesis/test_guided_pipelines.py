@@ -1,6 +1,7 @@
 """Guidance inside diffusers' pipelines: they draw what our sampler draws, and a guided scheduler is one of theirs."""
 
 import copy
+import dataclasses
 import inspect
 import json
 from contextlib import nullcontext
@@ -126,6 +127,27 @@ def test_it_draws_what_our_sampler_draws(name, scheduler, sampler, steps, cfg, t
     for i, losses in guidance.record.items():
         once = {key: values[:3] for key, values in losses.items()}
         torch.testing.assert_close(once, pack.losses[i], rtol=0, atol=10 * atol)
+
+
+def test_the_shift_that_follows_the_image_is_the_pipelines(tiny_prior):
+    """Stable Diffusion 3's pipeline computes mu from its latents' patches, and so does ours."""
+    folder = tiny_prior("sd3")
+    shifted = {"use_dynamic_shifting": True, "max_shift": 3.0, "base_image_seq_len": 4}
+    prior = Prior.from_pretrained(folder)
+    settings = {"sampler": "euler", "steps": 4, "cfg": 1.0, "prompt": "a photo of a {label}", "guidance_step": 0.0}
+    config = GenerateConfig.of(device="cpu", backend="eager", kernels="torch", **settings)
+    ours = GuidedPipeline(
+        dataclasses.replace(prior, scheduler_config={**prior.scheduler_config, **shifted}),
+        classifier(size=SIDE),
+        config,
+    )
+    for network in ours.prior.networks.values():
+        network.double()
+    expected = ours.decode(ours.latents(ours.pack(IDS, SEED)))
+    pipe = theirs(folder, "FlowMatchEulerDiscreteScheduler", **shifted)
+    torch.testing.assert_close(call(pipe, 4, 1.0), expected, rtol=0, atol=1e-5)  # levels in float32
+    plain = theirs(folder, "FlowMatchEulerDiscreteScheduler")
+    assert (call(plain, 4, 1.0) - expected).abs().max() > 1e-3
 
 
 def own_scheduler(name, **config):
