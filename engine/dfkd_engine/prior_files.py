@@ -14,6 +14,7 @@ Weights are read from safetensors only: a pickled file can run code. No safety c
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ from dfkd_engine.prior_source import DENOISERS, LAYOUT, STEMS, TEXT_ENCODERS, TO
 from dfkd_engine.prior_weights import (
     FETCH,
     WeightSet,
+    check_variant,
     check_whole,
     chosen_set,
     no_set,
@@ -99,6 +101,7 @@ class PriorFolder:
 
     def require(self, *parts: str) -> None:
         """Raise EngineError for a part that is not there, or has no files."""
+        check_variant(str(self.path), map(self._sets, self.networks), self.variant)
         for part in parts:
             if part in TOKENIZERS:
                 self.tokenizer(part)
@@ -172,7 +175,11 @@ class PriorFolder:
         network: a class of theirs, loaded by `from_pretrained`. Raises EngineError: its config makes no network, or
         one whose weights are not those of its files.
         """
-        home, given = self.home(part), {"use_safetensors": True, "variant": self._chosen(part).variant}
+        home, variant = self.home(part), self._chosen(part).variant
+        if variant != self.variant:
+            text = f"its {variant or 'plain'} weights are taken, it has no {self.variant or 'plain'} ones"
+            warnings.warn(f"prior {self.path}: {part}: {text}", stacklevel=2)
+        given: dict[str, Any] = {"use_safetensors": True, "variant": variant}
         given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # these are told below
         try:
             loaded, info = network.from_pretrained(home, **given, **options)
@@ -200,11 +207,14 @@ class PriorFolder:
         except Exception as error:  # the tokenizers' library, which is not Python's, raises nothing narrower
             raise EngineError(f"{self.path / part}", f"could not be loaded ({first_line(error)})", FETCH) from error
 
+    def _sets(self, part: str) -> Mapping[str | None, WeightSet]:
+        names = (path.name for path in self.home(part).iterdir())
+        return weight_sets(list(names), STEMS[part], part not in TEXT_ENCODERS)
+
     def _chosen(self, part: str) -> WeightSet:
         """The set of weights that is loaded. Raises EngineError where there is none to choose."""
         names = [path.name for path in self.home(part).iterdir()]
-        chosen = chosen_set(weight_sets(names, STEMS[part], part not in TEXT_ENCODERS), self.variant)
-        if chosen is None:
+        if (chosen := chosen_set(self._sets(part), self.variant)) is None:
             raise no_set(str(self.path), part, STEMS[part], names, self.variant)
         return chosen
 

@@ -1,13 +1,13 @@
 """Where a prior is: one that is embedded, a folder, a checkpoint in one file, or the hub's cache."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dfkd_engine import EMBEDDED
 from dfkd_engine.errors import EngineError, first_line
-from dfkd_engine.prior_weights import chosen_set, no_set, shard_names, weight_sets
+from dfkd_engine.prior_weights import WeightSet, check_variant, chosen_set, no_set, shard_names, weight_sets
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -90,20 +90,22 @@ class PriorSource:
             why = f"the hub cannot be asked ({first_line(error)}): its copy in the cache is taken"
             warnings.warn(f"prior {self.name}: {why}", stacklevel=2)
             return
+        check_variant(str(self.name), (self._sets(part, names) for part in parts), self.variant)
         wanted = [name for part in parts for name in self._wanted(folder, part, names)]
         self._fetched(lambda: snapshot_download(str(self.name), revision=commit, allow_patterns=wanted))
 
     def _wanted(self, folder: Path, part: str, names: list[str]) -> list[str]:
         """Names in a repository of the weights of one part. Raises EngineError where it has none that can be read."""
-        flat = f"{part}/config.json" not in names
-        own = {name.rpartition("/")[2]: name for name in names if name.rpartition("/")[0] == ("" if flat else part)}
-        found = chosen_set(weight_sets(own, STEMS[part], part not in TEXT_ENCODERS), self.variant)
-        if found is None:
+        own = _names_of(part, names)
+        if (found := chosen_set(self._sets(part, names), self.variant)) is None:
             raise no_set(str(self.name), part, STEMS[part], own, self.variant)
         if not found.sharded:
             return [own[found.file]]
         index = folder / own[found.file]
         return [own[name] for name in shard_names(index) if name in own]
+
+    def _sets(self, part: str, names: list[str]) -> Mapping[str | None, WeightSet]:
+        return weight_sets(_names_of(part, names), STEMS[part], part not in TEXT_ENCODERS)
 
     def _offline(self) -> bool:
         from huggingface_hub import constants
@@ -121,3 +123,9 @@ class PriorSource:
             why = f"no folder of that name, and it could not be fetched from the Hugging Face hub ({first_line(error)})"
             todo = f"check the id and the network (hf auth login, where it is not public), or {_POINT}"
             raise EngineError(which, why, todo) from error
+
+
+def _names_of(part: str, names: list[str]) -> dict[str, str]:
+    """{name: path} of the files of one part of a repository, which may be a denoiser that is alone in it."""
+    folder = part if f"{part}/config.json" in names else ""
+    return {name.rpartition("/")[2]: name for name in names if name.rpartition("/")[0] == folder}

@@ -47,12 +47,19 @@ def weight_sets(names: Iterable[str], stem: str, index_first: bool) -> Mapping[s
 
 
 def chosen_set(sets: Mapping[str | None, WeightSet], variant: str | None) -> WeightSet | None:
-    """The set of a variant, else the plain one, else the only one; None where none of these is there."""
-    if variant in sets:
-        return sets[variant]
-    if None in sets:
-        return sets[None]
-    return next(iter(sets.values())) if len(sets) == 1 else None
+    """The set of a variant, else the plain one, else, where no variant is asked for, the only one; None for none."""
+    found = sets.get(variant) or sets.get(None)
+    return next(iter(sets.values())) if found is None and variant is None and len(sets) == 1 else found
+
+
+def check_variant(prior: str, found: Iterable[Mapping[str | None, WeightSet]], variant: str | None) -> None:
+    """Raise EngineError for a variant that no network has. found: the sets of each."""
+    known = {name for sets in found for name in sets}
+    if variant is not None and variant not in known:
+        others = ", ".join(sorted(name for name in known if name is not None)) or "none"
+        raise EngineError(
+            f"prior {prior}", f"no part has the variant {variant!r}; it has {others}", "correct --variant"
+        )
 
 
 def no_set(prior: str, part: str, stem: str, names: Iterable[str], variant: str | None) -> EngineError:
@@ -63,7 +70,8 @@ def no_set(prior: str, part: str, stem: str, names: Iterable[str], variant: str 
     names, sets = sorted(names), weight_sets(names, stem, True)
     if sets:
         known = ", ".join(str(name) for name in sorted(sets, key=str))
-        why = f"{part}/ has no plain {stem}.safetensors, and several variants: {known}"
+        asked = "plain" if variant is None else f"{variant} or plain"
+        why = f"{part}/ has no {asked} {stem}.safetensors, but the variants {known}"
         return EngineError(f"prior {prior}", why, "choose one of them with --variant")
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
