@@ -83,6 +83,7 @@ ELSEWHERE = {
 }
 ELSEWHERE |= {"engines", "quantise"}  # test_generate_engines.py
 ELSEWHERE |= {"revision", "variant", "offline", "prior_config"}  # tests/engine/test_prior_files.py
+ELSEWHERE |= {"lora", "textual_inversion"}  # test_generate_adapters.py
 
 
 @pytest.fixture(scope="session")
