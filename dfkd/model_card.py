@@ -8,7 +8,7 @@ The card says what is on record, and "not stated" of what is not.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ def read_facts(folder: Path, network: Mapping[str, Any] | None = None) -> Facts:
     if not isinstance(run := result.get("run"), dict):
         return Facts(network)
     training = {name: run[name] for name in TRAINING if run.get(name) is not None}
-    training |= {"data": _placeless(training["data"])} if "data" in training else {}
+    training |= {"data": placeless(training["data"])} if "data" in training else {}
     if "teacher" not in run:
         accuracy = result.get("accuracy")
         found = {} if accuracy is None else {"this network": accuracy}
@@ -85,7 +85,7 @@ def read_facts(folder: Path, network: Mapping[str, Any] | None = None) -> Facts:
     return Facts(
         network,
         teacher=str(run["teacher"]),
-        prior=_placeless(prior),
+        prior=placeless(prior),
         licence=licence_of(prior),
         images={"count": manifest.get("count"), **images} if manifest else {},
         training=training,
@@ -119,15 +119,17 @@ def card(facts: Facts, load: str) -> str:
     """The card in Markdown, its top in YAML as the Hugging Face hub reads it. load: Python that loads the network."""
     network, student = facts.network, bool(facts.teacher)
     names = [str(name) for name in network.get("class_names", ())]
-    shown = ", ".join(names[:MOST_CLASSES]) + (f", ... ({len(names)})" if len(names) > MOST_CLASSES else "")
     side, name = network.get("input_size"), network.get("architecture") or "a network of its author's own"
     kind = "distilled from a teacher on synthetic images alone" if student else "trained on labelled images"
     channels = [", ".join(f"{value:.4g}" for value in network.get(key, ())) for key in ("mean", "std")]
-    rows = {"classes": shown, "input": f"RGB, {side} x {side} pixels; mean {channels[0]}, std {channels[1]}"}
+    rows = {
+        "classes": shown_names(names),
+        "input": f"RGB, {side} x {side} pixels; mean {channels[0]}, std {channels[1]}",
+    }
     if student:
         rows |= {"teacher": facts.teacher, "prior": f"{facts.prior}; licence: {facts.licence}"}
-        rows |= {"images": _listed(facts.images)}
-    rows |= {"training": _listed(facts.training)}
+        rows |= {"images": listed(facts.images)}
+    rows |= {"training": listed(facts.training)}
     title = f"{name}, {len(names)} classes"
     lines = [
         "---",
@@ -140,8 +142,7 @@ def card(facts: Facts, load: str) -> str:
         f"An image classifier, {kind} with dfkd.",
         "",
     ]
-    lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())]
-    lines += ["", "## Accuracy", ""]
+    lines += [*table(rows), "", "## Accuracy", ""]
     if facts.tests:
         lines += [f"| | accuracy on {_cell(facts.tested_on)} |", "|---|---|"]
         lines += [f"| {_cell(who)} | {100 * share:.1f} % |" for who, share in facts.tests.items()]
@@ -230,10 +231,10 @@ def _tests(result: Mapping[str, Any], evaluation: Mapping[str, Any], of_last: bo
         tests = {"this network": ours["accuracy"], "its teacher": ours.get("teacher_accuracy")}
         for name, test in evaluation.get("baselines", {}).items():
             tests[f"control: the same student on images of `{name}`"] = test.get("accuracy")
-        where = f"{evaluation.get('images')} images of {_placeless(evaluation.get('data'))} ({evaluation.get('split')})"
+        where = f"{evaluation.get('images')} images of {placeless(evaluation.get('data'))} ({evaluation.get('split')})"
         return {who: share for who, share in tests.items() if share is not None}, where
     accuracy = result.get("accuracy" if of_last else "best_accuracy")
-    where = f"{result.get('test_images')} images of {_placeless(result.get('test'))} ({result.get('test_split')})"
+    where = f"{result.get('test_images')} images of {placeless(result.get('test'))} ({result.get('test_split')})"
     return ({}, "") if accuracy is None else ({"this network": accuracy}, where)
 
 
@@ -258,13 +259,24 @@ def _yaml(facts: Facts, title: str) -> str:
     return data.to_yaml()
 
 
-def _placeless(name: object) -> str:
+def placeless(name: object) -> str:
     """A name of data or of a prior; where it is a path of this machine, its last two parts alone."""
     kind, colon, path = ("", "", str(name)) if str(name).startswith("/") else str(name).partition(":")
     return f"{kind}{colon}{'/'.join(Path(path).parts[-2:]) if path.startswith('/') else path}"
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def shown_names(names: Sequence[str]) -> str:
+    """The first names, and how many there are."""
+    return ", ".join(names[:MOST_CLASSES]) + (f", ... ({len(names)})" if len(names) > MOST_CLASSES else "")
+
+
+def table(rows: Mapping[str, object]) -> list[str]:
+    """Lines of a table with a row for each entry."""
+    return ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())]
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Settings in words, by name."""
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items()) or NOT_STATED
 
 

@@ -10,6 +10,7 @@ from dfkd.config import (
     GenerateCommand,
     GenerateConfig,
     TeacherTrainConfig,
+    TrainPriorCommand,
     TrainTeacherCommand,
     presets,
 )
@@ -17,6 +18,7 @@ from dfkd.config import (
 # Command -> the options that a preset may leave to the user.
 COMMANDS: dict[type[Config], tuple[str, ...]] = {
     TrainTeacherCommand: ("--data", "digits-on-photos"),
+    TrainPriorCommand: ("--data", "x"),
     GenerateCommand: (),
     DistillCommand: ("--data", "x"),
 }
@@ -82,7 +84,7 @@ def test_published_teachers_take_plain_sgd(name: str) -> None:
 @pytest.mark.parametrize("name", presets())
 def test_a_length_that_is_given_takes_the_place_of_the_presets(name: str, given: dict[str, int]) -> None:
     ((length, value),) = given.items()
-    for cls in (TrainTeacherCommand, DistillCommand):
+    for cls in (TrainTeacherCommand, TrainPriorCommand, DistillCommand):
         if cls.SECTION in presets()[name]:
             asked = parse(cls, ["--out", "x", "--preset", name, f"--{length}", str(value), *COMMANDS[cls]], "dfkd-it")
             assert {key: asked.flat()[key] for key in ("steps", "epochs")} == {"steps": None, "epochs": None, **given}

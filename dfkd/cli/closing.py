@@ -15,6 +15,7 @@ from dfkd.config import (
     ReportCommand,
     RunCommand,
     TeacherConfig,
+    TrainPriorCommand,
     TrainTeacherCommand,
 )
 from dfkd_engine import EMBEDDED
@@ -36,6 +37,14 @@ def _teacher(asked: TrainTeacherCommand, result: Result) -> list[str]:
         f"made: {asked.out}, a {asked.architecture} of accuracy {_percent(result['accuracy'])} on"
         f" {result['test_images']} test images",
         _next("dfkd-generate", "--teacher-checkpoint", asked.out, *prior, "--out", beside),
+    ]
+
+
+def _prior(asked: TrainPriorCommand, result: Result) -> list[str]:
+    return [
+        f"made: {asked.out}, a prior of {len(result['class_names'])} classes, {result['bytes'] / 1e6:.1f} MB;"
+        f" preview.png shows samples",
+        _next("dfkd-generate", "--prior", asked.out, "--teacher-checkpoint", "TEACHER", "--out", "IMAGES"),
     ]
 
 
@@ -88,6 +97,7 @@ def _run(asked: RunCommand, result: Result) -> list[str]:
 
 _TOLD: dict[type[Config], Callable[[Any, Result], list[str]]] = {
     TrainTeacherCommand: _teacher,
+    TrainPriorCommand: _prior,
     GenerateCommand: _images,
     DistillCommand: _student,
     EvaluateCommand: _test,

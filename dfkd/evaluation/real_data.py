@@ -17,7 +17,7 @@ Face. Where there are no validation images, a tenth of `train` is held out; wher
 `val` are the test. Of a PATH without splits a test takes every image, and training cuts it 70 / 10 / 20 by class.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +32,29 @@ from dfkd.evaluation.split import SPLITS
 from dfkd.files import read_object
 
 
-def open_splits(name: str, size: int) -> dict[str, Images]:
-    """What a teacher learns from: train, validation and test, all with the classes of train in one order.
+def open_splits(name: str, size: int, splits: Sequence[str] = SPLITS, least_classes: int = 2) -> dict[str, Images]:
+    """What a teacher or a prior learns from: some of train, validation and test, all with the classes of train in order.
 
     Every file is looked at (its ends) and every list and Parquet file is read to its end; pixels are decoded when
     they are read. size: side in pixels; the shorter side is resized to it (bicubic, antialiased), the centre cut out.
 
-    Raises UsageError: a name or split that is not there, fewer than two classes, a class without images to learn from,
+    splits: those wanted, train first. least_classes: 2 for a teacher, which tells classes apart.
+    Raises UsageError: a name or split that is not there, fewer classes, a class without images to learn from,
     images of classes that train has not, a split without images, a file that is no image.
     """
     if name == DIGITS:
-        return {split: _digits(split, size) for split in SPLITS}
+        return {split: _digits(split, size) for split in splits}
     source = Source.of(name)
-    for split in SPLITS:
+    for split in splits:
         source.check(split)
     train = source.listing("train")
-    if len(train.class_names) == 1:
+    if len(train.class_names) < least_classes:
         what = f"{train.place} has one class, {train.class_names[0]}"
         raise UsageError(what, "a teacher tells classes apart", "give the folder whose folders are the classes")
     if lacking := train.lacking():
         raise UsageError(f"no images to learn {', '.join(lacking)} from", train.described(), "add some or take it out")
     parts = {"train": train}
-    for split in SPLITS[1:]:
+    for split in splits[1:]:
         parts[split] = source.listing(split).ordered(train.class_names, "the training images")
     return {split: _opened(listing, split, name, size) for split, listing in parts.items()}
 

@@ -1,0 +1,174 @@
+"""Training of a prior: every kind is saved in diffusers' layout and loads again, and a stopped run goes on alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dfkd.config import PriorTrainConfig
+from dfkd.data import Pool
+from dfkd.errors import UsageError
+from dfkd.training.prior import train_prior
+from dfkd_engine.prior import Prior
+from tests.training.small_run import Killed, dies, lines, result
+
+SMALL: dict[str, Any] = {
+    "steps": 4,
+    "batch_size": 4,
+    "widths": (8, 16),
+    "head_width": 8,
+    "norm_groups": 4,
+    "attention_at": 4,
+    "checkpoint_every": 2,
+    "weights": "fp32",
+    "device": "cpu",
+    "warmup": 0,
+}
+LATENT = {
+    "space": "latent",
+    "predict": "v",
+    "autoencoder_widths": (8, 8),
+    "latent_channels": 4,
+    "autoencoder_steps": 3,
+    "autoencoder_batch_size": 4,
+}
+TEXT = {**LATENT, "condition": "text", "text_width": 16, "prompts": ("a {label}", "{label}"), "free_prompts": ("a",)}
+KINDS: dict[str, dict[str, Any]] = {
+    "class": {},
+    "none": {"condition": "none", "predict": "epsilon"},
+    "latent": {**LATENT, "predict": "flow"},
+    "text": TEXT,
+}
+NAMES = ("red_fox", "owl", "cat")
+
+
+def pool(count: int = 24, seed: int = 0) -> Pool:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return Pool(images, torch.arange(count) % 3, torch.arange(count), NAMES)
+
+
+def settings(**changes: Any) -> PriorTrainConfig:
+    return PriorTrainConfig.of(**{**SMALL, **changes})
+
+
+def train(out: Path, config: PriorTrainConfig, **given: Any) -> Path:
+    return train_prior({"train": pool(), "validation": pool(9, 1)}, config, out, **{"size": 8, **given})
+
+
+def weights(out: Path, part: str = "unet") -> dict[str, torch.Tensor]:
+    return load_file(out / part / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A prior of every kind."""
+    root = tmp_path_factory.mktemp("priors")
+    return {kind: train(root / kind, settings(**changes)) for kind, changes in KINDS.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_a_prior(made: dict[str, Path], kind: str) -> None:
+    out = made[kind]
+    prior = Prior.from_pretrained(out)
+    assert (prior.vae is None) == (kind in ("class", "none"))
+    assert prior.latent_channels == (3 if prior.vae is None else 4)
+    assert prior.latent_size[0] * prior.vae_scale_factor == 8
+    found = result(out)
+    assert found["steps"] == 4 and found["bytes"] > 0 and found["validation_loss"] > 0
+    assert "## How to use it" in (out / "README.md").read_text()
+    assert not list(out.glob("*.partial")) and not (out / "checkpoint.pt").exists()
+    assert (out / "preview.png").exists() and len([line for line in lines(out) if "validation_loss" in line]) == 2
+
+
+def test_the_facts_of_each_kind(made: dict[str, Path]) -> None:
+    labels = ["red fox", "owl", "cat"]
+    facts = {kind: json.loads((out / "dfkd.json").read_text()) for kind, out in made.items() if kind != "none"}
+    assert facts["class"] == facts["latent"] == {"prompt": "{label}", "labels": labels, "null_class": 3}
+    assert facts["text"] == {"prompt": "a {label}", "labels": labels}
+    assert not (made["none"] / "dfkd.json").exists()
+
+
+def test_pipelines_of_diffusers_load_it(made: dict[str, Path]) -> None:
+    from diffusers import DDPMPipeline, StableDiffusionPipeline
+
+    text = StableDiffusionPipeline.from_pretrained(made["text"])
+    text.set_progress_bar_config(disable=True)
+    words = text.tokenizer("a red fox, an owl").input_ids
+    assert text.tokenizer.convert_ids_to_tokens(words)[1:4] == ["a</w>", "red</w>", "fox</w>"]
+    images = text("a red fox", num_inference_steps=2, height=8, width=8, output_type="pt").images
+    assert images.shape == (1, 3, 8, 8) and images.isfinite().all()
+    plain = DDPMPipeline.from_pretrained(made["none"])
+    plain.set_progress_bar_config(disable=True)
+    assert plain(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_a_run_that_was_killed_ends_alike(made: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Killed in each stage, at a step after a checkpoint: the same bits on a CPU."""
+    for step in (1, 3):
+        with pytest.raises(Killed):
+            train(tmp_path, settings(**KINDS[kind]), progress=dies(step))
+    train(tmp_path, settings(**KINDS[kind]))
+    for part in ("unet", "vae")[: 1 + (kind == "text")]:
+        mine, theirs = weights(tmp_path, part), weights(made[kind], part)
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert lines(tmp_path) == lines(made[kind])
+
+
+def test_a_finished_run_is_not_repeated(made: dict[str, Path]) -> None:
+    train(made["class"], settings(), progress=dies(0))
+    with pytest.raises(UsageError, match=r"lr is 0.001 there and 0.1 here"):
+        train(made["class"], settings(lr=0.1))
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """Images of one grey level a class: the loss falls far below that of noise, and samples take the level."""
+    levels = torch.tensor([40, 128, 215], dtype=torch.uint8)
+    labels = torch.arange(24) % 3
+    images = levels[labels].view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    data = Pool(images, labels, torch.arange(24), NAMES)
+    config = settings(steps=150, batch_size=16, lr=5e-3, ema=0.9, checkpoint_every=150, widths=(16, 16))
+    train_prior({"train": data, "validation": data}, config, tmp_path, size=8)
+    losses = [line["loss"] for line in lines(tmp_path) if "loss" in line]
+    assert losses[-1] < 0.35 * losses[0]
+    from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+    from dfkd.training.denoising import Denoising, sample
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
+    network = Denoising(UNet2DModel.from_pretrained(tmp_path / "unet").eval(), scheduler)
+    noise = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = sample(network, scheduler, noise, (torch.arange(3),), (), cfg=1.0).mean((1, 2, 3))
+    assert (drawn.diff() > 0.25).all()  # the levels are 0.69 apart
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "words"),
+    [
+        ({}, {"size": 9}, "--size 9: 2 --widths halve the side 1 times, and 9 is not a multiple of 2"),
+        (LATENT, {"size": 10}, "after an autoencoder that divides it by 2, and 10 is not a multiple of 4. use 8"),
+        ({"amp": "fp16"}, {}, "--amp fp16 on a CPU"),
+        ({}, {"prior": "no/where/at/all", "size": None}, "no such folder"),
+        ({"lora_rank": 2}, {"prior": "demo", "size": 20}, "--size 20: the prior's networks want a multiple of 8"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_starts(
+    tmp_path: Path, changes: dict[str, Any], given: dict[str, Any], words: str
+) -> None:
+    from dfkd_engine.errors import EngineError
+
+    out = tmp_path / "out"
+    with pytest.raises((UsageError, EngineError)) as error:
+        train(out, settings(**changes), **given)
+    assert words in str(error.value) and not out.exists()
+
+
+def test_a_folder_of_another_prior_stays_as_it_is(made: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"holds something else: it has model_index.json"):
+        train(tmp_path, settings(resume=False))
+    assert (tmp_path / "model_index.json").read_text() == "{}"
