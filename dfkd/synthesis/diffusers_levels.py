@@ -1,6 +1,6 @@
 """Where a diffusers scheduler stands: the noise level of its next step, read from its own tables.
 
-Its sample is x = A z0 + S eps, in one of three scales:
+Its sample is x = A z0 + S eps, in the scale of its kind:
 
     by abar   A = sqrt(abar), S = sqrt(1 - abar)             DDIM, DDPM, LCM, TCD, PNDM
     by sigma  the same from sigma = S / A                    DPM-Solver, DEIS, UniPC
