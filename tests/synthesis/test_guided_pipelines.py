@@ -400,3 +400,18 @@ def test_losses_of_the_users_own_guide_as_well():
     guidance = dfkd.TeacherGuidance(classifier(size=SIDE), None, cls_weight=0, bn_weight=0, losses=[CrossEntropy(2.0)])
     push = guidance.for_labels([0, 1]).push(torch.zeros(2, 3, SIDE, SIDE), 0, 4)
     assert push.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4) and guidance.record[0].keys() == {"cls"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sdxl with mean and std", "sd3"])
+def test_it_decodes_as_the_pipeline_does(name, tiny_prior):
+    pipe, last = theirs(tiny_prior(name.partition(" ")[0])), {}
+    if "mean" in name:
+        pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 0.6, 0.7, 0.8])
+
+    def keep(pipe, i, t, tensors):
+        last.update(tensors)
+        return {}
+
+    expected = pipe(["a", "b"], num_inference_steps=2, output_type="pt", callback_on_step_end=keep).images
+    found = dfkd.TeacherGuidance(classifier(size=SIDE), pipe.vae).decode(last["latents"])
+    torch.testing.assert_close(found, expected.to(found), rtol=0, atol=1e-6)  # SDXL decodes in float32
