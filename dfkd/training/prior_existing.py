@@ -3,7 +3,6 @@
 LoRA (arXiv:2106.09685) adds W + B A to the projections of attention and trains A and B alone; peft does it.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,6 @@ TEXT, BARE = "UNet2DConditionModel", "UNet2DModel"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights calls it
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-def check_lora(config: PriorTrainConfig) -> None:
-    """Raise UsageError where LoRA is wanted and peft is not installed."""
-    if config.lora_rank and importlib.util.find_spec("peft") is None:
-        raise UsageError("--lora-rank needs the package peft", "it is not installed", "pip install 'dfkd[lora]'")
 
 
 def open_existing(source: str, config: PriorTrainConfig, size: int | None) -> tuple[PriorFolder, int]:
@@ -52,7 +45,6 @@ def open_existing(source: str, config: PriorTrainConfig, size: int | None) -> tu
     if unused := sorted(idle & asked.keys()):
         flag = "--" + unused[0].replace("_", "-")
         raise UsageError(f"{flag} with --prior {source}", "it has no text encoder", "leave it out")
-    check_lora(config)
     if text and folder.configs["text_encoder"].get("use_attention_mask"):
         raise UsageError(
             f"--prior {source}", "its text encoder masks padding, which is not trained here", "use another"

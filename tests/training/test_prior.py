@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from dfkd.config import PriorTrainConfig
 from dfkd.data import Pool
 from dfkd.errors import UsageError
+from dfkd.training.loop import Progress
 from dfkd.training.prior import train_prior
 from dfkd_engine.prior import Prior
 from tests.training.small_run import Killed, dies, lines, result
@@ -172,3 +173,91 @@ def test_a_folder_of_another_prior_stays_as_it_is(made: dict[str, Path], tmp_pat
     with pytest.raises(UsageError, match=r"holds something else: it has model_index.json"):
         train(tmp_path, settings(resume=False))
     assert (tmp_path / "model_index.json").read_text() == "{}"
+
+
+FURTHER = {
+    name: value for name, value in SMALL.items() if name not in ("widths", "head_width", "norm_groups", "attention_at")
+}
+
+
+def further(out: Path, prior: Path, progress: Progress | None = None, **changes: Any) -> Path:
+    """A prior that exists, trained for four steps."""
+    config = PriorTrainConfig.of(**{**FURTHER, **changes})
+    return train(out, config, prior=str(prior), size=None, progress=progress)
+
+
+def test_all_weights_of_a_prior_that_exists(made: dict[str, Path], tmp_path: Path) -> None:
+    out = further(tmp_path, made["text"], prompts=("an {label}",), lr=1e-2)
+    before, after = weights(made["text"]), weights(out)
+    assert before.keys() == after.keys() and not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
+    for part, file in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        mine, theirs = (load_file(folder / part / f"{file}.safetensors") for folder in (out, made["text"]))
+        assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert Prior.from_pretrained(out).prompt == "an {label}"
+    assert "| changed | UNet |" in (out / "README.md").read_text()
+
+
+def test_the_text_encoder_learns_where_asked(made: dict[str, Path], tmp_path: Path) -> None:
+    out = further(tmp_path, made["text"], train_text_encoder=True, lr=1e-2)
+    mine, theirs = (load_file(folder / "text_encoder/model.safetensors") for folder in (out, made["text"]))
+    assert mine.keys() == theirs.keys()
+    assert not all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert not torch.equal(weights(made["text"])["conv_in.weight"], weights(out)["conv_in.weight"])
+
+
+def test_low_rank_changes_are_saved_alone_and_load(made: dict[str, Path], tmp_path: Path) -> None:
+    """Killed and resumed too: only what learns is in the checkpoint."""
+    with pytest.raises(Killed):
+        further(tmp_path, made["text"], dies(3), lora_rank=2, lr=0.1)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["network"]
+    assert kept and all("lora_" in name for name in kept)
+    out = further(tmp_path, made["text"], lora_rank=2, lr=0.1)
+    saved = load_file(out / "pytorch_lora_weights.safetensors")
+    assert {len(value) for name, value in saved.items() if "lora_A" in name or ".down." in name} == {2}
+    assert not (out / "unet").exists() and "--lora FOLDER" in (out / "README.md").read_text()
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(made["text"])
+    z, t = torch.randn(1, 4, 4, 4), torch.tensor([500])
+    context = torch.randn(1, 16, 16)
+    plain = pipeline.unet(z, t, context).sample
+    pipeline.load_lora_weights(out)
+    assert not torch.equal(pipeline.unet(z, t, context).sample, plain)
+
+
+def test_a_class_conditional_prior_goes_on_with_its_own_classes(made: dict[str, Path], tmp_path: Path) -> None:
+    out = further(tmp_path / "same", made["class"], lr=1e-2)
+    assert (out / "dfkd.json").read_text() == (made["class"] / "dfkd.json").read_text()
+    assert not torch.equal(weights(made["class"])["conv_in.weight"], weights(out)["conv_in.weight"])
+    other = Pool(pool().images, pool().labels, pool().ids, ("owl", "red_fox", "cat"))
+    with pytest.raises(UsageError, match="class embeddings are of red fox, owl, cat"):
+        train_prior(
+            {"train": other, "validation": other},
+            PriorTrainConfig.of(**FURTHER),
+            tmp_path / "other",
+            prior=str(made["class"]),
+        )
+    with pytest.raises(UsageError, match=r"--train-text-encoder with --prior .*: it has no text encoder"):
+        further(tmp_path / "text", made["class"], train_text_encoder=True)
+
+
+def test_an_autoencoder_that_exists_is_taken(made: dict[str, Path], tmp_path: Path) -> None:
+    config = settings(space="latent", vae=str(made["text"]))
+    out = train(tmp_path, config)
+    mine, theirs = weights(out, "vae"), weights(made["text"], "vae")
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert Prior.from_pretrained(out).latent_channels == 4
+
+
+def test_a_classifier_reads_samples_of_the_finished_prior(tmp_path: Path) -> None:
+    from tests.cli.small_generate import save_classifier
+
+    judge = save_classifier(tmp_path / "judge", names=("cat", "owl", "dog"), size=8)
+    out = train(tmp_path / "out", settings(), judge=judge)
+    judged = result(out)["judged"]
+    assert judged["samples"] == 200 and judged["right"].keys() == {"1", "3"}
+    assert all(0 <= share <= 1 for share in judged["right"].values())
+    assert "| 200 samples of 20 steps read right by " in (out / "README.md").read_text()
+    stranger = save_classifier(tmp_path / "stranger", names=("a", "b", "c"), size=8)
+    with pytest.raises(UsageError, match="has no class of the images"):
+        train(tmp_path / "other", settings(), judge=stranger)
