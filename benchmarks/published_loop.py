@@ -78,6 +78,8 @@ class PublishedLoop:
         given = pipe.config.flat()
         if other := [f"{name} {given[name]}" for name, value in SETTINGS.items() if given[name] != value]:
             raise ValueError(f"these are not the published settings: {', '.join(other)}")
+        if pipe.teacher.resize != "published" and pipe.teacher.input_size != pipe.image_size:
+            raise ValueError(f"the teacher is shown the images by {pipe.teacher.resize}, and not as published")
         scheduler = DDIMScheduler.from_config(pipe.prior.scheduler_config)
         scheduler.set_timesteps(len(pipe.table), device=pipe.device)
         if given["sampler"] != "ddim" or scheduler.timesteps.tolist() != pipe.table.timesteps.tolist():

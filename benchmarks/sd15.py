@@ -117,7 +117,8 @@ def make_teacher(thin: bool = False, seed: int = 2) -> Classifier:
     with tempfile.TemporaryDirectory() as folder:
         ResNetConfig(**RESNET34 | (THIN["teacher"] if thin else {})).save_pretrained(folder)
         module = random(lambda: build(f"transformers:{folder}", CLASSES), torch.float32, seed)
-    return Classifier(module, tuple(map(str, range(CLASSES))), *NORMALISATIONS["imagenet"], 224, "resnet34")
+    names = tuple(map(str, range(CLASSES)))
+    return Classifier(module, names, *NORMALISATIONS["imagenet"], 224, "resnet34", "published")
 
 
 def random(make: Callable[[], nn.Module], dtype: torch.dtype, seed: int) -> Any:

@@ -41,8 +41,8 @@ TEACHER = set(leaves(TeacherConfig))
 # Options of a stage that follow from its place in the run.
 OWN = {
     "teacher": {"out"},
-    "generate": {"out", "plan_only", *TEACHER} - {"teacher", "classes"},
-    "distill": {"data", "out", "test", "test_split", *TEACHER} - {"teacher", "classes"},
+    "generate": {"out", "plan_only", *TEACHER} - {"teacher", "classes", "resize"},
+    "distill": {"data", "out", "test", "test_split", *TEACHER} - {"teacher", "classes", "resize"},
     "evaluate": {"checkpoint", "reference", "out", *TEACHER},
 }
 
@@ -88,8 +88,10 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
     _check_names(files)
     layers = {name: [section(layer, name) for layer in files] for name in OWN}
     teacher, classifier = _teacher(layers["teacher"], layers["generate"], out, seed)
+    for name in ("generate", "distill") if len(files) > 1 else ():
+        layers[name][0].pop("resize", None)  # the preset's, which [teacher] of the file may have changed
     given = classifier.flat()
-    architecture = teacher.architecture if teacher else classifier.teacher
+    its = {"teacher": teacher.architecture if teacher else classifier.teacher, "resize": classifier.resize}
     baselines: dict[str, list[dict[str, Any]]] = {"": []}
     for layer in files:
         for name, differing in layer.get("baselines", {}).items():
@@ -101,9 +103,9 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
         folder, where = (out / "baselines" / name, f"baselines.{name}") if name else (out, "generate")
         images = [*layers["generate"], *differing]
         fixed = {**given, "out": folder / "synthetic"}
-        generating = _settings(GenerateCommand, where, "generate", images, fixed, seed, architecture)
+        generating = _settings(GenerateCommand, where, "generate", images, fixed, seed, its)
         fixed = {**given, "out": folder / "student", "data": [str(folder / "synthetic")]}
-        learning = _settings(DistillCommand, "distill", "distill", layers["distill"], fixed, seed, architecture)
+        learning = _settings(DistillCommand, "distill", "distill", layers["distill"], fixed, seed, its)
         variants.append(Variant(name, generating, learning, name in made))
     test = None
     if any(layers["evaluate"]):
@@ -143,16 +145,19 @@ def _settings(
     layers: Sequence[Section],
     fixed: Section,
     seed: int | None = None,
-    architecture: str | None = None,
+    its: Section | None = None,
 ) -> C:
-    """A stage's settings: the run's seed, then the sections of preset and file, then what the run itself sets."""
+    """A stage's settings: the run's seed, then the sections of preset and file, then what the run itself sets.
+
+    its: what the teacher is known to be, by option; a section may repeat it.
+    """
     known = leaves(cls)
     for name, value in ((name, value) for layer in layers for name, value in layer.items()):
         shown = f"[{where}] {name.replace('_', '-')}"
         if name in OWN[stage]:
             raise UsageError(shown, "the run sets it itself", "leave it out; a teacher is described in [teacher]")
-        if name == "teacher" and architecture not in (None, value):
-            raise UsageError(f"{shown} is {value}", f"[teacher] is {architecture}", "leave it out here")
+        if its and its.get(name) not in (None, value):
+            raise UsageError(f"{shown} is {value}", f"[teacher] says {its[name]}", "leave it out here")
         if name not in known:
             raise UsageError(f"{shown}: unknown option", nearest(name, known), f"See {_COMMANDS[stage]} --help")
     try:
@@ -168,12 +173,12 @@ _COMMANDS = {name: f"dfkd-{name}" for name in OWN} | {"teacher": "dfkd-train-tea
 def _teacher(
     layers: Sequence[Section], images: Sequence[Section], out: Path, seed: int
 ) -> tuple[TrainTeacherCommand | None, TeacherConfig]:
-    """The teacher's training, or None, and how the teacher is loaded; its class names may stand in [generate]."""
-    classes = merged(GenerateCommand, *images).get("classes", ())
-    own, whole = layers[-1], merged(TrainTeacherCommand, *layers)
+    """The teacher's training, or None, and how the teacher is loaded; classes and resize may stand in [generate]."""
+    generate, own, whole = merged(GenerateCommand, *images), layers[-1], merged(TrainTeacherCommand, *layers)
+    classes, resize = generate.get("classes", ()), whole.get("resize") or generate.get("resize")
     if "data" in whole and "checkpoint" not in own:
         training = _settings(TrainTeacherCommand, "teacher", "teacher", layers, {"out": out / "teacher"}, seed)
-        return training, TeacherConfig.of(teacher_checkpoint=out / "teacher", classes=classes)
+        return training, TeacherConfig.of(teacher_checkpoint=out / "teacher", classes=classes, resize=resize)
     names = {leaf.path[-1]: name for name, leaf in leaves(TeacherConfig).items()} | {"architecture": "teacher"}
     if unknown := [name for name in own if name not in names]:
         known = "known of a teacher that exists are " + ", ".join(names)
@@ -185,7 +190,7 @@ def _teacher(
         why, todo = "it is trained on `data`, or it exists as `checkpoint`", "give one of the two"
         raise UsageError("[teacher] says neither how it is trained nor where it is", why, todo)
     try:
-        return None, TeacherConfig.of(**{"classes": classes, **values})
+        return None, TeacherConfig.of(**{"classes": classes, "resize": resize, **values})
     except ValueError as error:
         raise UsageError(f"[teacher] {error}") from None
 

@@ -58,6 +58,7 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
             training.out,
             architecture=training.architecture,
             input_size=training.input_size,
+            resize=training.resize,
             progress=partial(progress, "teacher"),
             say=say,
             on_new=partial(save_settings, training, training.out, "dfkd-train-teacher"),

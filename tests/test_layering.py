@@ -33,6 +33,7 @@ ORDER = (
     "files",
     "logs",
     "model_card",
+    "resizing",
     "rgb",
     "runtime",
     "extension",

@@ -235,7 +235,11 @@ def _adversary(name: str, student: Path) -> dict[str, Any]:
         ({"generate": {"stepz": 3}}, r"\[generate\] stepz: unknown option: did you mean steps"),
         ({"generate": {"steps": 0}}, r"\[generate\] steps is 0: it must be at least 1"),
         ({"generate": {"out": "x"}}, r"\[generate\] out: the run sets it"),
-        ({"generate": {"teacher": "resnet20"}}, r"\[generate\] teacher is resnet20: \[teacher\] is resnet8"),
+        ({"generate": {"teacher": "resnet20"}}, r"\[generate\] teacher is resnet20: \[teacher\] says resnet8"),
+        (
+            {"teacher": {"data": "digits-on-photos", "resize": "published"}, "generate": {"resize": "antialias"}},
+            r"\[generate\] resize is antialias: \[teacher\] says published",
+        ),
         ({"generate": {"method": "magic"}}, r"magic"),
         ({"generate": {"sampler": "absent.py:Mine"}}, r"no file absent.py"),
         ({"generate": {"prompt": "a {digit}"}}, r"prompt 'a \{digit\}' cannot be filled in"),

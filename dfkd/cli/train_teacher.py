@@ -33,6 +33,7 @@ def run(asked: TrainTeacherCommand) -> dict[str, Any] | None:
                 asked.out,
                 architecture=asked.architecture,
                 input_size=asked.input_size,
+                resize=asked.resize,
                 world=world,
                 progress=draw,
                 say=speak,

@@ -4,7 +4,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
-from dfkd.config.synthesis import GenerateConfig, PriorConfig, TeacherConfig
+from dfkd.config.synthesis import RESIZES, GenerateConfig, PriorConfig, TeacherConfig
 from dfkd.config.training import AutoencoderConfig, DistillConfig, LoggingConfig, PriorTrainConfig, TeacherTrainConfig
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
@@ -39,6 +39,12 @@ class TrainTeacherCommand(Config):
     )
     out: Path = option(MISSING, "folder to write", identity=False)
     input_size: int | None = option(None, "image side for the network; none is its own", low=8, unit="pixels")
+    resize: str = option(
+        RESIZES[0],
+        "how it will be shown larger images by the other commands, kept in its config.json; antialias: each pixel"
+        " counts; published: 16 for each new one, as in the published guidance",
+        choices=RESIZES,
+    )
     training: TeacherTrainConfig = nested(TeacherTrainConfig)
 
 

@@ -13,6 +13,7 @@ QUANTISING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")  # those that 
 SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "dpmpp2m", "lcm")
 METHODS = ("guided", "deepinversion", "noise")
 IMAGE_FORMATS = ("png", "jpg", "npy")
+RESIZES = ("antialias", "published")  # how a network is shown images that are larger than its own
 SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise
 
 Channels = tuple[float, float, float]
@@ -109,6 +110,12 @@ class TeacherConfig(Config):
         unit="pixels",
         low=1,
         flag="teacher_input_size",
+    )
+    resize: str | None = option(
+        None,
+        "how it is shown larger images; antialias: each pixel counts; published: 16 for each new one, as in the"
+        " published guidance; none: as its folder says, else antialias",
+        choices=RESIZES,
     )
     classes: tuple[str, ...] = option(
         (),

@@ -15,11 +15,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from dfkd.config import RESIZES
 from dfkd.data.views import Views, apply_views, coin, draw
+from dfkd.resizing import resized
 from dfkd.runtime import generator
 
 READ_ROWS = 1024  # images that read_all holds in their own size at a time
@@ -144,6 +145,7 @@ class Form:
     """The form in which a network takes images: side in pixels, mean and deviation per channel (of images in 0..1).
 
     dtype: values are computed in float32 and rounded to it once, as autocast rounds what goes into the first layer.
+    resize: how images of another side are brought to it (dfkd.resizing).
     """
 
     size: int
@@ -151,6 +153,7 @@ class Form:
     std: tuple[float, float, float]
     device: torch.device
     dtype: torch.dtype = torch.float32
+    resize: str = RESIZES[0]
 
     def finish(self, pixels: Tensor, views: Views) -> Tensor:
         """uint8 [B, size, size, 3] on the device -> dtype [B, 3, size, size], channels_last: viewed and normalised."""
@@ -184,25 +187,25 @@ class Source(Protocol):
         """
 
 
-def read_all(data: Images, positions: Tensor, size: int) -> Tensor:
-    """uint8 [n, 3, size, size] at int64 [n] positions, before any view."""
-    return torch.cat([resize(data.read(part), size) for part in torch.split(positions, READ_ROWS)])
+def read_all(data: Images, positions: Tensor, size: int, how: str = RESIZES[0]) -> Tensor:
+    """uint8 [n, 3, size, size] at int64 [n] positions, before any view. how: as `resize`."""
+    return torch.cat([resize(data.read(part), size, how) for part in torch.split(positions, READ_ROWS)])
 
 
-def read_pixels(data: Images, positions: Tensor, size: int) -> Tensor:
+def read_pixels(data: Images, positions: Tensor, size: int, how: str = RESIZES[0]) -> Tensor:
     """uint8 [n, size, size, 3], contiguous: channels last in memory, which is what convolutions want of a batch."""
-    return read_all(data, positions, size).permute(0, 2, 3, 1).contiguous()
+    return read_all(data, positions, size, how).permute(0, 2, 3, 1).contiguous()
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, H, W] -> uint8 [B, 3, size, size], bicubic without antialiasing: what guidance showed the teacher.
+def resize(images: Tensor, size: int, how: str = RESIZES[0]) -> Tensor:
+    """uint8 [B, 3, H, W] -> uint8 [B, 3, size, size], as guidance showed them to a teacher that resizes so.
 
     Done once, when images are read, and so that augmentation works in the pixels of the networks.
+    how: "antialias" or "published", of dfkd.resizing.
     """
     if images.shape[-2:] == (size, size):
         return images
-    resized = F.interpolate(images.float(), size=[size, size], mode="bicubic", align_corners=False)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+    return resized(images.float(), size, how).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=2)  # a batch may touch two epochs

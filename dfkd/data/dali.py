@@ -13,7 +13,7 @@ normalise, cast, channels last. It reads nothing and draws nothing by itself: ev
              fancy upsampling); nvJPEG on a GPU differs by a few levels. What is anything else reaches DALI as a PNG
              of what Pillow reads (ImageFiles.encoded)
     resizing pixels that are not in the networks' size are only decoded here; torch resizes them, as in the other
-             sources, and applies the view: DALI's bicubic kernel is another (a = -0.5, ours is -0.75)
+             sources, and applies the view: one arithmetic for guidance and all sources
     fitting  image files of any size, cut and resized as dfkd.data.codec does with Pillow, in float where Pillow rounds
              between its two passes: a level apart at most, where an image has another size
     bfloat16 is torch's cast of the pipeline's float32; float16 is DALI's own
@@ -72,7 +72,7 @@ class Dali:
         self.labels, self.ids = data.labels[positions], data.ids[positions]
         # The pipeline holds the feed, and the feed nothing of this: a cycle would leave its threads to be collected
         # anywhere, in a forked worker too.
-        self._feed = _Feed(data, positions, form.size, kind)
+        self._feed = _Feed(data, positions, form, kind)
         self._making = rows, max(1, threads)
         self._pipe = _pipeline(self._feed, form, *self._making)
 
@@ -90,7 +90,7 @@ class Dali:
                 if feed.views_here:
                     images = pixels.permute(0, 3, 1, 2).to(form.dtype)
                 else:
-                    resized = resize(pixels.permute(0, 3, 1, 2), form.size).permute(0, 2, 3, 1)
+                    resized = resize(pixels.permute(0, 3, 1, 2), form.size, form.resize).permute(0, 2, 3, 1)
                     images = form.finish(resized, step.views)
                 labels = self.labels[step.positions].to(form.device, non_blocking=True)
                 yield Batch(images, labels, self.ids[step.positions], step.random)
@@ -134,8 +134,9 @@ class Dali:
 class _Feed:
     """The pipeline's inputs, step by step: images as bytes or pixels, then the numbers of their views."""
 
-    def __init__(self, data: Images, positions: Tensor, size: int, kind: str) -> None:
-        self.data, self.positions, self.size = data, positions, size
+    def __init__(self, data: Images, positions: Tensor, form: Form, kind: str) -> None:
+        self.data, self.positions, self.size, self.how = data, positions, form.size, form.resize
+        size = form.size
         self.encoded = isinstance(data, Encoded) and data.files != ""
         self.fit = data.image_size if isinstance(data, Encoded) and data.files == "fitted" else 0
         # Whether the pipeline makes the view as well: of images that are not in the networks' size torch does.
@@ -156,7 +157,7 @@ class _Feed:
         if self.encoded:
             images: Any = self.data.encoded(positions)  # type: ignore[attr-defined]
         elif self.views_here:
-            images = read_pixels(self.data, positions, self.size).numpy()
+            images = read_pixels(self.data, positions, self.size, self.how).numpy()
             if self.border:
                 images = _between_mirrors(_between_mirrors(images, self.border, 2), self.border, 1)
         else:

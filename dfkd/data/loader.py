@@ -76,7 +76,7 @@ def open_source(
     if choice.name == "torch":
         return Workers(data, positions, form, workers)
     if choice.kept:
-        pixels = read_pixels(data, positions, form.size).permute(0, 3, 1, 2)
+        pixels = read_pixels(data, positions, form.size, form.resize).permute(0, 3, 1, 2)
         data = Pool(pixels, data.labels[positions], data.ids[positions], data.class_names, digest=data.digest)
         positions = torch.arange(len(positions))
     return dali.Dali(data, positions, form, kind, rows, workers)
@@ -88,7 +88,7 @@ class Resident:
     def __init__(self, data: Images, positions: Tensor, form: Form) -> None:
         self.form = form
         self.labels, self.ids = data.labels[positions].to(form.device), data.ids[positions]
-        self._pool = read_pixels(data, positions, form.size).to(form.device)
+        self._pool = read_pixels(data, positions, form.size, form.resize).to(form.device)
 
     def batches(self, steps: Iterable[Step]) -> Iterator[Batch]:
         for step in steps:
@@ -108,7 +108,7 @@ class Workers:
         self.labels, self.ids = data.labels[positions], data.ids[positions]
         self._plan = _Plan()
         self._loader: DataLoader[Tensor | UsageError] = DataLoader(
-            _Rows(data, positions, form.size),
+            _Rows(data, positions, form),
             batch_sampler=self._plan,
             num_workers=workers,
             collate_fn=_as_is,
@@ -145,13 +145,13 @@ class _Plan:
 
 
 class _Rows(Dataset[Tensor | UsageError]):
-    def __init__(self, data: Images, positions: Tensor, size: int) -> None:
-        self.data, self.positions, self.size = data, positions, size
+    def __init__(self, data: Images, positions: Tensor, form: Form) -> None:
+        self.data, self.positions, self.size, self.how = data, positions, form.size, form.resize
 
     def __getitems__(self, rows: list[int]) -> Tensor | UsageError:
         """uint8 [B, size, size, 3]; an error travels as a value, since a worker's traceback would bury its words."""
         try:
-            return read_pixels(self.data, self.positions[rows], self.size)
+            return read_pixels(self.data, self.positions[rows], self.size, self.how)
         except UsageError as error:
             return error
 

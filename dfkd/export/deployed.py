@@ -43,13 +43,15 @@ def example(classifier: Classifier, dtype: str) -> Tensor:
 
 
 def metadata(classifier: Classifier) -> dict[str, str]:
-    """class_names (a JSON list), architecture, input_size, mean and std (both applied inside), and dfkd's version."""
+    """class_names (a JSON list), architecture, input_size, mean and std (both applied inside), resize (how
+    larger images are to be brought to that size), and dfkd's version."""
     return {
         "class_names": json.dumps(classifier.class_names),
         "architecture": classifier.architecture,
         "input_size": str(classifier.input_size),
         "mean": json.dumps(classifier.mean),
         "std": json.dumps(classifier.std),
+        "resize": classifier.resize,
         "dfkd": dfkd.__version__,
     }
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dfkd.config import GenerateConfig, GuidanceConfig, SamplingConfig
+from dfkd.config import RESIZES, GenerateConfig, GuidanceConfig, SamplingConfig
 from dfkd.errors import UsageError
 from dfkd.extension import running
+from dfkd.files import read_object
 from dfkd.synthesis.guidance import Guidance
 from dfkd.teachers import Classifier
 from dfkd.teachers.sources import config_of
@@ -137,7 +138,7 @@ def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> No
 
 def build_command(config: GenerateConfig, prior: Prior, teacher: Classifier) -> str:
     """The command that builds the engines of a run with these settings."""
-    words = ["--prior", prior.source, *_file_words(prior), *_teacher_words(teacher)]
+    words = ["--prior", prior.source, *_file_words(prior), *_teacher_words(teacher), *_resize_words(teacher)]
     for name, value in config.changed().items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -155,6 +156,13 @@ def _file_words(prior: Prior) -> list[str]:
     for name, flag in (("lora", "--lora"), ("textual_inversion", "--textual-inversion")):
         words += [flag, ",".join(prior.files[name])] if prior.files.get(name) else []
     return words + (["--offline"] if prior.files.get("offline") else [])
+
+
+def _resize_words(teacher: Classifier) -> list[str]:
+    """The flag of a way of resizing that the teacher's source does not state."""
+    config = config_of(Path(teacher.source)) if teacher.source else None
+    stated = read_object(config, {}, "").get("resize") if config is not None and config.exists() else None
+    return [] if teacher.resize == (stated or RESIZES[0]) else ["--resize", teacher.resize]
 
 
 def _teacher_words(teacher: Classifier) -> list[str]:

@@ -34,7 +34,7 @@ class Pretrained(NamedTuple):
     """A network with weights, in evaluation mode, and what its source says of how it is fed and read.
 
     classes: the number of logits. class_names: in their order, () where the source has none. mean, std, input_size:
-    None where the source does not say.
+    None where the source does not say, and so resize: "antialias" or "published".
     """
 
     module: nn.Module
@@ -43,6 +43,7 @@ class Pretrained(NamedTuple):
     mean: Channels | None
     std: Channels | None
     input_size: int | None
+    resize: str | None = None
 
 
 def handles(name: str) -> bool:

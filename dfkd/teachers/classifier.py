@@ -1,6 +1,6 @@
 """A trained network together with what it takes to feed it and to read it; on disk, model.safetensors and config.json.
 
-config.json: architecture, num_classes, class_names, input_size, mean, std, and whatever the writer adds.
+config.json: architecture, num_classes, class_names, input_size, mean, std, resize, and whatever the writer adds.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from typing import Any, Self, cast
 import numpy as np
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +23,7 @@ from dfkd.config.fields import convert
 from dfkd.config.synthesis import channel_fault
 from dfkd.errors import UsageError
 from dfkd.files import replace_file, replace_text
+from dfkd.resizing import check_resize, resized
 from dfkd.rgb import square
 from dfkd.teachers import hub, trial
 from dfkd.teachers.adapters import Channels
@@ -39,6 +39,7 @@ class Classifier:
     module        normalised images [B, 3, input_size, input_size] -> logits
     mean, std     per channel, of images in 0..1
     architecture  the name that `build` takes; "" for a module of your own, which can be saved but not built again
+    resize        "antialias" or "published": how images that are larger are shown to it (dfkd.resizing)
     source        what it was loaded from, "" for a module of your own
     """
 
@@ -48,6 +49,7 @@ class Classifier:
     std: Channels
     input_size: int
     architecture: str = ""
+    resize: str = "antialias"
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class Classifier:
         object.__setattr__(self, "std", tuple(map(float, self.std)))
         if (fault := channel_fault(self.mean, self.std)) is not None:
             raise UsageError(f"a classifier of {fault}", "both are of images in 0..1", "divide those of 0..255 by 255")
+        check_resize(self.resize)
         if twice := [name for name in self.class_names if self.class_names.count(name) > 1]:
             raise UsageError(f"a classifier with two classes named {twice[0]!r}", "classes are matched by name")
 
@@ -72,6 +75,7 @@ class Classifier:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         input_size: int | None = None,
+        resize: str | None = None,
     ) -> Self:
         """A classifier in evaluation mode, on the CPU, every weight found and used.
 
@@ -85,7 +89,7 @@ class Classifier:
         answers otherwise than with logits (`tried`).
         """
         names = convert(class_names, tuple[str, ...]) if isinstance(class_names, str) else class_names
-        given = {"class_names": names, "mean": mean, "std": std, "input_size": input_size}
+        given = {"class_names": names, "mean": mean, "std": std, "input_size": input_size, "resize": resize}
         return cls(**read_source(source, architecture, given), source=str(source)).tried()
 
     def tried(self, training: bool = False) -> Self:
@@ -155,13 +159,8 @@ class Classifier:
         return logits
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in 0..1, any float dtype -> resized and normalised, differentiable.
-
-        Resizing is bicubic without antialiasing, as in the published guidance, and only where the size differs.
-        """
-        if images.shape[-2:] != (self.input_size, self.input_size):
-            size = [self.input_size, self.input_size]
-            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+        """Images [B, 3, H, W] in 0..1, any float dtype -> resized and normalised, differentiable."""
+        images = resized(images, self.input_size, self.resize)
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
         return (images - mean) / std
@@ -200,7 +199,8 @@ class Classifier:
 
     def digest(self) -> str:
         """SHA-256 over architecture, every weight and buffer, and how images are prepared."""
-        digest = hashlib.sha256(f"{self.architecture} {self.input_size} {self.mean} {self.std}".encode())
+        fed = f"{self.architecture} {self.input_size} {self.mean} {self.std} {self.resize}"
+        digest = hashlib.sha256(fed.encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -27,6 +27,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str] = ()) -> Clas
             "leave --classes out, or give the teacher's in its order",
         )
     mean, std = NORMALISATIONS[config.normalisation] if config.normalisation else (config.mean, config.std)
-    given = {"class_names": config.classes or None, "mean": mean, "std": std, "input_size": config.input_size}
+    fed = {"mean": mean, "std": std, "input_size": config.input_size, "resize": config.resize}
+    given = {"class_names": config.classes or None, **fed}
     parts = read_source(source, config.teacher, given, class_names)
     return Classifier(**parts, source=str(source)).tried()

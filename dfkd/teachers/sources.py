@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from dfkd.config import RESIZES
 from dfkd.errors import UsageError
 from dfkd.files import read_object
 from dfkd.teachers import adapters, zoo
@@ -34,10 +35,11 @@ _FLAGS |= {"input_size": "teacher-input-size"}
 def read_source(
     source: str | Path, architecture: str | None, given: Mapping[str, Any], fallback: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The fields of a classifier: module (evaluation mode, CPU), class_names, mean, std, input_size, architecture.
+    """The fields of a classifier: module (evaluation mode, CPU), class_names, mean, std, input_size, resize,
+    architecture.
 
-    given: class_names, mean, std and input_size, each None where the source is to say it. fallback: class names for a
-    source that has none.
+    given: class_names, mean, std, input_size and resize, each None where the source is to say it. fallback: class names
+    for a source that has none.
     Raises UsageError: no such source, a part that nothing states, or an architecture, names or weights that do not fit.
     """
     if isinstance(source, str) and adapters.handles(source):
@@ -110,7 +112,7 @@ def _check_path(checkpoint: Path) -> None:
 
 
 def _ours(config: Path, path: Path, architecture: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    facts = read_object(config, _SHAPE, _TODO, needed=_SHAPE)
+    facts = read_object(config, _SHAPE | {"resize": str}, _TODO, needed=_SHAPE)
     kept, named = facts["architecture"], architecture or facts["architecture"]
     moved = named.startswith("file:") and kept.startswith("file:")  # the same file may lie elsewhere now
     if kept not in ("", named) and not moved:
@@ -119,7 +121,7 @@ def _ours(config: Path, path: Path, architecture: str | None, given: Mapping[str
         why = "it was saved from a module without an architecture's name"
         raise UsageError(f"{path} cannot be built", why, "give file:PATH.py:FUNCTION as the architecture")
     module = _filled(named, len(facts["class_names"]), config.parent / WEIGHTS)
-    fed = (facts["mean"], facts["std"], facts["input_size"])
+    fed = (facts["mean"], facts["std"], facts["input_size"], facts.get("resize"))
     found = Pretrained(module, len(facts["class_names"]), tuple(facts["class_names"]), *fed)
     return _joined(found, named, str(path), given, ())
 
@@ -167,7 +169,9 @@ def _joined(
     if absent := [key for key, value in fields.items() if value is None]:
         why = f"it says nothing of its {', '.join(key.replace('_', ' ') for key in absent)}"
         raise UsageError(f"{source} does not say how it is fed", why, f"give {_flags(absent)}")
-    return {"module": found.module, "architecture": architecture, "class_names": names, **fields}
+    resize = given["resize"] or found.resize or RESIZES[0]
+    own = {"module": found.module, "architecture": architecture, "class_names": names, "resize": resize}
+    return {**own, **fields}
 
 
 def _names_the_same(found: Pretrained, fallback: Sequence[str]) -> bool:

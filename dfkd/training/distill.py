@@ -122,7 +122,7 @@ def check(
     if teacher is not None and images is not None:
         student = _untrained(None, teacher, config, teacher.class_names).tried(training=True)
         rows = order_of(config.train, len(split(torch.arange(images), config.held_out)[0]), world).batch_size
-        form = Form(teacher.input_size, teacher.mean, teacher.std, student.device)
+        form = form_of(teacher, student.device)
         without_gradient(student.module, form, rows // world.size)
     return choose_kernels(config.kernels, world.device)
 
@@ -176,7 +176,7 @@ class HeldOut:
         out: Path,
     ) -> None:
         self._pupil, self._temperature, self._out = pupil, temperature, out
-        self._images = read_all(images, positions, teacher.input_size) if len(positions) else None
+        self._images = read_all(images, positions, teacher.input_size, teacher.resize) if len(positions) else None
         self._wanted = None if self._images is None else logits_of(teacher, self._images)
 
     def __call__(self, state: State) -> dict[str, float]:
@@ -212,6 +212,11 @@ def score(student: Tensor, teacher: Tensor, temperature: float) -> tuple[float, 
     """(agreement of the argmax in 0..1, minus the KL loss): compared in that order, more is better."""
     agreement = (student.argmax(1) == teacher.argmax(1)).float().mean()
     return float(agreement), -float(kl_at_temperature(student, teacher, temperature))
+
+
+def form_of(teacher: Classifier, device: torch.device, dtype: torch.dtype = torch.float32) -> Form:
+    """The form in which the teacher is shown images, and so the student."""
+    return Form(teacher.input_size, teacher.mean, teacher.std, device, dtype, teacher.resize)
 
 
 def _opened(data: Data, config: DistillConfig, say: Say) -> Images:
@@ -296,7 +301,7 @@ def _training(
     compute, device = config.train.compute, pupil.device
     # What autocast would round in front of the first layer may come rounded; what is blended is blended before.
     dtype = torch.float32 if config.mix in ("mixup", "both") else AMP_DTYPES[compute.amp]
-    form = Form(teacher.input_size, teacher.mean, teacher.std, device, dtype)
+    form = form_of(teacher, device, dtype)
     call_teacher = compiled(teacher.module, compute.compile)
     objective = Objective(teacher.module, pupil.module, losses, autocast(compute.amp, device), call_teacher)
 

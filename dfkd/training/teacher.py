@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd import teachers
-from dfkd.config import TeacherTrainConfig
+from dfkd.config import RESIZES, TeacherTrainConfig
 from dfkd.data import Form, Images, some_names
 from dfkd.errors import UsageError
+from dfkd.resizing import check_resize
 from dfkd.runtime import resolve_device, seed_global
 from dfkd.teachers import Classifier
 from dfkd.training.folder import WEIGHTS, finished, run_folder, write_result
@@ -39,6 +40,7 @@ def train_teacher(
     *,
     architecture: str,
     input_size: int | None = None,
+    resize: str = RESIZES[0],
     world: World | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -48,7 +50,8 @@ def train_teacher(
 
     data: a set of images as dfkd.evaluation.open_images names it ("digits-on-photos", "imagefolder:PATH", ...), or
     images by split: "train", "validation" and "test".
-    architecture: a name that dfkd.teachers.build knows. input_size: side of its images; None is its own.
+    architecture: a name that dfkd.teachers.build knows. input_size: side of its images; None is its own. resize: how it
+    will be shown larger ones, "antialias" or "published" (dfkd.resizing).
     world, progress, say and on_new: as of dfkd.training.distill.distill. OUT/result.json has the accuracies. A run that
     was stopped goes on where its last checkpoint was, with the same result (bit for bit on a CPU); a finished one
     returns at once, without reading an image.
@@ -63,13 +66,14 @@ def train_teacher(
     world = world or World(resolve_device(config.train.compute.device))
     teachers.check(architecture)
     check_training(config.train, world)
-    identity = identity_of(data, config, architecture, input_size)
+    check_resize(resize)
+    identity = identity_of(data, config, architecture, input_size, resize)
     with run_folder(out, (WEIGHTS, "config.json"), config.train.resume, world, on_new):
         if world.from_first(lambda: finished(out, out / WEIGHTS, identity, ignoring=[CONTENT])):
             return Classifier.from_pretrained(out).to(world.device)
         learning, validation, testing = _splits(data, input_size or teachers.input_size(architecture))
         identity[CONTENT] = learning.digest[:16]
-        classifier = _untrained(learning, config, architecture, world)
+        classifier = _untrained(learning, config, architecture, world).replace(resize=resize)
         say(f"{architecture} on {len(learning.labels)} images, {world.device}")
         for split, images in zip(SPLITS, (learning, validation, testing), strict=True):
             say(f"{split}: {described(images)}")
@@ -116,11 +120,17 @@ def train_teacher(
 
 
 def identity_of(
-    data: str | Mapping[str, Images], config: TeacherTrainConfig, architecture: str, input_size: int | None
+    data: str | Mapping[str, Images],
+    config: TeacherTrainConfig,
+    architecture: str,
+    input_size: int | None,
+    resize: str = RESIZES[0],
 ) -> dict[str, Any]:
     """Everything that the teacher depends on; images that are named go in by name here, and by content once read."""
     named = data if isinstance(data, str) else data["train"].digest[:16]
-    return {**config.identity(), "data": named, "architecture": architecture, "input_size": input_size, CONTENT: None}
+    own = {"data": named, "architecture": architecture, "input_size": input_size, CONTENT: None}
+    own |= {"resize": resize} if resize != RESIZES[0] else {}
+    return {**config.identity(), **own}
 
 
 def _splits(data: str | Mapping[str, Images], size: int) -> tuple[Images, Images, Images]:

@@ -81,6 +81,7 @@ ELSEWHERE = {
     "student_checkpoint",
     "plan_only",
 }
+ELSEWHERE |= {"resize"}  # below
 ELSEWHERE |= {"engines", "quantise"}  # test_generate_engines.py
 ELSEWHERE |= {"revision", "variant", "offline", "prior_config"}  # tests/engine/test_prior_files.py
 ELSEWHERE |= {"lora", "textual_inversion"}  # test_generate_adapters.py
@@ -160,6 +161,13 @@ def test_what_is_named_acts_by_its_content(generated, name, places, call, capsys
     assert not torch.equal(one.images, other.images) or one.records != other.records
     assert call("--out", first, flag(name), value) == 2
     assert "holds images of other settings" in capsys.readouterr().err
+
+
+def test_how_the_teacher_is_shown_larger_images_acts(generated):
+    """Those of 16 pixels, to one of 8; to one of 16 every way is the same."""
+    smaller, published = ("--teacher-input-size", 8), ("--resize", "published")
+    assert not torch.equal(*(read_folder(generated(*smaller, *more)).images for more in ((), published)))
+    assert torch.equal(*(read_folder(generated(*more)).images for more in ((), published)))
 
 
 @pytest.mark.parametrize("name", SAME)

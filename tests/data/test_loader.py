@@ -46,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("shards"))
 
 
-def form(size: int = 8, dtype: torch.dtype = torch.float32) -> Form:
-    return Form(size, MEAN, STD, CPU, dtype)
+def form(size: int = 8, dtype: torch.dtype = torch.float32, resize: str = "antialias") -> Form:
+    return Form(size, MEAN, STD, CPU, dtype, resize)
 
 
 def opened(
@@ -159,11 +159,14 @@ def test_pixels_before_the_view_are_those_of_pillow(tmp_path: Path, name: str, i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_are_brought_to_the_size_of_the_networks(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(("resize", "antialias"), [("antialias", True), ("published", False)])
+def test_images_are_brought_to_the_size_of_the_networks(folder: Path, name: str, resize: str, antialias: bool) -> None:
     pool = read_folder(folder)
-    (one,) = batches(opened(name, folder, wanted=form(4)), Order(0, 8, 8, 8))
-    wanted = F.interpolate(pool.images[one.ids].float(), size=[4, 4], mode="bicubic").clamp(0, 255)
-    assert (pixels(one.images) - wanted).abs().max() <= 0.501  # rounded to a level
+    for data in (folder, pool):  # from files, and from memory
+        (one,) = batches(opened(name, data, wanted=form(4, resize=resize)), Order(0, 8, 8, 8))
+        images = pool.images[one.ids].float()
+        wanted = F.interpolate(images, size=[4, 4], mode="bicubic", antialias=antialias).clamp(0, 255)
+        assert (pixels(one.images) - wanted).abs().max() <= 0.501  # rounded to a level
 
 
 @pytest.mark.parametrize("name", NAMES)

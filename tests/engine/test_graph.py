@@ -122,6 +122,7 @@ LAYERS = {
     "bicubic by factor": (lambda x: F.interpolate(x, scale_factor=1.7, mode="bicubic"), (3, 5, 6)),
     "bilinear, corners": (lambda x: F.interpolate(x, (9, 7), mode="bilinear", align_corners=True), (3, 4, 5)),
     "bicubic, antialiased": (lambda x: F.interpolate(x, (4, 3), mode="bicubic", antialias=True), (3, 9, 7)),
+    "bicubic, antialiased, larger": (lambda x: F.interpolate(x, (9, 8), mode="bicubic", antialias=True), (3, 4, 7)),
     "area": (lambda x: F.interpolate(x, (3, 5), mode="area"), (3, 7, 8)),
     "softmax": (lambda x: F.softmax(x, -1), (4, 7)),
     "log softmax": (lambda x: F.log_softmax(x, 1), (7,)),

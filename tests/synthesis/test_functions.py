@@ -91,6 +91,24 @@ def test_a_graph_brings_gradients_into_float16s_range_too(name, tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.skipif(get("onnxruntime").unusable("cpu") is not None, reason="needs the extra onnx")
+@pytest.mark.parametrize("resize", ["antialias", "published"])
+def test_an_engine_shows_the_teacher_smaller_images_as_autograd_does(resize, tmp_path):
+    pipe = pipeline(teacher=classifier().replace(input_size=5, resize=resize), bn_stats="image")
+    (function,) = (f for f in pipe.functions() if f.name == "gradient")
+    outputs = [output.name for output in function.outputs]
+    graph, backend = trace(function.call, function.inputs, output_names=outputs), get("onnxruntime")
+    spec = engine_spec(function, "onnxruntime", "cpu test")
+    compile_graph(backend, graph, spec, tmp_path)
+    arguments = function.samples(3, 0)
+    found, exact = backend.load(tmp_path, spec, "cpu")(*arguments), function.exact()(*in64(arguments))
+    for got, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    other = pipeline(teacher=classifier().replace(input_size=5, resize="published"), bn_stats="image").functions()[-1]
+    assert (resize == "published") == torch.equal(function.call(*arguments)[0], other.call(*arguments)[0])
+    assert (resize == "published") == (engine_spec(other, "onnxruntime", "cpu test").key() == spec.key())
+
+
 def test_the_split_form_by_hand():
     """image_gradient is the gradient of weighted losses with the group's slopes held, decode_vjp autograd's own."""
     pipe = pipeline(batch=3, bn_loss="relative")

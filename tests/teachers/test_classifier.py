@@ -97,8 +97,28 @@ def test_round_trip(trained, folder):
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_how_it_is_shown_larger_images_is_kept_with_it(trained, tmp_path):
+    """A folder written before there was a choice has none, and is shown them by the default."""
+    other = trained.replace(resize="published")
+    other.save_pretrained(tmp_path)
+    assert Classifier.from_pretrained(tmp_path).resize == "published" and other.digest() != trained.digest()
+    config = TeacherConfig.of(teacher_checkpoint=tmp_path)
+    assert load_teacher(config).resize == "published"
+    assert load_teacher(config.replace(resize="antialias")).resize == "antialias"
+    facts = json.loads((tmp_path / "config.json").read_text())
+    for value, found in ((None, "antialias"), ("area", "resize 'area': known are"), (3, "resize is 3")):
+        facts.pop("resize", None)
+        (tmp_path / "config.json").write_text(json.dumps(facts | ({} if value is None else {"resize": value})))
+        if value is None:
+            assert Classifier.from_pretrained(tmp_path).resize == found
+        else:
+            with pytest.raises(UsageError, match=found):
+                Classifier.from_pretrained(tmp_path)
+
+
 def test_overrides(folder):
     given = {"class_names": ("x", "y", "z"), "mean": (0, 0, 0), "std": (1, 1, 1), "input_size": 64}
+    given["resize"] = "published"
     loaded = Classifier.from_pretrained(folder, architecture="resnet8", **given)
     assert {name: getattr(loaded, name) for name in given} == given
 
