@@ -1,15 +1,21 @@
 """World Y, all that the embedded prior has ever seen: UCI digits in random colours on random smooth backgrounds.
 
+    python -m benchmarks.prior_world runs/world-y     writes digits/ and autoencoder/, folders for dfkd-train-prior
+
 The digits are scikit-learn's 1 797 images of 8x8 pixels (UCI Optical Recognition of Handwritten Digits, test part).
 No photograph and no MNIST image enters here; `textures` are procedural and teach the autoencoder alone.
 Every function draws from the generator that it is given, so one seed gives one world.
 """
 
+import argparse
 import math
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -140,6 +146,23 @@ def textures(n: int, generator: torch.Generator) -> Tensor:
     return torch.stack([noise, leaves, gratings])[which, torch.arange(n)].clamp(0, 1)
 
 
+def write_folders(root: Path, count: int, seed: int = 0) -> None:
+    """root/digits/<class>/ of `count` images, what the prior learns, and root/autoencoder/ of two thirds as many."""
+    images, labels = prior_images(count, seed)
+    write_images(root / "digits", images, [CLASS_NAMES[label] for label in labels.tolist()])
+    images = autoencoder_images(count * 2 // 3, seed)
+    kinds = ["digits" if i < len(images) // 2 else "textures" for i in range(len(images))]
+    write_images(root / "autoencoder", images, kinds)
+
+
+def write_images(folder: Path, images: Tensor, names: Sequence[str]) -> None:
+    """folder/<name>/<number>.png of uint8 [N, 3, H, W]."""
+    for name in sorted(set(names)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, (image, name) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), names, strict=True)):
+        Image.fromarray(image).save(folder / name / f"{i:05d}.png")
+
+
 def autoencoder_images(count: int, seed: int) -> Tensor:
     """What the autoencoder trains on, uint8 [count, 3, 32, 32]: half world Y, a quarter textures, a quarter both."""
     generator = torch.Generator().manual_seed(seed)
@@ -153,3 +176,11 @@ def autoencoder_images(count: int, seed: int) -> Tensor:
         keep = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
         rest.append((torch.where(keep, drawn, images) * 255).round().to(torch.uint8))
     return torch.cat([plain, *rest])
+
+
+if __name__ == "__main__":
+    given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given.add_argument("out", type=Path, help="folder to write")
+    given.add_argument("--count", type=int, default=60000, help="digits (default 60000)")
+    asked = given.parse_args()
+    write_folders(asked.out, asked.count)

@@ -1,7 +1,7 @@
 """Supervised training of a classifier on real images, to be a teacher.
 
 OUT/model.safetensors, config.json and result.json are what it leaves. The last network is kept; it is tested once, at
-the end. Of the library this module and dfkd.evaluation alone read real images.
+the end. Of the library this module, dfkd.training.prior and dfkd.evaluation alone read real images.
 """
 
 from collections.abc import Callable, Mapping

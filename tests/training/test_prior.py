@@ -261,3 +261,21 @@ def test_a_classifier_reads_samples_of_the_finished_prior(tmp_path: Path) -> Non
     stranger = save_classifier(tmp_path / "stranger", names=("a", "b", "c"), size=8)
     with pytest.raises(UsageError, match="has no class of the images"):
         train(tmp_path / "other", settings(), judge=stranger)
+
+
+def test_the_preset_makes_the_embedded_priors_networks() -> None:
+    """Names and shapes of every weight, but for the words that its tokenizer knows whole."""
+    from dfkd.training.prior_networks import make_autoencoder
+    from dfkd.training.prior_parts import new_parts
+    from dfkd_engine import EMBEDDED
+
+    config = PriorTrainConfig.preset("demo-prior")
+    vae = make_autoencoder(config.autoencoder, config.denoiser.norm_groups, 32)
+    parts = new_parts(config, 32, [*"abcdefghij"], vae, torch.device("cpu"))
+    made = {"unet": parts.denoiser, "vae": vae, "text_encoder": parts.text_encoder}
+    for part, network in made.items():
+        (file,) = (EMBEDDED["demo"] / part).glob("*.safetensors")
+        shapes = {name: value.shape for name, value in load_file(file).items() if "token_embedding" not in name}
+        own = {name: p.shape for name, p in network.named_parameters() if "token_embedding" not in name}
+        assert own == shapes, part
+    assert parts.scheduler.config["prediction_type"] == "v_prediction"
