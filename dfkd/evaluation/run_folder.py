@@ -200,7 +200,8 @@ def _guide(options: Mapping[str, Any], teacher: Trained | None) -> TeacherConfig
     """The teacher of the folder, else the one that the images' settings name; those also describe a bare file."""
     given = {name: options.get(name) for name in leaves(TeacherConfig) if options.get(name)}
     if teacher is not None:
-        described = given if teacher.path.is_file() else {}
+        kept = leaves(TeacherConfig) if teacher.path.is_file() else ("resize",)  # a folder knows the rest
+        described = {name: value for name, value in given.items() if name in kept}
         return TeacherConfig.of(**described | {"teacher_checkpoint": teacher.path})
     config = TeacherConfig.of(**given)
     there = config.checkpoint.exists() if config.checkpoint else config.teacher is not None

@@ -214,6 +214,12 @@ def test_the_teacher_is_the_runs_or_the_one_that_the_images_name(whole: Path, tm
     write_json(images / "settings.json", settings)
     guide = read_run(tmp_path).guide
     assert guide is not None and (guide.checkpoint, guide.normalisation) == (whole / "teacher", "cifar10")
+    (tmp_path / "teacher").symlink_to(whole / "teacher")  # a folder of the run knows the rest, but not how it was shown
+    write_json(images / "settings.json", settings | {"options": options | {"resize": "published"}})
+    guide = read_run(tmp_path).guide
+    assert guide is not None and (guide.checkpoint, guide.normalisation) == (tmp_path / "teacher", None)
+    assert guide.resize == "published"
+    (tmp_path / "teacher").unlink()
     write_json(images / "settings.json", settings | {"options": {"teacher_checkpoint": "absent"}})
     assert list(read_run(tmp_path).missing) == ["teacher", "student", "baselines"]
 
