@@ -18,7 +18,7 @@ from dfkd_engine.errors import EngineError, first_line
 _ZERO_TOO = ("freq_shift", "downsample_padding", "dual_attention_layers")  # the last one's are numbers of layers
 _ABOVE_ZERO = ("scaling_factor", "mid_block_scale_factor", "resnet_out_scale_factor")
 _NOT_BELOW_ZERO = ("norm_eps", "dropout")
-_NEVER_NULL = ("norm_num_groups", "layer_norm_eps", "eos_token_id")
+_NEVER_NULL = ("norm_num_groups", "num_embeds_ada_norm", "layer_norm_eps", "eos_token_id", "initializer_factor")
 _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 _LEVELS = ("block_out_channels", "down_block_types", "up_block_types")  # one entry a level of a network each
 _CORRECT = "correct it, or fetch the prior again"

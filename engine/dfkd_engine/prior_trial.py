@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dfkd_engine.errors import EngineError, first_line
 from dfkd_engine.families.family import Family
-from dfkd_engine.prior_configs import failure, make_diffusers
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.families.text import TextEncoder
+from dfkd_engine.prior_configs import failure, make_diffusers, make_transformers
+from dfkd_engine.prior_files import FETCH, PriorFolder
 
 _SIDE = 8  # of latents that are enough for a trial; larger ones than the trained are not taken
 
@@ -21,13 +22,7 @@ def try_networks(folder: PriorFolder, family: Family, denoiser: Any, vae: Any) -
     Raises EngineError, which names the part, and the key of its config where leaving it out helps.
     """
     for part, reader in zip(family.encoders, family.readers, strict=True):
-        try:
-            reader("")
-        except EngineError:
-            raise
-        except Exception as error:  # of the tokenizer or the network, whatever it is
-            what = f"prior {folder.path}: {part} with its tokenizer"
-            raise EngineError(what, f"it fails on an empty prompt ({first_line(error)})", "fetch both again") from error
+        _try_text(folder, part, reader)
     side = _side(family)
     z = torch.zeros(1, denoiser.config.in_channels, side, side, device=denoiser.device)
     given = family.unconditional("", side if vae is None else 8 * side)
@@ -40,6 +35,25 @@ def try_networks(folder: PriorFolder, family: Family, denoiser: Any, vae: Any) -
     _try(folder, family.part, denoiser, denoise, z, given)
     if vae is not None:
         _try(folder, "vae", vae, lambda network, z, _: network.decode(z.to(vae.dtype)), z, ())
+
+
+def _try_text(folder: PriorFolder, part: str, reader: TextEncoder) -> None:
+    """An empty prompt through a tokenizer and its network. Raises EngineError."""
+    try:
+        tokens = reader.padded("").input_ids.to("meta")
+    except EngineError:
+        raise
+    except Exception as error:  # of the tokenizers' library, whatever it is
+        what = f"prior {folder.path}: {part.replace('text_encoder', 'tokenizer')}"
+        raise EngineError(what, f"it fails on an empty prompt ({first_line(error)})", FETCH) from error
+    try:
+        reader("")
+    except Exception as error:  # whatever a network's own code meets
+
+        def again(config: dict[str, Any]) -> None:
+            make_transformers(type(reader.network), config)(tokens, output_hidden_states=True)
+
+        raise failure(f"prior {folder.path}: {part}/config.json", folder.configs[part], error, again) from error
 
 
 def _try(

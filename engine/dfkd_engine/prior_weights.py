@@ -88,7 +88,7 @@ def no_set(prior: str, part: str, stem: str, names: Iterable[str], variant: str 
 
 def conversion(prior: str) -> str:
     """The command that writes a pipeline with pickled weights anew, as safetensors, to the folder NEW."""
-    load = f"DiffusionPipeline.from_pretrained({prior!r}, use_safetensors=False, safety_checker=None)"
+    load = f"DiffusionPipeline.from_pretrained({prior!r}, safety_checker=None)"
     if prior.endswith(".ckpt"):
         load = f"StableDiffusionPipeline.from_single_file({prior!r})"
     kind = load.partition(".")[0]

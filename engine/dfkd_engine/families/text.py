@@ -60,14 +60,7 @@ class TextEncoder:
     def __call__(self, prompt: str) -> tuple[Tensor, ...]:
         """What is picked of the outputs for one prompt, padded or cut to `length`; each tensor [1, ...]."""
         if prompt not in self._encoded:
-            tokens = self.tokenizer(
-                self._written(prompt),
-                padding="max_length",
-                max_length=self.length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.network.device)
-            self._check_known(prompt, tokens.input_ids)
+            tokens = self.padded(prompt).to(self.network.device)
             mask = tokens.attention_mask if self.masked else None
             outputs = self.network(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
             self._encoded[prompt] = self.pick(outputs)
@@ -82,12 +75,15 @@ class TextEncoder:
         converted: str = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
         return converted
 
-    def _check_known(self, prompt: str, tokens: Tensor) -> None:
-        """Raise EngineError for a token that the network has no embedding of."""
-        known, highest = self.network.config.vocab_size, int(tokens.max())
+    def padded(self, prompt: str) -> Any:
+        """input_ids and attention_mask [1, length] of a prompt. Raises EngineError: the network lacks a token."""
+        written, fit = self._written(prompt), {"max_length": self.length, "truncation": True}
+        tokens = self.tokenizer(written, padding="max_length", return_tensors="pt", **fit)
+        known, highest = self.network.config.vocab_size, int(tokens.input_ids.max())
         if highest >= known:
             fact = f"the tokenizer has token {highest} in {prompt!r}, and the text encoder's vocab_size is {known}"
             raise EngineError(fact, "they are not of one model", "use a prior whose tokenizer is its text encoder's")
+        return tokens
 
     def to(self, device: torch.device | str) -> None:
         self.network.to(device)
