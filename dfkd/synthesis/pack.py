@@ -90,6 +90,7 @@ class Pack:
 
         where: the step, for people.
         """
+        self.faults.see(point, "latents", where)
         size = self.pipe.group if "group" in guidance.needs else len(point)
         found = []
         with calling("gradient"):

@@ -229,6 +229,17 @@ def test_latents_that_a_guidance_step_threw_far_away_are_told_from_a_prediction_
         pipe([4, 5], seed=SEED)
 
 
+def test_a_guidance_step_that_is_too_long_is_told_from_the_losses_behind_it(monkeypatch):
+    """The second guidance step of a denoising step starts where the first has led; the decoder fails there alone."""
+    monkeypatch.setattr("dfkd.synthesis.pipeline.dtype_of", lambda *_: "float16")
+    prior = SmallPrior()
+    decode = prior.decode
+    prior.decode = lambda z0: decode(z0) * torch.where(z0.abs().amax((1, 2, 3), True) > 65504, torch.nan, 1.0)
+    pipe = pipeline(prior, steps=3, **{**ALONE, "guidance_step": 1e6, "guidance_repeats": 2})
+    with pytest.raises(NotFinite, match=f"first is the latents, beyond 1000, at step 1 of 3. {LOWER}"):
+        pipe([4, 5], seed=SEED)
+
+
 @pytest.mark.parametrize("network", ["unet", "decode", "gradient"])
 @pytest.mark.parametrize(
     "error, told",
