@@ -15,6 +15,7 @@ from dfkd.config import (
     ReportCommand,
     RunCommand,
     TeacherConfig,
+    TrainDecoderCommand,
     TrainPriorCommand,
     TrainTeacherCommand,
 )
@@ -45,6 +46,15 @@ def _prior(asked: TrainPriorCommand, result: Result) -> list[str]:
         f"made: {asked.out}, a prior of {len(result['class_names'])} classes, {result['bytes'] / 1e6:.1f} MB;"
         f" preview.png shows samples",
         _next("dfkd-generate", "--prior", asked.out, "--teacher-checkpoint", "TEACHER", "--out", "IMAGES"),
+    ]
+
+
+def _decoder(asked: TrainDecoderCommand, result: Result) -> list[str]:
+    error = f"mean error {255 * result['error']:.1f} of 255 beside the VAE"
+    prior = ("--prior", asked.prior.source, "--guidance-decoder", asked.out)
+    return [
+        f"made: {asked.out}, a decoder of {result['parameters'] / 1e6:.2f} million parameters, {error}",
+        _next("dfkd-generate", *prior, "--teacher-checkpoint", "TEACHER", "--out", "IMAGES"),
     ]
 
 
@@ -98,6 +108,7 @@ def _run(asked: RunCommand, result: Result) -> list[str]:
 _TOLD: dict[type[Config], Callable[[Any, Result], list[str]]] = {
     TrainTeacherCommand: _teacher,
     TrainPriorCommand: _prior,
+    TrainDecoderCommand: _decoder,
     GenerateCommand: _images,
     DistillCommand: _student,
     EvaluateCommand: _test,

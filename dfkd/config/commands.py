@@ -5,7 +5,14 @@ from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
 from dfkd.config.synthesis import RESIZES, GenerateConfig, PriorConfig, TeacherConfig
-from dfkd.config.training import AutoencoderConfig, DistillConfig, LoggingConfig, PriorTrainConfig, TeacherTrainConfig
+from dfkd.config.training import (
+    AutoencoderConfig,
+    DecoderTrainConfig,
+    DistillConfig,
+    LoggingConfig,
+    PriorTrainConfig,
+    TeacherTrainConfig,
+)
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
 
@@ -93,6 +100,23 @@ class TrainPriorCommand(Config):
         for where, names in idle.items():
             if unused := sorted(names & asked.keys()):
                 raise ValueError(f"--{unused[0].replace('_', '-')} acts {where}: give that too, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDecoderCommand(Config):
+    """Train a tiny decoder of a prior's latents, for --guidance-decoder of dfkd-generate. No image of anybody is read:
+    latents are clean estimates along the prior's own unguided trajectories, pixels are its VAE's answers to them.
+
+    Writes OUT/config.json and OUT/diffusion_pytorch_model.safetensors, an AutoencoderTiny of diffusers without an
+    encoder, log.jsonl, settings.json and result.json {error, seconds, ...}. Started again, it goes on where it was
+    stopped. Several processes: torchrun --nproc-per-node N --no-python dfkd-train-decoder ...
+    """
+
+    SECTION = "decoder"
+
+    out: Path = option(MISSING, "folder to write", identity=False)
+    prior: PriorConfig = nested(PriorConfig)
+    training: DecoderTrainConfig = nested(DecoderTrainConfig, steps=2000)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,6 +273,43 @@ class PriorTrainConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecoderTrainConfig(Config):
+    """Training of a tiny decoder of a prior's latents, on what the prior itself draws."""
+
+    SECTION = "decoder"
+
+    train: TrainConfig = nested(
+        TrainConfig,
+        batch_size=16,
+        augment="none",
+        optimiser="adamw",
+        lr=1e-3,
+        beta2=0.99,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup=100,
+        clip_norm=1.0,
+        ema=0.99,
+    )
+    images: int = option(512, "trajectories of the prior to learn from; a sixteenth is held out", unit="images", low=16)
+    classes: tuple[str, ...] = option((), "words for {label} in the prompt; none: those that the prior states")
+    prompt: str | None = option(None, "template; none: the prior's own")
+    size: int = option(0, "height and width of the images; 0: the prior's own", unit="pixels", low=0)
+    cfg: float | None = option(None, "classifier-free guidance scale, as of dfkd-generate", low=0)
+    sample_steps: int = option(20, "denoising steps of a trajectory, by ddim", low=1, high=1000)
+    estimates: int = option(4, "of the steps of a trajectory, whose clean estimates are decoded", low=1)
+    width: int = option(64, "channels of every layer", low=1)
+    blocks: int = option(3, "residual blocks of a level; the finest has one", low=1)
+    edge_weight: float = option(0.5, "weight of the L1 of neighbouring pixels' differences", low=0)
+    weights: str = option("fp16", "precision of the file", choices=("fp16", "fp32"))
+
+    def validate(self) -> None:
+        if self.train.augment != "none":
+            why = "a view of an image is no answer to its latents"
+            raise ValueError(f"--augment {self.train.augment}: {why}; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MsarcConfig(Config):
     """mSARC: the student's activation maps shall be the teacher's (SpaceshipNet)"""
 
