@@ -35,6 +35,8 @@ IMAGENET = {  # entries of the published id2label, some of the odd ones
         ("missile", 657),
         ("MISSILE", 657),
         ("ice bear", 1),
+        ("crane 134", 134),  # as a teacher's classes of one name are told apart
+        ("Crane 517", 517),
     ],
 )
 def test_a_name_means_one_id(name, number):
@@ -45,6 +47,8 @@ def test_a_name_means_one_id(name, number):
     "name, message",
     [
         ("crane", r"class 'crane': it names the ids 134 \(crane\), 517 \(crane\)"),
+        ("crane", "Write the id behind it, such as crane 134"),
+        ("crane 135", "no class 'crane 135'"),
         ("tank", "no class 'tank': it knows 10 classes, such as .*tank suit"),
         ("", "no class ''"),
         ("a photo of a crane", "the prompt is the class's name"),

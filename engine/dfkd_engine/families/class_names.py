@@ -13,7 +13,7 @@ class ClassNames:
 
     An entry may hold synonyms, separated by ", " as ImageNet's do; each of them names the class, and so does the whole
     entry. A name that is written exactly so goes first ("Cardigan" is a dog, "cardigan" a garment); otherwise case does
-    not count, and underscores are spaces.
+    not count, and underscores are spaces. A name that several classes share has the id behind it ("crane 134").
 
     names: the entry of each class, by id. source: of the prior, for errors.
     """
@@ -57,9 +57,12 @@ class ClassNames:
                 return found[0]
             if found:
                 shown = ", ".join(f"{i} ({self.names[i]})" for i in found)
-                todo = f"give them different names in the labels of its {FACTS}"
+                todo = f"write the id behind it, such as {name} {found[0]}"
                 raise EngineError(f"prior {self.source}: class {name!r}", f"it names the ids {shown}", todo)
         folded = self._tables[-1][1]
+        word, _, number = name.strip().rpartition(" ")
+        if number.isdecimal() and int(number) in folded.get(_folded(word), []):
+            return int(number)
         near = difflib.get_close_matches(_folded(name), folded, 3) or list(self.names.values())[:10]
         why = f"it knows {len(self.names)} classes, such as {'; '.join(near)}"
         todo = (
