@@ -23,6 +23,7 @@ from dfkd_engine.families.family import Family
 from dfkd_engine.group_norms import set_group_norms
 from dfkd_engine.prior_adapters import Added, add_tokens, fuse_loras
 from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.prior_single_file import check_file
 from dfkd_engine.prior_source import PriorSource
 from dfkd_engine.prior_trial import try_networks
 
@@ -236,8 +237,10 @@ def check_source(
         Added.lora(text)
     for text in textual_inversion:
         Added.inversion(text)
-    if (path := place.local()) is not None and path.is_dir():
+    if place.here():
         _complete(PriorFolder.open(place))
+    elif (file := place.single_file()) is not None:
+        check_file(file)
 
 
 def _complete(folder: PriorFolder) -> type[Family]:

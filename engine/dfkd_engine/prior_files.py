@@ -67,12 +67,18 @@ class PriorFolder:
     variant: str | None = None
 
     @classmethod
-    def open(cls, source: str | Path | PriorSource, check: Callable[[Self], object] | None = None) -> Self:
+    def open(
+        cls, source: str | Path | PriorSource, check: "Callable[[PriorFolder], object] | None" = None
+    ) -> "PriorFolder":
         """The folder that `source` names, fetched where it is on the hub.
 
         check: called with the folder before any weights are fetched, to refuse it. Raises EngineError.
         """
         place = source if isinstance(source, PriorSource) else PriorSource(source)
+        if place.single_file() is not None:
+            from dfkd_engine.prior_single_file import SingleFile
+
+            return SingleFile.of(place, check)
         folder = cls.read(place.configs(), place.variant)
         if check is not None:
             check(folder)
@@ -245,5 +251,10 @@ def _config(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path, files: Iterable[Path]) -> str:
-    lines = [f"{path.relative_to(folder).as_posix()} {sha256_once(path)}\n" for path in sorted(files)]
+    """Of the names, within the folder, and bytes of files; one that lies elsewhere is a checkpoint under any name."""
+    lines = [f"{_name(folder, path)} {sha256_once(path)}\n" for path in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _name(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else "checkpoint"

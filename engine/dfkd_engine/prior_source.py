@@ -45,7 +45,7 @@ class PriorSource:
 
     def __post_init__(self) -> None:
         found = self.local()
-        if self.revision is not None and found is not None and found.is_dir():
+        if self.revision is not None and found is not None:
             raise EngineError(f"revision {self.revision!r}", f"{self.name} is no hub id", "leave the revision out")
         if self.config is not None and (found is None or found.is_dir()):
             raise EngineError(f"prior config {self.config!r}", f"{self.name} is no single file", "leave it out")
@@ -63,6 +63,17 @@ class PriorSource:
             why = f"no such folder or file, and a hub id has the form owner/name{known}"
             raise EngineError(f"prior {name}", why, _POINT)
         return None
+
+    def single_file(self) -> Path | None:
+        """The file of a checkpoint in one file, None for other sources."""
+        found = self.local()
+        return None if found is None or found.is_dir() else found
+
+    def here(self) -> bool:
+        """Whether all of it is on this machine, and nothing is to be fetched."""
+        if self.single_file():
+            return self.config is not None and PriorSource(self.config).local() is not None
+        return self.local() is not None
 
     def configs(self) -> Path:
         """The folder with the configs: its own, or the hub's cached copy. Raises EngineError."""

@@ -86,11 +86,14 @@ def no_set(prior: str, part: str, stem: str, names: Iterable[str], variant: str 
     return EngineError(f"prior {prior}", f"{part}/{stem}.safetensors is missing ({part}/ holds {held})", todo)
 
 
-def conversion(prior: str) -> str:
-    """The command that writes a pipeline with pickled weights anew, as safetensors, to the folder NEW."""
+def conversion(prior: str, single_file: str = "") -> str:
+    """The command that writes a pipeline anew, as safetensors, to the folder NEW.
+
+    single_file: the pipeline's class, where it is a checkpoint in one file.
+    """
     load = f"DiffusionPipeline.from_pretrained({prior!r}, safety_checker=None)"
-    if prior.endswith(".ckpt"):
-        load = f"StableDiffusionPipeline.from_single_file({prior!r})"
+    if single_file:
+        load = f"{single_file}.from_single_file({prior!r})"
     kind = load.partition(".")[0]
     return f"python -c \"from diffusers import {kind}; {load}.save_pretrained('NEW')\", and give NEW to --prior"
 
