@@ -1,5 +1,8 @@
 """Every family of priors: unguided it draws what diffusers' own pipeline draws, and guided it follows the gradient."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -94,6 +97,33 @@ def test_unguided_it_is_diffusers_own_pipeline(name, sampler, steps, cfg, dtype,
     # float32: the layers' rounding in another memory layout, through all steps. float64: diffusers' schedulers hold
     # their levels in float32, 1e-7 of each, and its time embeddings are float32 in either.
     torch.testing.assert_close(drawn(pipe), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("negative", ["", "a photo of two"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3-t5"])
+def test_the_unconditional_rows_are_diffusers(name, negative, zeros, tiny_prior, tmp_path, monkeypatch):
+    """Of the empty prompt, zeros where SDXL's model_index.json says so; of a negative prompt, that prompt's."""
+    folder = tiny_prior(name)
+    if name == "sdxl":
+        folder = shutil.copytree(folder, tmp_path / name)
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    sampler = "euler" if name == "sd3-t5" else "ddim"
+    own = {"sampler": sampler, "steps": 2, "cfg": 4.0, "negative_prompt": negative}
+    pipe = doubled(pipeline(folder, **own, **UNGUIDED), monkeypatch)
+    expected = unguided(
+        folder,
+        philox_normal(SEED, IDS, 0, (4, SIZE, SIZE)),
+        [pipe.prior.prompt.format(label=label) for label in ("zero", "one", "two")],
+        scheduler=FLOW if name == "sd3-t5" else SCHEDULERS[sampler],
+        steps=2,
+        cfg=4.0,
+        negative=negative or None,
+        options={"clip_sample": False} if sampler == "ddim" else {},
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(drawn(pipe), expected, rtol=0, atol=1e-6)  # as above
 
 
 @pytest.mark.parametrize("path", ["latent", "unet"])
