@@ -29,6 +29,7 @@ def run(asked: TrainPriorCommand) -> dict[str, Any] | None:
                 asked.out,
                 size=asked.size,
                 prior=asked.prior,
+                files=asked.files.files(),
                 judge=asked.judge,
                 world=world,
                 progress=draw,

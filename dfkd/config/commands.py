@@ -4,7 +4,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
-from dfkd.config.synthesis import RESIZES, GenerateConfig, PriorConfig, TeacherConfig
+from dfkd.config.synthesis import RESIZES, GenerateConfig, PriorConfig, PriorFilesConfig, TeacherConfig
 from dfkd.config.training import (
     AutoencoderConfig,
     DecoderTrainConfig,
@@ -79,10 +79,11 @@ class TrainPriorCommand(Config):
     judge: Path | None = option(
         None, "folder of a classifier that reads samples of the finished prior, for the model card", identity=False
     )
+    files: PriorFilesConfig = nested(PriorFilesConfig)
     training: PriorTrainConfig = nested(PriorTrainConfig)
 
     def validate(self) -> None:
-        own, asked = self.training, self.training.changed()
+        own, asked = self.training, {**self.training.changed(), **self.files.changed()}
         if self.prior is not None:
             if given := [*own.denoiser.changed(), *own.autoencoder.changed()]:
                 flag = "--" + given[0].replace("_", "-")
@@ -92,7 +93,7 @@ class TrainPriorCommand(Config):
             raise ValueError("--size is missing: a prior that is trained from nothing needs the side of its images")
         condition, space = own.denoiser.condition, own.denoiser.space
         idle = {
-            "with --prior": {"lora_rank", "train_text_encoder"},
+            "with --prior": {"lora_rank", "train_text_encoder", *leaves(PriorFilesConfig)},
             "with --space latent": set(leaves(AutoencoderConfig)) if space == "pixel" else set(),
             "with --condition text": {"prompts", "free_prompts"} if condition != "text" else set(),
             "with a --condition": {"drop"} if condition == "none" else set(),

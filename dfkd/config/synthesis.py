@@ -55,17 +55,10 @@ class PriorFilesConfig(Config):
         identity=False,
     )
 
-    lora: tuple[str, ...] = option(
-        (), "LoRA weights to fuse into the networks: FILE_OR_FOLDER[:SCALE], safetensors", identity=False
-    )
-    textual_inversion: tuple[str, ...] = option(
-        (), "words to add, which the prompt may use: FILE[:TOKEN], safetensors", identity=False
-    )
-
     def files(self) -> dict[str, Any]:
-        """These settings as keywords of `Prior.from_pretrained`."""
+        """These settings as keywords of `Prior.from_pretrained`; the first four are those of PriorSource."""
         names = ("revision", "variant", "offline", "config", "lora", "textual_inversion")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +71,12 @@ class PriorConfig(PriorFilesConfig):
         " in a single file",
         flag="prior",
         identity=False,
+    )
+    lora: tuple[str, ...] = option(
+        (), "LoRA weights to fuse into the networks: FILE_OR_FOLDER[:SCALE], safetensors", identity=False
+    )
+    textual_inversion: tuple[str, ...] = option(
+        (), "words to add, which the prompt may use: FILE[:TOKEN], safetensors", identity=False
     )
 
 

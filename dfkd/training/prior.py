@@ -37,6 +37,7 @@ from dfkd.training.prior_samples import check_judge, judged, write_preview
 from dfkd.training.state import State
 from dfkd.training.step import autocast, check_training
 from dfkd.training.world import World
+from dfkd_engine.prior_source import PriorSource
 
 CONTENT = "training_images"  # the field of the identity that is known once the images are read
 VALIDATED, ROWS = 256, 64  # images of a validation at most, and of its calls
@@ -49,6 +50,7 @@ def train_prior(
     *,
     size: int | None = None,
     prior: str | None = None,
+    files: Mapping[str, Any] | None = None,
     judge: Path | str | None = None,
     world: World | None = None,
     progress: Progress | None = None,
@@ -59,7 +61,8 @@ def train_prior(
 
     data: a set of images as dfkd.evaluation.open_splits names it, or images by split: "train" and "validation".
     size: side of the images; of a prior that exists, its own where None. prior: a pipeline to go on from; None trains
-    from nothing. judge: folder of a classifier that reads samples at the end.
+    from nothing. files: which of its files, by the names of PriorSource. judge: folder of a classifier that reads
+    samples at the end.
     world, progress, say and on_new: as of dfkd.training.distill.distill. A run that was stopped goes on where its last
     checkpoint was, with the same result (bit for bit on a CPU); a finished one returns at once.
 
@@ -75,7 +78,7 @@ def train_prior(
     refuse_foreign(out)
     folder, side = None, size or 0
     if prior is not None:
-        folder, side = world.from_first(lambda: open_existing(prior, config, size))
+        folder, side = world.from_first(lambda: open_existing(PriorSource(prior, **(files or {})), config, size))
     elif not _latent(config) or config.autoencoder.source is None:
         check_sizes(config.denoiser, side, factor_of(config.autoencoder) if _latent(config) else 1)
     named = data if isinstance(data, str) else data["train"].digest[:16]

@@ -16,6 +16,7 @@ from dfkd.training.denoising import FLOW, Denoising
 from dfkd.training.prior_parts import Parts, labels_of, placed, side_factor
 from dfkd.training.prompt_tokens import Prompts
 from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.prior_source import PriorSource
 
 TEXT, BARE = "UNet2DConditionModel", "UNet2DModel"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights calls it
@@ -23,13 +24,13 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
-def open_existing(source: str, config: PriorTrainConfig, size: int | None) -> tuple[PriorFolder, int]:
+def open_existing(place: PriorSource, config: PriorTrainConfig, size: int | None) -> tuple[PriorFolder, int]:
     """The pipeline's folder, fetched where it is on the hub, and the side of its images.
 
     Raises UsageError for a pipeline that cannot be trained here or with these settings, and EngineError for one that
     cannot be read.
     """
-    folder = PriorFolder.open(source)
+    folder, source = PriorFolder.open(place), place.name
     unet = folder.configs.get("unet", {})
     kind = unet.get("_class_name")
     if kind not in (TEXT, BARE) or "text_encoder_2" in folder.configs or unet.get("time_cond_proj_dim") is not None:
@@ -38,6 +39,8 @@ def open_existing(source: str, config: PriorTrainConfig, size: int | None) -> tu
         raise UsageError(what, why, "choose another prior")
     text = kind == TEXT
     folder.require("unet", *(("text_encoder", "tokenizer", "vae") if text else ()))
+    for part in folder.networks:
+        folder.check(part)
     asked = config.changed()
     idle = {"lora_rank", "train_text_encoder", "prompts", "free_prompts"} if not text else set()
     if not text and unet.get("num_class_embeds") is None:
