@@ -175,9 +175,19 @@ class GuidanceConfig(Config):
         choices=("latent", "unet"),
     )
     step: float = option(
-        0.2, "length of a guidance step; 0: no teacher at all, no refinement either", low=0, flag="guidance_step"
+        0.2,
+        "length of a guidance step; 0: no teacher at all, no refinement nor decoder of its own either",
+        low=0,
+        flag="guidance_step",
     )
     repeats: int = option(1, "guidance steps at every denoising step", low=1, flag="guidance_repeats")
+    decoder: str | None = option(
+        None,
+        "decoder that the gradient goes through instead of the prior's own, which still draws the image: a folder of"
+        " dfkd-train-decoder, or a folder or hub id of an AutoencoderTiny for the same latents",
+        flag="guidance_decoder",
+        identity=False,
+    )
     norm: str = option(
         "rms",
         "rms: gradient divided by its root mean square, per image; none: as it is",

@@ -33,7 +33,7 @@ from dfkd.files import read_object
 
 
 def open_splits(name: str, size: int, splits: Sequence[str] = SPLITS, least_classes: int = 2) -> dict[str, Images]:
-    """What a teacher or a prior learns from: some of train, validation and test, all with the classes of train in order.
+    """What a teacher or a prior learns from: some of train, validation and test, with the classes of train in order.
 
     Every file is looked at (its ends) and every list and Parquet file is read to its end; pixels are decoded when
     they are read. size: side in pixels; the shorter side is resized to it (bicubic, antialiased), the centre cut out.

@@ -17,6 +17,7 @@ from dfkd.teachers.sources import config_of
 from dfkd_engine.attention import choose_attention, set_attention
 from dfkd_engine.errors import EngineError
 from dfkd_engine.group_norms import set_group_norms
+from dfkd_engine.guidance_decoder import Decoder
 from dfkd_engine.prior import DTYPES, Prior
 
 _LOCAL = ("backend", "engines", "shard_size", "image_format")  # settings that no engine follows from
@@ -44,6 +45,24 @@ def prepare_prior(prior: Prior, config: GenerateConfig, device: torch.device, ke
     except EngineError as error:
         raise UsageError(error.what, error.why, error.todo) from None
     return prior.to(device)
+
+
+def open_decoder(prior: Prior, config: GenerateConfig, device: torch.device, kernels: str) -> Decoder | None:
+    """The decoder that guidance has of its own, in the prior's dtype, None where the settings name none or no teacher
+    guides.
+
+    Raises UsageError: it cannot be loaded, or is not for the prior's latents.
+    """
+    if config.guidance.decoder is None or not config.guidance.step:
+        return None
+    try:
+        decoder = Decoder.from_pretrained(config.guidance.decoder, prior.dtype, device)
+        decoder.check(prior)
+        set_attention(decoder.network, choose_attention(config.compute.attention, device, prior.dtype).name)
+    except EngineError as error:
+        raise UsageError(f"--guidance-decoder: {error.what}", error.why, error.todo) from None
+    set_group_norms(decoder.network, kernels)
+    return decoder
 
 
 def latent_size(size: int, prior: Prior) -> tuple[int, int]:

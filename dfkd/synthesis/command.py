@@ -25,6 +25,7 @@ from dfkd.synthesis.schedule import find_sampler
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd.synthesis.watch import Progress
 from dfkd.teachers import Classifier, load_teacher
+from dfkd_engine.guidance_decoder import check_decoder
 from dfkd_engine.prior import Prior, check_source
 
 COMMAND = "dfkd-generate"
@@ -51,6 +52,8 @@ def check(asked: GenerateCommand) -> None:
     if config.guidance.step > 0:
         require_losses(config.guidance, losses_of(config.guidance))
     check_source(asked.prior.source, **asked.prior.files())
+    if config.guidance.decoder is not None:
+        check_decoder(config.guidance.decoder)
 
 
 def pipeline_of(asked: GenerateCommand, say: Say = lambda text: None) -> Synthesizer:

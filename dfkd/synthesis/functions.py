@@ -2,6 +2,7 @@
 
     unet            (z [B,C,h,w], t, *conditions [B,...])      -> prediction [B,C,h,w]; the denoiser, of any family
     decode          (z0 [B,C,h,w])                             -> image [B,3,H,W] in 0..1
+    guidance_decode (z0)                                       -> image by the guidance's own decoder, where it has one
     gradient        (z0, labels [B])                           -> gradient [B,C,h,w], losses [B]; z0 is a whole group,
                                                                   or images that do not interact
     pixel_gradient  (image, labels)                            -> the same in the image
@@ -31,6 +32,7 @@ from dfkd.synthesis import bn_statistics, guidance, losses
 from dfkd.synthesis.bn_statistics import Moments, by_layer, side_by_side
 from dfkd.synthesis.guidance import Decode, Guidance, identity, pulled_back
 from dfkd.synthesis.prompts import prompt_of
+from dfkd_engine.guidance_decoder import Decoder
 from dfkd_engine.prior import Prior
 from dfkd_engine.spec import TensorSpec
 
@@ -45,24 +47,27 @@ CALIBRATION_SEED = 2**40  # no run's own, unless it asks for it
 _GRADIENTS = ("gradient", "pixel_gradient", "image_gradient", "decode_vjp")
 _OF_TEACHER = ("gradient", "pixel_gradient", "image_moments", "image_gradient")
 _OF_VAE = ("decode", "gradient", "decode_vjp")
+_OF_DECODER = ("guidance_decode", "gradient", "decode_vjp")  # where guidance has a decoder of its own
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What the functions are made of: the prior, and where a teacher guides its guidance, without a student.
+    """What the functions are made of: the prior, where a teacher guides its guidance, without a student, and the
+    decoder that is guidance's own, where it has one.
 
     Its methods are the functions of the table above, by the same names.
     """
 
     prior: Prior
     guidance: Guidance | None
+    decoder: Decoder | None = None
 
     def with_kernels(self, kernels: str) -> "Networks":
         own = self.guidance
         if own is None or own.kernels == kernels:
             return self
         made = Guidance(own.decode, own.teacher, own.losses, None, own.narrow, kernels)
-        return Networks(self.prior, made)
+        return Networks(self.prior, made, self.decoder)
 
     def doubled(self) -> "Networks":
         """A copy in float64, which compiled and eager results are judged by."""
@@ -70,7 +75,8 @@ class Networks:
         if self.guidance is None:
             return Networks(prior, None)
         teacher = self.guidance.teacher.replace(module=copy.deepcopy(self.guidance.teacher.module).double())
-        return Networks(prior, Guidance(prior.decode, teacher, self.guidance.losses))
+        decoder = self.decoder and self.decoder.doubled()
+        return Networks(prior, Guidance(decoder or prior.decode, teacher, self.guidance.losses), decoder)
 
     def unet(self, z: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
         return (self.prior.denoise(z, t, *conditions),)
@@ -78,10 +84,13 @@ class Networks:
     def decode(self, z0: Tensor) -> tuple[Tensor, ...]:
         return (self.prior.decode(z0),)
 
+    def guidance_decode(self, z0: Tensor) -> tuple[Tensor, ...]:
+        return ((self.decoder or self.prior.decode)(z0),)
+
     def decode_vjp(self, z0: Tensor, image_gradient: Tensor) -> tuple[Tensor, ...]:
         leaf, narrow = z0.detach().requires_grad_(), self.guidance is not None and self.guidance.narrow
         with torch.enable_grad():
-            return (pulled_back(self.prior.decode(leaf), leaf, image_gradient, narrow),)
+            return (pulled_back(self.guidance_decode(leaf)[0], leaf, image_gradient, narrow),)
 
     def gradient(self, z0: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         assert self.guidance is not None
@@ -122,11 +131,13 @@ def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
             names = ("unet", "decode", "image_moments", "image_gradient", "decode_vjp")
         else:
             names = ("unet", "decode", "gradient", *(("pixel_gradient",) if pipe.config.guidance.refine_steps else ()))
+        if pipe.guidance_decoder is not None and "decode_vjp" in names:
+            names = (*names[:2], "guidance_decode", *names[2:])
     own = pipe.guidance
     if own is not None:  # as it is by autograd, whatever runs in its place
         losses = [loss for loss in own.losses if "student" not in loss.needs]
-        own = Guidance(pipe.prior.decode, own.teacher, losses, None, own.narrow, own.kernels, own.fused)
-    networks = Networks(pipe.prior, own)
+        own = Guidance(pipe.guidance_decode, own.teacher, losses, None, own.narrow, own.kernels, own.fused)
+    networks = Networks(pipe.prior, own, pipe.guidance_decoder)
     return tuple(_function(name, pipe, networks) for name in names)
 
 
@@ -157,7 +168,7 @@ def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function
         sources=source_digest(*_sources(name, pipe)),
         networks=_networks(name, pipe),
         device=pipe.device,
-        dtype=dtype_of(name, pipe.prior),
+        dtype=dtype_of(name, pipe.prior, pipe.guidance_decoder),
         quantise=quantise,
         calibrate=partial(_calibrate, pipe) if quantise != "none" else None,
     )
@@ -167,11 +178,15 @@ def _networks(name: str, pipe: "GuidedPipeline") -> tuple[nn.Module, ...]:
     """Networks of the prior in a function."""
     if name == "unet":
         return (pipe.prior.denoiser,)
+    if (decoder := pipe.guidance_decoder) is not None and name in _OF_DECODER:
+        return (decoder.network,)
     return (pipe.prior.vae,) if name in _OF_VAE and pipe.prior.vae is not None else ()
 
 
-def dtype_of(name: str, prior: Prior) -> str:
-    """The dtype that a function's networks compute in: a VAE may be wider than the denoiser."""
+def dtype_of(name: str, prior: Prior, decoder: Decoder | None = None) -> str:
+    """The dtype of a function's networks: a VAE may be wider than the denoiser. decoder: guidance's own."""
+    if decoder is not None and name in _OF_DECODER:
+        return str(decoder.network.dtype).removeprefix("torch.")
     network = prior.networks.get("vae", prior.denoiser) if name != "unet" else prior.denoiser
     return str(next(network.parameters()).dtype).removeprefix("torch.")
 
@@ -194,7 +209,7 @@ def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[Tensor
             for named, tensor in zip(pipe.prior.family.inputs, _conditions(pipe, 1), strict=True)
         ]
         return (z, TensorSpec("t", (1,), "float32"), *conditions), (replace(z, name="prediction"),)
-    if name == "decode":
+    if name in ("decode", "guidance_decode"):
         return (z0,), (image,)
     if name == "decode_vjp":
         return (z0, replace(image, name="image_gradient")), (in_latents,)
@@ -215,7 +230,7 @@ def _samples(name: str, pipe: "GuidedPipeline", networks: Networks, rows: int, s
     z = torch.randn(rows, prior.latent_channels, *pipe.latent_size, generator=generator).to(pipe.device)
     if name == "unet":
         return z.to(prior.dtype), torch.tensor([500.0], device=pipe.device), *_conditions(pipe, rows)
-    if name == "decode":
+    if name in ("decode", "guidance_decode"):
         return (z,)
     images = prior.decode(z)
     noise = torch.randn(images.shape, generator=generator).to(pipe.device)
@@ -242,16 +257,24 @@ def _conditions(pipe: "GuidedPipeline", rows: int) -> list[Tensor]:
 
 def _components(name: str, pipe: "GuidedPipeline", quantise: str) -> dict[str, str]:
     digests = pipe.prior.digests
-    parts = [pipe.prior.family.part] if name == "unet" else ["vae"] if name in _OF_VAE and "vae" in digests else []
+    by_vae = name in _OF_VAE and "vae" in digests and not _own_decoder(name, pipe)
+    parts = [pipe.prior.family.part] if name == "unet" else ["vae"] if by_vae else []
     if quantise != "none":  # its scales follow from the trajectories of the run's prompts
         parts = [part for part in digests if part != "vae"]
     found = {part: digests[part] for part in parts}
+    if (decoder := pipe.guidance_decoder) is not None and _own_decoder(name, pipe):
+        found["guidance_decoder"] = decoder.digest
     return found | ({"teacher": pipe.teacher.digest()} if name in _OF_TEACHER else {})
+
+
+def _own_decoder(name: str, pipe: "GuidedPipeline") -> bool:
+    """Whether a function goes through guidance's own decoder."""
+    return pipe.guidance_decoder is not None and name in _OF_DECODER
 
 
 def _config(name: str, pipe: "GuidedPipeline", networks: Networks, quantise: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if name in _OF_VAE:
+    if name in _OF_VAE and not _own_decoder(name, pipe):
         found["scaling_factor"] = pipe.prior.scaling_factor
     if name in _GRADIENTS:
         found["narrow"] = pipe.guidance is not None and pipe.guidance.narrow
@@ -292,12 +315,19 @@ class EngineGuidance(Guidance):
     vector-Jacobian product. So do losses that need a student, whose image gradient stays with autograd.
 
     guidance: what is computed, by autograd. engines: by function name. pixels: images stand in the place of latents.
+    decoding: name of the function that is the guidance's decoder.
     """
 
-    def __init__(self, guidance: Guidance, engines: Mapping[str, Callable[..., Any]], pixels: bool = False) -> None:
+    def __init__(
+        self,
+        guidance: Guidance,
+        engines: Mapping[str, Callable[..., Any]],
+        pixels: bool = False,
+        decoding: str = "decode",
+    ) -> None:
         own = (guidance.student, guidance.narrow, guidance.kernels, guidance.fused)
         super().__init__(guidance.decode, guidance.teacher, guidance.losses, *own)
-        self.engines, self.pixels = engines, pixels
+        self.engines, self.pixels, self.decoding = engines, pixels, decoding
         self.in_pixels = self if pixels else EngineGuidance(guidance.with_(identity), engines, pixels=True)
 
     def of_call(
@@ -330,5 +360,5 @@ class EngineGuidance(Guidance):
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Tensor:
-        engine = self.engines.get("decode")
+        engine = self.engines.get(self.decoding)
         return self.decode(latents) if engine is None else engine(latents)[0]

@@ -27,13 +27,14 @@ from dfkd.synthesis.checks import (
     cfg_of,
     copy_student,
     latent_size,
+    open_decoder,
     patches_of,
     prepare_prior,
     require_losses,
     try_teacher,
 )
 from dfkd.synthesis.functions import EngineGuidance, dtype_of, functions_of
-from dfkd.synthesis.guidance import Guidance, identity
+from dfkd.synthesis.guidance import Decode, Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
 from dfkd.synthesis.pack import Pack
 from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels, unread_words, unused_tokens
@@ -93,6 +94,7 @@ class GuidedPipeline:
         chosen = choose_kernels(compute.kernels, self.device)
         self.kernels, self._kernels_why = chosen.name, chosen.why
         self.prior = prepare_prior(prior, config, self.device, self.kernels)
+        self.guidance_decoder = open_decoder(prior, config, self.device, self.kernels)
         self.teacher = teacher.freeze(self.device).tried()
         self.class_names = teacher.class_names
         self.classes = chosen_classes(self.class_names, sampling.only)
@@ -142,8 +144,7 @@ class GuidedPipeline:
         or labels.
         """
         asked = self._checked(ids, labels)
-        if self._engines is None:
-            self.use_engines(None)
+        self.ready_engines()
         members = torch.arange(self.group)
         starts = torch.tensor(list(dict.fromkeys(i // self.group for i in asked)), dtype=torch.int64) * self.group
         every = (starts[:, None] + members).flatten()
@@ -209,6 +210,11 @@ class GuidedPipeline:
         engine = (self._engines or {}).get("decode")
         return self.prior.decode(z0) if engine is None else engine(z0)[0]
 
+    @property
+    def guidance_decode(self) -> Decode:
+        """What the gradient of guidance goes through, by autograd: the decoder of the settings, or the prior's own."""
+        return self.guidance_decoder or self.prior.decode
+
     def _sample(self, pack: Pack) -> tuple[Tensor, list[Record]]:
         """A pack's images uint8 [B, 3, H, W] on the CPU, and their records."""
         config = self.config.guidance
@@ -240,6 +246,11 @@ class GuidedPipeline:
         if self._engines:
             self._guide()
         return {choice.network: choice.key for choice in self.choices if choice.key is not None}
+
+    def ready_engines(self) -> None:
+        """`use_engines(None)`, unless engines were loaded or done without before."""
+        if self._engines is None:
+            self.use_engines(None)
 
     def without_engines(self) -> None:
         """Let every network run eagerly from now on."""
@@ -283,6 +294,7 @@ class GuidedPipeline:
             "prior_digests": dict(self.prior.digests),
             "teacher_digest": self.teacher.digest(),
             "student_digest": self.student.digest() if self.student else None,
+            **({} if self.guidance_decoder is None else {"guidance_decoder_digest": self.guidance_decoder.digest}),
         }
 
     def describe(self) -> list[str]:
@@ -315,15 +327,16 @@ class GuidedPipeline:
         if not self.losses:
             return
         config, narrow = self.config.guidance, self.prior.dtype == torch.float16
-        own = Guidance(self.prior.decode, self.teacher, self.losses, self.student, narrow, self.kernels)
+        own = Guidance(self.guidance_decode, self.teacher, self.losses, self.student, narrow, self.kernels)
         self.guidance = own
         if config.refine_steps:
             self.pixel_guidance = own.with_(identity)
         if config.noise_edit_steps:
             statistics = BatchNormLoss(1.0, config.bn_stats, config.bn_loss)
-            self.statistics = own.with_(self.prior.decode, (statistics,))
+            self.statistics = own.with_(self.guidance_decode, (statistics,))
         if self._engines:
-            by_engines = EngineGuidance(own, self._engines)
+            decoding = "decode" if self.guidance_decoder is None else "guidance_decode"
+            by_engines = EngineGuidance(own, self._engines, decoding=decoding)
             self.guidance, self.pixel_guidance = by_engines, self.pixel_guidance and by_engines.in_pixels
 
     def _images_interact(self) -> bool:

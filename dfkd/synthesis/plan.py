@@ -90,6 +90,7 @@ def make_plan(synthesizer: Synthesizer, config: GenerateConfig, processes: int =
     device = pipe.device
     memory = device_bytes(device) // (processes if device.type == "cpu" else 1)
     networks = [*pipe.prior.networks.values()]
+    networks += [pipe.guidance_decoder.network] if pipe.guidance_decoder is not None else []
     networks += [own.module for own in (pipe.teacher, pipe.student) if own is not None]
     held = weight_bytes(*networks) + _HELD * 4 * 3 * pipe.image_size**2 * max(batch, group)
     calls = network_calls(pipe)

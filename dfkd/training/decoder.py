@@ -130,6 +130,7 @@ def save_decoder(network: Any, out: Path, kind: torch.dtype) -> None:
         f"decoder.{name}": value.detach().cpu().to(kind).contiguous()
         for name, value in network.decoder.state_dict().items()
     }
+    out.mkdir(parents=True, exist_ok=True)
     network.save_config(out)
     content = save(kept, metadata={"format": "pt"})
     replace_file(out / WEIGHTS, lambda file: file.write(content))

@@ -5,6 +5,7 @@ Its folder is what diffusers' AutoencoderTiny or AutoencoderKL saves, itself or 
 
 import copy
 import hashlib
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -48,6 +49,7 @@ class Decoder:
         """Load a decoder. source: a folder, or a hub id, fetched on first use. Raises EngineError: there is none, it is
         damaged, or it is no decoder."""
         import diffusers  # which takes seconds to load
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = _folder(source)
@@ -56,16 +58,19 @@ class Decoder:
         if kind not in KINDS:
             raise EngineError(f"decoder {source} is a {kind}", f"want one of {', '.join(KINDS)}", _TODO)
         try:
-            network = getattr(diffusers, kind).from_config(config)
+            made = getattr(diffusers, kind)
+            known = inspect.signature(made).parameters  # saved configs have entries that follow from others
+            network = made(**{name: value for name, value in config.items() if name in known})
             missing, unknown = network.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             raise EngineError(f"decoder {folder}", f"could not be loaded ({first_line(error)})", _TODO) from error
         absent = [name for name in missing if not name.startswith(("encoder.", "quant_conv."))]
         if absent or unknown:
             what = f"{(absent or unknown)[0]} is {'not in its file' if absent else 'no weight of it'}"
             raise EngineError(f"decoder {folder}", what, _TODO)
         network.encoder = nn.Identity()  # nothing here encodes
-        network.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        # By torch's own `to`: that of diffusers warns of what it might leave out.
+        nn.Module.to(network.eval().requires_grad_(False), device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         widths = config.get("block_out_channels") or config["decoder_block_out_channels"]
         digests = " ".join(sha256_once(folder / name) for name in (CONFIG, WEIGHTS))
         return cls(

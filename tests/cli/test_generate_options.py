@@ -11,6 +11,8 @@ from dfkd.config import leaves
 from dfkd.config.commands import GenerateCommand
 from dfkd.data import read_folder, read_manifest
 from dfkd.synthesis import checks
+from dfkd.training.decoder import make_decoder, save_decoder
+from dfkd_engine.prior import Prior
 from tests.cli.small_generate import save_classifier
 
 LOSS = """
@@ -62,6 +64,7 @@ ACTS = {
 NAMED = {
     "teacher_checkpoint": "OTHER_TEACHER",
     "prior": "OTHER_PRIOR",
+    "guidance_decoder": "DECODER",
     "normalisation": "imagenet",
     "teacher_mean": "0.1,0.2,0.3",
     "teacher_std": "0.1,0.2,0.3",
@@ -94,10 +97,14 @@ def places(tmp_path_factory, small_prior):
     config = json.loads((other / "vae/config.json").read_text())
     (other / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
     (root / "own.py").write_text(LOSS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_decoder(make_decoder(Prior.from_pretrained(small_prior), 8, 1), root / "decoder", torch.float32)
     return {
         "STUDENT": save_classifier(root / "student", seed=1),
         "OTHER_TEACHER": save_classifier(root / "teacher", seed=2),
         "OTHER_PRIOR": other,
+        "DECODER": root / "decoder",
         "LOSS:Entropy(weight=5.0)": f"{root / 'own.py'}:Entropy(weight=5.0)",
     }
 
