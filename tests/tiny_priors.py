@@ -243,6 +243,16 @@ def _class_pixels(folder: Path) -> Any:
     return pipeline
 
 
+def _class_latents(folder: Path) -> Any:
+    """The same on latents: a vae/ beside the pipeline, as dfkd-train-prior writes it."""
+    pipeline = _class_pixels(folder)
+    _autoencoder().save_pretrained(folder / "vae")
+    own = {"sample_size": SIZE, "in_channels": 4, "out_channels": 4, "num_class_embeds": len(PIXEL_CLASSES) + 1}
+    pipeline.unet = UNet2DModel(**PIXELS | own)
+    pipeline.scheduler.register_to_config(clip_sample=False)
+    return pipeline
+
+
 MAKERS: Mapping[str, Callable[[Path], Any]] = {
     "sd1": _sd1,
     "sd2": _sd2,
@@ -256,6 +266,7 @@ MAKERS: Mapping[str, Callable[[Path], Any]] = {
     "pixels": _pixels,
     "pixels-flat": _pixels,
     "class-pixels": _class_pixels,
+    "class-latents": _class_latents,
 }
 
 
@@ -309,9 +320,10 @@ def unguided(
     """The images [B, 3, H, W] in 0..1 that diffusers' own pipeline in `folder` draws from unit noise [B, C, h, w].
 
     prompts: texts, or names of classes; ignored by a prior without a condition. scheduler: name of the diffusers class
-    in place of the folder's own. options: entries of its config, where the folder's has none. cfg: diffusers' guidance_scale. between: noise of each step that adds some. The
-    pipelines of classes and of pixels take no noise: theirs is put in the place of what they draw. diffusers has none
-    for classes of a UNet2DModel: the plain loop is here.
+    in place of the folder's own. options: entries of its config, where the folder's has none. cfg: diffusers'
+    guidance_scale. between: noise of each step that adds some. The pipelines of classes and of pixels take no noise:
+    theirs is put in the place of what they draw. diffusers has none for classes of a UNet2DModel: the plain loop is
+    here.
     """
     index = json.loads((folder / "model_index.json").read_text())
     absent = {part: None for part, kind in index.items() if kind == [None, None]}  # Stable Diffusion 3 without its T5
@@ -328,7 +340,12 @@ def unguided(
                 images = pipeline(ids, guidance_scale=cfg, **common).images
         elif isinstance(pipeline, DDPMPipeline):
             if pipeline.unet.config.num_class_embeds:
-                return _of_classes(pipeline, noise, [PIXEL_CLASSES.index(name) for name in prompts], steps, cfg)
+                images = _of_classes(pipeline, noise, [PIXEL_CLASSES.index(name) for name in prompts], steps, cfg)
+                if (folder / "vae").exists():
+                    vae = AutoencoderKL.from_pretrained(folder / "vae").to(dtype)
+                    with torch.no_grad():
+                        images = vae.decode(images / vae.config.scaling_factor).sample
+                return torch.as_tensor(images / 2 + 0.5).clamp(0, 1)
             with drawing(_module(DDPMPipeline), [noise]):
                 images = pipeline(batch_size=len(noise), **common).images
         else:
@@ -360,4 +377,4 @@ def _of_classes(pipeline: Any, image: Tensor, ids: Sequence[int], steps: int, cf
             without = pipeline.unet(image, t, class_labels=none).sample
             output = without + cfg * (output - without)
         image = pipeline.scheduler.step(output, t, image).prev_sample
-    return (image / 2 + 0.5).clamp(0, 1)
+    return image

@@ -21,6 +21,7 @@ FAMILIES = [
     ("pixels", "ddpm"),
     ("pixels-flat", "ddim"),
     ("class-pixels", "ddim"),
+    ("class-latents", "ddim"),
 ]
 
 

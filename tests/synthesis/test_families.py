@@ -50,6 +50,7 @@ CASES = [  # prior, sampler, steps, cfg
     ("pixels-flat", "ddpm", 4, 1.0),
     ("class-pixels", "ddim", 4, 3.0),
     ("class-pixels", "ddim", 4, 1.0),
+    ("class-latents", "ddim", 4, 3.0),
 ]
 
 
@@ -138,6 +139,7 @@ def test_the_unconditional_rows_are_diffusers(name, negative, zeros, tiny_prior,
         ("sd3", {"sampler": "euler", "cfg": 7.0}),
         ("pixels", {}),
         ("class-pixels", {"cfg": 3.0}),
+        ("class-latents", {"cfg": 3.0}),
     ],
 )
 def test_guided_it_is_its_naive_loop(name, settings, path, tiny_prior, monkeypatch):
