@@ -1,5 +1,9 @@
 """How a network is shown images of another side: beside torch and Pillow, and what reaches a pixel of the image."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ from dfkd.config import (
     DistillCommand,
     EvaluateCommand,
     GenerateCommand,
+    GenerateConfig,
     TrainTeacherCommand,
     leaves,
     presets,
@@ -21,7 +26,8 @@ from dfkd.config import (
 from dfkd.data import resize
 from dfkd.errors import UsageError
 from dfkd.resizing import resized
-from dfkd.teachers import Classifier
+from dfkd.synthesis.checks import build_command
+from dfkd.teachers import Classifier, build
 
 
 def noise(side: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,6 +101,17 @@ def test_published_presets_resize_as_published() -> None:
         for command in (TrainTeacherCommand, GenerateCommand, DistillCommand):
             if "resize" in leaves(command) and command.SECTION in preset:
                 assert preset[command.SECTION].get("resize") == ("published" if published else None), name
+
+
+def test_the_command_that_builds_engines_names_what_the_source_does_not_state(tmp_path: Path) -> None:
+    prior: Any = SimpleNamespace(source="demo", files={})
+    half = (0.5, 0.5, 0.5)
+    for kept in RESIZES:
+        Classifier(build("resnet8", 2), ("a", "b"), half, half, 32, "resnet8", kept).save_pretrained(tmp_path)
+        for how in RESIZES:
+            teacher = Classifier.from_pretrained(tmp_path, resize=how)
+            words = build_command(GenerateConfig(), prior, teacher).split()
+            assert ("--resize" in words) == (how != kept) and (how == kept or words[-1] == how)
 
 
 def test_a_way_that_there_is_not_is_refused() -> None:

@@ -4,6 +4,7 @@ import re
 
 # What a C++ compiler or a linker says of a fault; the lines before it tell which file includes which.
 _FAULT = re.compile(r"\berror\s*:|\bcannot find\b|\bundefined reference\b|\bnot found\b")
+COMMAND_OUTPUT = "Output:\n"  # what torch writes in front of that
 _AFTERWARDS = "ld returned"  # gcc's own last line, once the linker has said why
 
 
@@ -33,7 +34,7 @@ def compiler_line(error: BaseException) -> str:
     Torch gives the command, and behind "Output:" what the C++ compiler wrote: of that the first line with a fault, else
     the first. Of other errors it is `first_line`, with the type in front unless the message begins with one.
     """
-    text, found, output = str(error).partition("Output:\n")
+    text, found, output = str(error).partition(COMMAND_OUTPUT)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if not found:
         line = first_line(error)

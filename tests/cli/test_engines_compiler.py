@@ -78,5 +78,6 @@ def test_a_compiler_that_fails_is_told_in_one_line(
         assert build(tmp_path / "store") == 2
     said = capsys.readouterr().err.splitlines()
     assert words.format(compiler) in said[-1] and said[-1].startswith("error: decode")
+    assert ("or see to the C++ compiler" in said[-1]) == (script == BROKEN)
     assert not [line for line in said if "Traceback" in line or "kept at" in line]
     assert not list((tmp_path / "store").rglob(PACKAGE))

@@ -16,7 +16,7 @@ from dfkd_engine.backends.inductor import Inductor
 from dfkd_engine.backends.onnxruntime import OnnxRuntime
 from dfkd_engine.backends.tensorrt import TENSORRT, TENSORRT_RTX
 from dfkd_engine.backends.torch_tensorrt import TorchTensorRT
-from dfkd_engine.errors import EngineError, compiler_line
+from dfkd_engine.errors import COMMAND_OUTPUT, EngineError, compiler_line
 
 if TYPE_CHECKING:
     import torch
@@ -101,4 +101,5 @@ def compile_graph(backend: Backend, graph: "Graph", spec: "EngineSpec", folder: 
         raise
     except Exception as error:  # compilers share no base of their exceptions
         why = f"its compiler stopped ({compiler_line(error)})"
-        raise EngineError(what, why, "choose another backend for it, or report it with the network") from error
+        todo = "see to the C++ compiler" if COMMAND_OUTPUT in str(error) else "report it with the network"
+        raise EngineError(what, why, f"choose another backend for it, or {todo}") from error
