@@ -25,6 +25,7 @@ from dfkd_engine.errors import EngineError, first_line
 from dfkd_engine.files import sha256_once
 from dfkd_engine.prior_configs import (
     check_diffusers_config,
+    check_keys,
     check_tokenizer_config,
     check_transformers_config,
     failure,
@@ -169,6 +170,8 @@ class PriorFolder:
                 check_diffusers_config(where, network, config)
             return
         architectures = config.get("architectures")
+        if not isinstance(config.get("model_type", ""), str):
+            raise refused(where, "model_type", config["model_type"], "it is a text")
         if architectures is not None and not fits(architectures, list[str]):
             raise refused(where, "architectures", architectures, "it names the network's class, in a list of texts")
         kind = getattr(getattr(transformers, (architectures or [""])[0], None), "config_class", None)
@@ -227,13 +230,15 @@ class PriorFolder:
     def facts(self) -> tuple[str | None, tuple[str, ...]]:
         """The prompt and the labels that the prior states of itself, (None, ()) where it states none.
 
-        Raises EngineError: something else stands there.
+        Raises EngineError: something else stands there. Warns of keys that are not known.
         """
-        prompt, labels = self.configs["dfkd"].get("prompt"), self.configs["dfkd"].get("labels", [])
-        texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-        if not isinstance(prompt, str | None) or not texts:
-            why = "it does not describe a prior (prompt is a text, labels are a list of texts)"
-            raise EngineError(str(self.path / FACTS), why, "correct it")
+        config, where = self.configs["dfkd"], f"prior {self.path}: {FACTS}"
+        check_keys(where, "a prior", config, ("prompt", "labels", "null_class"))
+        prompt, labels = config.get("prompt"), config.get("labels", [])
+        if not isinstance(prompt, str | None):
+            raise refused(where, "prompt", prompt, "it is a text, with {label} in the class's place")
+        if not fits(labels, list[str]):
+            raise refused(where, "labels", labels, "they are a list of texts")
         return prompt, tuple(labels)
 
 

@@ -110,7 +110,7 @@ def test_prompt_and_labels_of_the_folder(prior, spoilt):
     assert (found.prompt, found.labels) == ("the {label}", ("a", "b"))
     for content in ('{"prompt": 3}', "[]", '{"labels": 1}', "{"):
         (spoilt / "dfkd.json").write_text(content)
-        with pytest.raises(EngineError, match=r"dfkd\.json: (it does not describe a prior|not JSON of an object)"):
+        with pytest.raises(EngineError, match=r"dfkd\.json: (prompt is 3: it|labels is 1: they|not JSON of an object)"):
             Prior.from_pretrained(spoilt)
 
 

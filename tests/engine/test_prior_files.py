@@ -479,3 +479,39 @@ def test_every_class_of_networks_that_priors_have_is_checked(tmp_path):
         vae = diffusers.AutoencoderTiny(latent_channels=4)
         vae.save_pretrained(tmp_path / "sd1" / "vae")
         check_source(tmp_path / "sd1")
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({"prompt": 3}, "dfkd.json: prompt is 3: it is a text"),
+        ({"labels": ["a", 1]}, "dfkd.json: labels is ['a', 1]: they are a list of texts"),
+        ({"label": ["a"]}, "dfkd.json: label is ['a']: a prior has no such key, and labels is missing"),
+    ],
+)
+def test_what_a_prior_states_of_itself(folder, facts, message):
+    put(folder / "dfkd.json", facts)
+    assert message in refusal(folder)
+
+
+@pytest.fixture(scope="module", params=[("sdxl", "unet"), ("dit", "transformer"), ("class-pixels", "unet")])
+def family(request, tmp_path_factory):
+    """A prior of another family and its denoiser's part."""
+    name, part = request.param
+    return make_tiny_prior(name, tmp_path_factory.mktemp("family") / name), part
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("odd", [None, "x", 2.5, [1]])
+def test_no_value_of_another_familys_config_leaves_a_traceback(family, odd):
+    made, part = family
+    file, refused = made / part / "config.json", 0
+    whole = file.read_text()
+    for key in json.loads(whole):
+        edit(file, **{key: odd})
+        try:
+            Prior.from_pretrained(made)
+        except EngineError as error:
+            refused += part in str(error)
+        file.write_text(whole)
+    assert refused > 10
