@@ -117,7 +117,7 @@ class TrainDecoderCommand(Config):
 
     out: Path = option(MISSING, "folder to write", identity=False)
     prior: PriorConfig = nested(PriorConfig)
-    training: DecoderTrainConfig = nested(DecoderTrainConfig, steps=2000)
+    training: DecoderTrainConfig = nested(DecoderTrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,6 +238,7 @@ class PriorTrainConfig(Config):
 
     train: TrainConfig = nested(
         TrainConfig,
+        steps=10_000,
         batch_size=64,
         augment="flip",
         optimiser="adamw",
@@ -280,6 +281,7 @@ class DecoderTrainConfig(Config):
 
     train: TrainConfig = nested(
         TrainConfig,
+        steps=2000,
         batch_size=16,
         augment="none",
         optimiser="adamw",
