@@ -76,7 +76,7 @@ def test_a_latent_prior_guides_through_its_tiny_decoder(data: Path, teacher: Pat
     ("argv", "words"),
     [
         ([], "--size is missing: a prior that is trained from nothing needs the side of its images"),
-        (["--size", 16, "--widths", "8,12"], "--widths has 12, which --head-width 16 does not divide"),
+        (["--size", 16, "--widths", "16,12"], "--widths has 12, which --head-width 16 does not divide"),
         (["--size", 18, "--steps", 1], "--size 18: 4 --widths halve the side 3 times"),
         (["--size", 16, "--steps", 1, "--kl-weight", 1], "--kl-weight acts with --space latent"),
         (["--size", 16, "--steps", 1, "--condition", "none", "--drop", 0.2], "--drop acts with a --condition"),
