@@ -70,6 +70,9 @@ def fuse_loras(pipeline: Any, loras: Sequence[Added], digests: dict[str, str]) -
             where["unet_config"] = pipeline.unet.config  # by which layers of other formats are told
         networks = {part: network for part in _PARTS if (network := getattr(pipeline, part, None)) is not None}
         todo = "use LoRA weights that were trained for this prior's networks"
+        if any("dora_scale" in name for name in _names(lora.file)):
+            why = "its weights are of DoRA, whose scales diffusers' loader leaves out"
+            raise EngineError(f"LoRA {lora.file}", why, "use LoRA weights")
         try:
             weights = pipeline.lora_state_dict(**where)
             pipeline.load_lora_weights(**{name: own for name, own in where.items() if name != "unet_config"})
@@ -154,6 +157,14 @@ def _found(path: Path, what: str) -> Path:
         raise EngineError(f"{what} {path}", why, "save it as safetensors")
     check_whole(path)
     return path
+
+
+def _names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def _is_weight(name: str) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dfkd_engine.errors import EngineError
 from dfkd_engine.prior import Prior, check_source
@@ -42,6 +42,26 @@ def test_fused_weights_are_those_of_diffusers_pipeline(name, part, tiny_prior, t
     changed = {key for key in prior.digests if prior.digests[key] != plain.digests.get(key)}
     assert changed == {part, "text_encoder", "lora"}
     assert not any("lora" in key for network in prior.networks.values() for key in network.state_dict())
+
+
+def test_another_trainers_names_are_the_same_weights(tiny_prior, tmp_path):
+    """As kohya's scripts write them: flat names, and alpha beside each pair; scale alpha / rank is 1 at alpha 2."""
+    folder = tiny_prior("sd1")
+    lora = save_lora(tmp_path, folder, StableDiffusionPipeline, text=False)
+    renamed = {}
+    for key, value in load_file(lora / "pytorch_lora_weights.safetensors").items():
+        layer, _, half = key.removeprefix("unet.").removesuffix(".weight").rpartition(".lora_")
+        flat = "lora_unet_" + layer.replace(".", "_")
+        renamed[f"{flat}.lora_{'down' if half == 'A' else 'up'}.weight"] = value
+        renamed[f"{flat}.alpha"] = torch.tensor(2.0)
+    save_file(renamed, tmp_path / "kohya.safetensors")
+    ours = Prior.from_pretrained(folder, lora=[f"{lora / 'pytorch_lora_weights.safetensors'}"])
+    theirs = Prior.from_pretrained(folder, lora=[f"{tmp_path / 'kohya.safetensors'}"])
+    for (name, weight), other in zip(ours.denoiser.named_parameters(), theirs.denoiser.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, msg=name)
+    save_file(renamed | {"lora_unet_any.dora_scale": torch.ones(2)}, tmp_path / "dora.safetensors")
+    with pytest.raises(EngineError, match="of DoRA, whose scales diffusers' loader leaves out"):
+        Prior.from_pretrained(folder, lora=[f"{tmp_path / 'dora.safetensors'}"])
 
 
 def test_digests_follow_file_scale_and_order(tiny_prior, tmp_path):
