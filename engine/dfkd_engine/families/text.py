@@ -63,8 +63,9 @@ class TextEncoder:
             tokens = self.padded(prompt).to(self.network.device)
             mask = tokens.attention_mask if self.masked else None
             outputs = self.network(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
-            self._encoded[prompt] = self.pick(outputs)
-        return self._encoded[prompt]
+            # Not on the device: of a thousand classes those of Stable Diffusion 3 are gigabytes.
+            self._encoded[prompt] = tuple(tensor.cpu() for tensor in self.pick(outputs))
+        return tuple(tensor.to(self.network.device) for tensor in self._encoded[prompt])
 
     def _written(self, prompt: str) -> str:
         """The prompt with every embedding of a word that textual inversion gave several; diffusers' own conversion."""
