@@ -23,7 +23,7 @@ _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", 
 _LEVELS = ("block_out_channels", "down_block_types", "up_block_types")  # one entry a level of a network each
 _CORRECT = "correct it, or fetch the prior again"
 # What libraries of other versions wrote into the configs of transformers' networks, and nothing follows from.
-_TRANSFORMERS_OWN = ("dropout", "torch_dtype", "model_type")
+_TRANSFORMERS_OWN = ("dropout", "output_past", "torch_dtype", "model_type")
 _WRITTEN = {"AutoencoderTiny": ("block_out_channels",)}  # what a class writes into its config and does not take
 
 
@@ -53,7 +53,11 @@ def check_transformers_config(where: str, kind: Any, config: Mapping[str, Any]) 
     for key in known.keys() & hints.keys() & config.keys():
         if wanted := unfit(key, config[key], hints[key], known[key]):
             raise refused(where, key, config[key], f"{kind.__name__} wants {wanted}")
-    check_keys(where, kind.__name__, config, [*known, *kind.attribute_map, *_TRANSFORMERS_OWN])
+    from transformers import GenerationConfig  # whose settings used to be in these configs too
+
+    own = [*known, *kind.attribute_map]
+    others = {*vars(GenerationConfig()), *_TRANSFORMERS_OWN} - {*own}
+    check_keys(where, kind.__name__, {key: v for key, v in config.items() if key not in others}, own)
 
 
 def check_tokenizer_config(where: str, config: Mapping[str, Any]) -> None:
@@ -108,7 +112,7 @@ def fits(value: object, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if hint is bool:
-        return isinstance(value, bool)
+        return isinstance(value, bool | None)  # Stable Diffusion XL's own config has a null for false
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     if hint is str:

@@ -515,3 +515,26 @@ def test_no_value_of_another_familys_config_leaves_a_traceback(family, odd):
             refused += part in str(error)
         file.write_text(whole)
     assert refused > 10
+
+
+# Entries of published configs that differ from what their classes state, or that these do not know any more.
+PUBLISHED = {
+    "sdxl": ("unet", {"upcast_attention": None}),
+    "sd3-t5": ("text_encoder_3", {"decoder_start_token_id": 0, "output_past": True, "torch_dtype": "float16"}),
+    "sd1": ("text_encoder", {"dropout": 0.0, "torch_dtype": "float32", "transformers_version": "4.22.0.dev0"}),
+    "dit": (
+        "transformer",
+        {"_class_name": "Transformer2DModel", "num_vector_embeds": None, "only_cross_attention": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_published_configs_hold_is_taken_without_a_word(tmp_path, name):
+    made, (part, entries) = make_tiny_prior(name, tmp_path / name), PUBLISHED[name]
+    before = Prior.from_pretrained(made)
+    edit(made / part / "config.json", **entries)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = Prior.from_pretrained(made)
+    assert found.family.name == before.family.name and found.digests[part] != before.digests[part]

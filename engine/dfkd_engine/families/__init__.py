@@ -29,7 +29,8 @@ def family_of(folder: PriorFolder) -> type[Family]:
         known = " or ".join(f"{name}/config.json" for name in DENOISERS)
         raise EngineError(f"prior {folder.path}", f"{known} is missing", "point to a diffusers pipeline's folder")
     for family in FAMILIES:
-        if family.part == part and folder.configs[part].get("_class_name") == family.denoiser and family.takes(folder):
+        named = folder.configs[part].get("_class_name")
+        if family.part == part and named in (family.denoiser, *family.formerly) and family.takes(folder):
             return family
     kinds = sorted({f"{family.part} {family.denoiser} ({family.name})" for family in FAMILIES})
     named = folder.configs[part].get("_class_name")

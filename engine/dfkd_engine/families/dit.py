@@ -16,6 +16,7 @@ class DiT(Family):
 
     name = "DiT"
     part, denoiser, vaes = "transformer", "DiTTransformer2DModel", ("AutoencoderKL", "AutoencoderTiny")
+    formerly = ("Transformer2DModel",)  # as facebook/DiT-XL-2-256 still says; other kinds of models had it too
     requires = ("vae",)
     prompt = "{label}"
 
@@ -24,6 +25,10 @@ class DiT(Family):
         self.classes, self.device = classes, torch.device(device)
         self.inputs, self.cfg, self.facts = ("class_id",), "rows", classes.facts()
         self.multiple = config.get("patch_size", 2)
+
+    @classmethod
+    def takes(cls, folder: PriorFolder) -> bool:
+        return folder.configs[cls.part].get("norm_type", "ada_norm_zero") == "ada_norm_zero"
 
     @classmethod
     def load(cls, folder: PriorFolder, dtype: torch.dtype, device: torch.device | str) -> Self:

@@ -16,6 +16,7 @@ class Family:
 
     name: for people. part, denoiser: the denoiser's folder and its class in diffusers. vaes: classes of its VAE, () for
     a model of pixels.
+    formerly: names that the denoiser's class had in older versions of diffusers.
     requires: parts that it needs beside denoiser and scheduler.
     texts: whether prompts are any text, rather than names of classes.
     prompt: the template that a prior takes where neither its folder nor the user gives one.
@@ -36,6 +37,7 @@ class Family:
     part: ClassVar[str] = "unet"
     denoiser: ClassVar[str] = "UNet2DModel"
     vaes: ClassVar[tuple[str, ...]] = ()
+    formerly: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
     texts: ClassVar[bool] = False
     prompt: ClassVar[str] = ""
