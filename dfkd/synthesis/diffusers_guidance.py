@@ -4,6 +4,8 @@
     pipe.scheduler = dfkd.guided(pipe.scheduler, guidance.for_labels(["zero", "one"]))
     images = pipe(["a photo of zero", "a photo of one"]).images
 
+Where `ours` is a GuidedPipeline, `dfkd.TeacherGuidance.of(ours)` guides by its settings, with its compiled engines.
+
 A guided scheduler moves the clean estimate before its step, as the `latent` path of sampler.py does: z0hat <- z0hat -
 rho g with eps held. Classifier-free guidance has been combined by then. `TeacherGuidance.callback` is the other way in,
 behind the step.
@@ -13,7 +15,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +23,7 @@ from torch import Tensor
 from dfkd.config import GuidanceConfig
 from dfkd.config.words import nearest
 from dfkd.errors import SettingError, UsageError
-from dfkd.runtime import choose_kernels
-from dfkd.synthesis.checks import copy_student, try_teacher
+from dfkd.synthesis.diffusers_gradient import AutogradGradient, PipelineGradient
 from dfkd.synthesis.diffusers_levels import (
     STRAIGHT,
     begins_step,
@@ -32,8 +33,8 @@ from dfkd.synthesis.diffusers_levels import (
     place_of,
     require_known,
 )
-from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.losses import GuidanceLoss, losses_of
+from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.sampler import Clip, unit_rms
 from dfkd.teachers import Classifier
 
@@ -74,31 +75,50 @@ class TeacherGuidance:
         batch: int = 0,
         **settings: Any,
     ) -> None:
-        known = [field.name for field in dataclasses.fields(GuidanceConfig) if field.name != "losses"]
+        own = ("losses", "decoder")  # losses are an argument; the decoder is the vae that is given
+        known = [field.name for field in dataclasses.fields(GuidanceConfig) if field.name not in own]
         if unknown := sorted(settings.keys() - set(known)):
             raise SettingError(f"TeacherGuidance has no setting {unknown[0]!r}: {nearest(unknown[0], known)}")
-        self.config = config = GuidanceConfig(**settings)
-        for name, off in _ELSEWHERE.items():
-            if (value := getattr(config, name)) != off:
-                raise UsageError(
-                    f"{name} = {value!r}", "it acts outside the steps of a scheduler", f"leave it at {off!r}"
-                )
+        config = GuidanceConfig(**settings)
+        _require_at_steps(config)
         if vae is not None and "scaling_factor" not in vae.config:
             raise UsageError(
                 f"{type(vae).__name__}", "it has no scaling_factor for its latents", "use an AutoencoderKL"
             )
-        self.losses = (*losses_of(config), *losses)
-        if not self.losses:
+        every = (*losses_of(config), *losses)
+        if not every:
             raise UsageError("no guidance loss", "every weight is 0", "give one a weight")
-        self.vae, self.batch = vae and vae.requires_grad_(False), batch
-        device = torch.device("cpu") if vae is None else vae.device
-        self.teacher = teacher.freeze(device).tried()
-        self.student = student and copy_student(student, self.teacher)
+        self._begin(config, teacher, AutogradGradient(teacher, vae, student, every, batch))
+
+    @classmethod
+    def of(cls, pipeline: GuidedPipeline) -> Self:
+        """The guidance of a GuidedPipeline: its settings, losses, student and decoder, with its compiled engines.
+
+        Engines are chosen and loaded as for its own images; `describe` tells what computes the gradient. Sampler, steps
+        and classifier-free guidance are the diffusers pipeline's, whose latents must be those of the GuidedPipeline's
+        prior, of its size and on its device. With bn_stats="group" a call holds whole groups of it.
+
+        Raises UsageError: it has no guidance, settings that act outside a scheduler's step, or a named backend lacks
+        its engines (with the command that builds them). EngineError: an engine is damaged.
+        """
+        config = pipeline.config.guidance
+        _require_at_steps(config)
+        if every := pipeline.config.cutmix.every:
+            raise UsageError(f"cutmix_every = {every}", "it acts outside the steps of a scheduler", "leave it at 0")
+        if pipeline.guidance is None:
+            why = "its guidance_step is 0, or every weight is"
+            raise UsageError("a GuidedPipeline without guidance", why, "give it a step, and a loss a weight")
+        pipeline.ready_engines()
+        made = cls.__new__(cls)
+        made._begin(config, pipeline.teacher, PipelineGradient(pipeline))
+        return made
+
+    def _begin(
+        self, config: GuidanceConfig, teacher: Classifier, gradient: AutogradGradient | PipelineGradient
+    ) -> None:
+        self.config, self.teacher, self._gradient = config, teacher, gradient
         self.record: dict[int, dict[str, Tensor]] = {}
         self._labels: tuple[int, ...] = ()
-        self._upcast: Any = None
-        self._guidance = self._on(device)
-        try_teacher(self.teacher, self._guidance, self.teacher.input_size)
 
     def for_labels(self, labels: Sequence[int | str]) -> "TeacherGuidance":
         """Set the classes of the next images, and return the guidance itself.
@@ -120,28 +140,23 @@ class TeacherGuidance:
         if self.record and i <= max(self.record):  # another call of the pipeline
             self.record = {}
         labels = self._labels_of(clean)
-        if self._where != (clean.device, self.vae and self.vae.dtype):  # the pipeline was moved
-            self._guidance = self._on(clean.device)
+        self._gradient.require_fit(clean)
         with torch.inference_mode(False), torch.no_grad():  # inference mode's own tensors take no gradient
             clean = clean.clone()
             push = torch.zeros_like(clean) if clip is None else clip.push(clean, torch.zeros_like(clean))
             for _ in range(config.repeats):
-                gradient, self.record[i] = self._guidance.gradient(clean + push, labels, self.batch or len(clean))
+                gradient, self.record[i] = self._gradient(clean + push, labels)
                 push = push - config.step * (unit_rms(gradient) if config.norm == "rms" else gradient)
                 push = push if clip is None else clip.push(clean, push)
         return push
 
     def decode(self, z0: Tensor) -> Tensor:
         """Clean latents [B, C, h, w] -> images [B, 3, H, W] in 0..1, as the pipelines decode; differentiable."""
-        if self.vae is None:
-            return (z0 / 2 + 0.5).clamp(0, 1)
-        vae, config = self._decoder(z0.device), self.vae.config
-        latents = z0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (z0.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-            latents = z0 * std / config.scaling_factor + mean
-        decoded: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (decoded.to(z0.dtype) / 2 + 0.5).clamp(0, 1)
+        return self._gradient.decode(z0)
+
+    def describe(self) -> list[str]:
+        """Lines for people: kernels, and what computes the gradient."""
+        return self._gradient.describe()
 
     def callback(self) -> Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]:
         """A function for a pipeline's `callback_on_step_end`: the push, added behind the step.
@@ -190,26 +205,6 @@ class TeacherGuidance:
         with torch.inference_mode(False):
             return torch.tensor(self._labels, device=clean.device)
 
-    def _on(self, device: torch.device) -> Guidance:
-        """The gradient on this device, to which teacher and student follow the pipeline."""
-        self._where = device, self.vae and self.vae.dtype
-        self.teacher.freeze(device)
-        if self.student is not None:
-            self.student.freeze(device)
-        narrow = self.vae is not None and self._decoder(device).dtype == torch.float16
-        kernels = choose_kernels("auto", device).name
-        return Guidance(self.decode, self.teacher, self.losses, self.student, narrow, kernels)
-
-    def _decoder(self, device: torch.device) -> Any:
-        """The VAE, or its float32 copy on this device where it is float16 and would overflow."""
-        if self.vae.dtype != torch.float16 or not self.vae.config.get("force_upcast"):
-            return self.vae
-        if self._upcast is None:  # made anew: a copy would have the hooks of an offloaded one
-            self._upcast = type(self.vae).from_config(self.vae.config)
-            self._upcast.load_state_dict(self.vae.state_dict())
-            self._upcast.eval().requires_grad_(False)
-        return self._upcast.to(device)
-
 
 def guided(scheduler: Scheduler, guidance: TeacherGuidance) -> Scheduler:
     """A copy of a diffusers scheduler whose every step is guided.
@@ -221,7 +216,9 @@ def guided(scheduler: Scheduler, guidance: TeacherGuidance) -> Scheduler:
     from the sample it is given; guidance acts once a step in Heun, KDPM2 and PNDM, and UniPC's corrector takes back a
     part of it.
 
-    Raises UsageError: a scheduler whose noise levels are not known, or a guidance without labels when it steps.
+    Raises UsageError: a scheduler whose noise levels are not known, or DPMSolverSinglestep of an order above 1, whose
+    further evaluations start from the sample of the first and would drop the moved one; a guidance without labels when
+    it steps.
     """
     plain: Any = getattr(scheduler, "_unguided", type(scheduler))
     require_known(scheduler)
@@ -266,6 +263,13 @@ def _moved(
         return output, sample
     x, m = level.moved(x, m, push)
     return torch.cat([m.to(output.dtype), variance], 1), x.to(sample.dtype)
+
+
+def _require_at_steps(config: GuidanceConfig) -> None:
+    """Raise UsageError for a setting that acts elsewhere than at a scheduler's step."""
+    for name, off in _ELSEWHERE.items():
+        if (value := getattr(config, name)) != off:
+            raise UsageError(f"{name} = {value!r}", "it acts outside the steps of a scheduler", f"leave it at {off!r}")
 
 
 def _require_straight(scheduler: Any) -> None:

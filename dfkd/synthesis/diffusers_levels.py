@@ -79,6 +79,10 @@ def require_known(scheduler: Any) -> None:
     if kind == "PNDMScheduler" and (prediction != "epsilon" or not scheduler.config.skip_prk_steps):
         what = f"PNDMScheduler with prediction_type {prediction}, skip_prk_steps {scheduler.config.skip_prk_steps}"
         raise UsageError(what, "it mixes outputs of several steps, at whose eps it does not hold", todo)
+    if kind == "DPMSolverSinglestepScheduler" and scheduler.config.solver_order > 1:
+        what = f"DPMSolverSinglestepScheduler with solver_order {scheduler.config.solver_order}"
+        why = "its further evaluations start from the sample of the first, so that a part of the guidance would be lost"
+        raise UsageError(what, why, todo.replace("EulerDiscrete", "DPMSolverMultistep"))
     if getattr(scheduler.config, "invert_sigmas", False):
         raise UsageError(f"{kind} with invert_sigmas", "its levels run the other way", todo)
 

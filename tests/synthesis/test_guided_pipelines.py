@@ -153,6 +153,7 @@ def test_the_shift_that_follows_the_image_is_the_pipelines(tiny_prior):
 def own_scheduler(name, **config):
     made = getattr(diffusers, name)
     given = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    given |= {"solver_order": 1} if "Singlestep" in name else {}
     known = inspect.signature(made.__init__).parameters
     return made(**{key: value for key, value in (given | {"skip_prk_steps": True} | config).items() if key in known})
 
@@ -235,7 +236,8 @@ ALL = ["PNDMScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_other_scheduler_is_guided_to_the_label(name, tiny_prior):
-    pipe = theirs(tiny_prior("sd1"), name, dtype=torch.float32, **({"clip_sample": False} if "DD" in name else {}))
+    own = {"clip_sample": False} if "DD" in name else {"solver_order": 1} if "Singlestep" in name else {}
+    pipe = theirs(tiny_prior("sd1"), name, dtype=torch.float32, **own)
     guidance = guidance_of(pipe, torch.float32, bn_weight=0.0, step=0.5, start=0.0, stop=1.0)
 
     def loss():
@@ -247,6 +249,43 @@ def test_every_other_scheduler_is_guided_to_the_label(name, tiny_prior):
     before = loss()
     pipe.scheduler = dfkd.guided(pipe.scheduler, guidance)
     assert loss() < before - 0.02  # from ln 3, of a teacher that was not trained; it falls by 0.03 to 0.1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "DDIMParallelScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
+     "LMSDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
+     "UniPCMultistepScheduler"],
+)  # fmt: skip
+@pytest.mark.parametrize("at", range(1, 7))
+def test_the_next_sample_holds_the_push(name, at):
+    """Of a network whose clean estimate is the same at every step. DPM-Solver's second order adds to it; of all that
+    start from the sample they are given UniPC alone takes something back."""
+
+    class Once:
+        size = 0.1
+
+        def push(self, clean, place, steps, clip):
+            return torch.full_like(clean, self.size) if place == at else None
+
+    def sample_behind(size):
+        once = Once()
+        once.size = size
+        scheduler = dfkd.guided(own_scheduler(name), once)
+        scheduler.set_timesteps(8)
+        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        for t in scheduler.timesteps[: at + 1]:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            x = scheduler.step(level_of(scheduler, t).output_of(x, torch.full_like(x, 0.3)), t, x).prev_sample
+        return x, level_of(scheduler, scheduler.timesteps[at + 1]).A
+
+    moved, A = sample_behind(0.1)
+    share = float((moved - sample_behind(0.0)[0]) / (0.1 * A))
+    if name == "UniPCMultistepScheduler":
+        assert 0.5 < share < 0.9
+    else:  # their levels are float32
+        assert 1 - 1e-3 < share < (1.4 if name == "DPMSolverMultistepScheduler" else 1 + 1e-3)
 
 
 def test_guidance_that_does_not_act_changes_no_bit(tiny_prior):
@@ -368,6 +407,10 @@ def test_lower_precision_keeps_the_pipelines_dtype(tiny_prior):
     [
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, gradient="unet"), "gradient = 'unet': it acts outside the steps"),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, refine_steps=2), "refine_steps = 2"),
+        (
+            lambda t, vae: dfkd.TeacherGuidance(t, vae, decoder="tiny"),
+            "decoder = 'tiny': the gradient goes through the vae",
+        ),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, bn_weight=0, cls_weight=0), "no guidance loss"),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, adv_weight=1), "the adversarial loss has no student"),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae).for_labels(["zer"]), "no class 'zer': did you mean zero"),
@@ -382,6 +425,10 @@ def test_lower_precision_keeps_the_pipelines_dtype(tiny_prior):
                 dfkd.TeacherGuidance(t, vae),
             ),
             "PNDMScheduler with prediction_type v_prediction",
+        ),
+        (
+            lambda t, vae: dfkd.guided(diffusers.DPMSolverSinglestepScheduler(), dfkd.TeacherGuidance(t, vae)),
+            "DPMSolverSinglestepScheduler with solver_order 2",
         ),
     ],
 )
