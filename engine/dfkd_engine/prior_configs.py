@@ -139,7 +139,10 @@ def failure(
     make: what failed, from a config, with no weights: the key without which it works is named. error: how it failed.
     """
     text = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
-    for key, value in config.items() if not _works(make, dict(config)) else ():
+    if _works(make, dict(config)):  # its shapes fit: what failed is a file, the memory or the device
+        todo = "see to the memory and the device, or fetch the prior again"
+        return EngineError(where, f"the network could not be loaded or called ({text[:300]})", todo)
+    for key, value in config.items():
         if not key.startswith("_") and _works(make, {k: v for k, v in config.items() if k != key}):
             return refused(where, key, value, f"with it no such network works ({text[:300]})")
     return EngineError(where, f"no network works with it ({text[:300]})", _CORRECT)

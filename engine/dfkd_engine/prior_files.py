@@ -51,6 +51,7 @@ from dfkd_engine.prior_weights import (
 __all__ = ["DENOISERS", "FACTS", "FETCH", "PriorFolder"]
 
 FACTS = "dfkd.json"
+_ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = (".json", ".txt", ".model")  # what a tokenizer is read from
 
 
@@ -116,6 +117,9 @@ class PriorFolder:
                 raise EngineError(f"prior {self.path}", f"{part}/config.json is missing", f"a prior is {LAYOUT}")
             else:
                 self.weights(part)
+                if (self.home(part) / _ADAPTER).exists():  # transformers would put it in without a word
+                    why = f"{part}/{_ADAPTER} lies beside its weights, and would change them"
+                    raise EngineError(f"prior {self.path}", why, "merge the adapter into them, or take it away")
 
     def weights(self, part: str) -> list[Path]:
         """The safetensors files of one network that are loaded, sorted, and of several their index before them.

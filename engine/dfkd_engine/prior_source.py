@@ -126,7 +126,7 @@ class PriorSource:
     def _fetched(self, fetch: Callable[[], str]) -> Path:
         try:
             return Path(fetch())
-        except (OSError, ValueError) as error:  # the hub's errors are all of these two kinds
+        except Exception as error:  # of the hub's library, or of whichever client it goes through
             which = f"prior {self.name}" + (f" at revision {self.revision}" if self.revision else "")
             if self._offline():
                 why = "it is not in the local cache, and nothing may be fetched (--offline, or HF_HUB_OFFLINE)"

@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from dfkd.data import MANIFEST
+from dfkd.data import MANIFEST, read_folder
 from dfkd_engine.prior import Prior
 from tests.cli.small_generate import last_line, shards_of
+from tests.single_file import write_single_file
 
 
 @pytest.fixture
@@ -101,3 +103,16 @@ def test_files_are_chosen_by_flags_that_act(fresh, small_prior, tmp_path, capsys
     assert "revision 'v1': " in capsys.readouterr().err
     assert fresh("--out", tmp_path / "x", "--prior", "owner/absent", "--offline") == 2
     assert "owner/absent: it is not in the local cache, and nothing may be fetched" in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_one_file_draws_the_images_of_its_pipeline(fresh, small_prior, tmp_path, capsys):
+    file = write_single_file(StableDiffusionPipeline.from_pretrained(small_prior), tmp_path / "model.safetensors")
+    configs = shutil.copytree(small_prior, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    named = ("--prior", file, "--prior-config", configs)
+    assert fresh("--out", tmp_path / "folder", "--prior", small_prior) == 0
+    assert fresh("--out", tmp_path / "file", *named) == 0
+    assert (read_folder(tmp_path / "folder").images == read_folder(tmp_path / "file").images).all()
+    assert fresh("--out", tmp_path / "folder", *named) == 2  # other files: it is told what differs
+    assert "unet is " in capsys.readouterr().err
+    assert fresh("--out", tmp_path / "x", *named, "--backend", "inductor") == 2
+    assert f"--prior {file} --prior-config {configs}" in capsys.readouterr().err

@@ -538,3 +538,16 @@ def test_what_published_configs_hold_is_taken_without_a_word(tmp_path, name):
         warnings.simplefilter("error", UserWarning)
         found = Prior.from_pretrained(made)
     assert found.family.name == before.family.name and found.digests[part] != before.digests[part]
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder):
+    put(folder / "text_encoder/adapter_config.json", {"peft_type": "LORA"})
+    assert "text_encoder/adapter_config.json lies beside its weights, and would change them" in refusal(folder)
+
+
+def test_what_is_no_fault_of_the_config_is_not_put_down_to_it(folder, monkeypatch):
+    def short(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", short)
+    assert "unet/config.json: the network could not be loaded or called (RuntimeError: DefaultCPU" in refusal(folder)
