@@ -1,6 +1,9 @@
 """dfkd-train-prior and dfkd-train-decoder: a folder of images becomes a prior that guides a run, with a decoder."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from dfkd.data import read_folder
 from tests.cli.small_generate import last_line, save_classifier, status_of
 from tests.training.small_run import result
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", 3, "--batch-size", 8, "--warmup", 0, "--device", "cpu"]
 NEW = ["--size", 16, "--widths", "8,16", "--head-width", 8, "--norm-groups", 4, "--attention-at", 8, *SMALL]
 LATENT = ["--space", "latent", "--condition", "text", "--predict", "v", "--text-width", 16]
@@ -103,3 +107,28 @@ def test_a_prior_of_pixels_has_no_decoder_to_distil(tmp_path: Path, data: Path, 
     assert status_of(train_decoder.main, "--prior", tmp_path / "prior", "--out", tmp_path / "x", *SMALL) == 2
     assert "it is of pixels, and has no decoder to distil" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_prior_and_its_decoder_out(data: Path, tmp_path: Path) -> None:
+    """Both stages of a latent prior, then the pairs and the training of its decoder."""
+    prior, decoder = tmp_path / "prior", tmp_path / "decoder"
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "engine", "kernels"))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dfkd"]
+    given = ["--prior", prior, "--out", decoder, "--images", 32, "--estimates", 2, "--sample-steps", 2, *SMALL]
+    for name, argv in (
+        ("train-prior", ["--data", data, "--out", prior, *NEW, *LATENT]),
+        ("train-decoder", [*given, "--width", 8, "--blocks", 1]),
+    ):
+        done = subprocess.run(
+            [*words, name, *map(str, argv)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1
+    assert result(prior)["processes"] == result(decoder)["processes"] == 2
+    assert result(decoder)["pairs"] == 64
