@@ -14,12 +14,14 @@ gradient cosine  between the gradients in the latent of the demo's losses, a mea
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from benchmarks import demo, driver, sd15
@@ -106,7 +108,9 @@ def groups(device: torch.device, work: Path, teacher: Path | None, steps: int, i
     yield Group("Stable Diffusion 1.5, thin", VAE, rows_of(thin, random, latents, own, judged=True))
 
     side = SIDES[device.type]
-    full = sd15.make_prior(side, "fp32").to(device)
+    # The gradient does not meet the UNet, which may stay thin.
+    vae = sd15.random(lambda: AutoencoderKL(**sd15.VAE), torch.float32, 1).to(memory_format=torch.channels_last)
+    full = replace(sd15.make_prior(side, "fp32", thin=True), vae=vae).to(device)
     latents = torch.randn(1, full.latent_channels, *full.latent_size or (), device=device)
     own = {"tiny, TAESD's sizes": partial(untrained, full, work / "sd15", device)}
     yield Group(f"Stable Diffusion 1.5, {side}x{side}", VAE, rows_of(full, random, latents, own, judged=False))
