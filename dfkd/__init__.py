@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import dfkd.priors  # noqa: F401  (makes the embedded prior known by its name)
 
 if TYPE_CHECKING:
-    from dfkd.config import DistillConfig, GenerateConfig, TeacherTrainConfig
+    from dfkd.config import DecoderTrainConfig, DistillConfig, GenerateConfig, PriorTrainConfig, TeacherTrainConfig
     from dfkd.errors import UsageError
     from dfkd.evaluation import Evaluation, evaluate
     from dfkd.synthesis.diffusers_guidance import TeacherGuidance, guided
     from dfkd.synthesis.pipeline import GuidedPipeline
     from dfkd.synthesis.run import generate
     from dfkd.teachers import Classifier
+    from dfkd.training.decoder import train_decoder
     from dfkd.training.distill import distill
+    from dfkd.training.prior import train_prior
     from dfkd.training.teacher import train_teacher
     from dfkd_engine.prior import Prior
 
@@ -30,11 +32,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Classifier": "dfkd.teachers",
+    "DecoderTrainConfig": "dfkd.config",
     "DistillConfig": "dfkd.config",
     "Evaluation": "dfkd.evaluation",
     "GenerateConfig": "dfkd.config",
     "GuidedPipeline": "dfkd.synthesis.pipeline",
     "Prior": "dfkd_engine.prior",
+    "PriorTrainConfig": "dfkd.config",
     "TeacherGuidance": "dfkd.synthesis.diffusers_guidance",
     "TeacherTrainConfig": "dfkd.config",
     "UsageError": "dfkd.errors",
@@ -42,16 +46,20 @@ _HOME = {
     "evaluate": "dfkd.evaluation",
     "generate": "dfkd.synthesis.run",
     "guided": "dfkd.synthesis.diffusers_guidance",
+    "train_decoder": "dfkd.training.decoder",
+    "train_prior": "dfkd.training.prior",
     "train_teacher": "dfkd.training.teacher",
 }
 
 __all__ = [
     "Classifier",
+    "DecoderTrainConfig",
     "DistillConfig",
     "Evaluation",
     "GenerateConfig",
     "GuidedPipeline",
     "Prior",
+    "PriorTrainConfig",
     "TeacherGuidance",
     "TeacherTrainConfig",
     "UsageError",
@@ -61,6 +69,8 @@ __all__ = [
     "generate",
     "guided",
     "load_student",
+    "train_decoder",
+    "train_prior",
     "train_teacher",
 ]
 

@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from dfkd.compiled.choose import Choice
 from dfkd.compiled.engines import engine_spec
-from dfkd.errors import UsageError
+from dfkd.errors import SettingError, UsageError
+from dfkd.synthesis.diffusers_guidance import TeacherGuidance
+from dfkd.synthesis.sampler import unit_rms
 from dfkd.training.decoder import save_decoder
 from dfkd_engine.errors import EngineError
 from dfkd_engine.guidance_decoder import Decoder, check_decoder
@@ -174,3 +176,14 @@ def test_without_a_teacher_it_is_not_there(decoder: Path) -> None:
     """A control without guidance keeps the other settings of its run."""
     pipe = pipeline(guidance_decoder=str(decoder), guidance_step=0.0)
     assert pipe.guidance_decoder is None and pipe.identity() == pipeline(guidance_step=0.0).identity()
+
+
+def test_a_diffusers_pipelines_guidance_takes_the_decoder_itself(decoder: Path) -> None:
+    """There it is the argument vae; of a GuidedPipeline the gradient is that pipeline's own."""
+    with pytest.raises(SettingError, match="TeacherGuidance has no setting 'decoder'"):
+        TeacherGuidance(classifier(), tiny(), decoder=str(decoder))
+    pipe = pipeline(guidance_decoder=str(decoder))
+    clean = torch.randn(7, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    push = TeacherGuidance.of(pipe).for_labels([0, 1, 2, 0, 1, 2, 0]).push(clean, 0, 4)
+    gradient, _ = pipe.guidance.gradient(clean, torch.tensor([0, 1, 2, 0, 1, 2, 0]), 7)
+    torch.testing.assert_close(push, -pipe.config.guidance.step * unit_rms(gradient))
