@@ -21,6 +21,7 @@ _NOT_BELOW_ZERO = ("norm_eps", "dropout")
 _NEVER_NULL = ("norm_num_groups", "num_embeds_ada_norm", "layer_norm_eps", "eos_token_id", "initializer_factor")
 _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 _LEVELS = ("block_out_channels", "down_block_types", "up_block_types")  # one entry a level of a network each
+_SHOWN = 200  # characters of a value, in an error
 _CORRECT = "correct it, or fetch the prior again"
 # What libraries of other versions wrote into the configs of transformers' networks, and nothing follows from.
 _TRANSFORMERS_OWN = ("dropout", "output_past", "torch_dtype", "model_type")
@@ -37,7 +38,7 @@ def check_diffusers_config(where: str, network: Any, config: Mapping[str, Any]) 
     known = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     written = _WRITTEN.get(network.__name__, ())
     check_keys(where, network.__name__, {key: v for key, v in config.items() if key not in written}, known)
-    for key in known.keys() & config.keys():
+    for key in (key for key in known if key in config):
         if wanted := unfit(key, config[key], hints.get(key, Any), known[key]):
             raise refused(where, key, config[key], f"{network.__name__} wants {wanted}")
     _check_levels(where, config)
@@ -50,7 +51,7 @@ def check_transformers_config(where: str, kind: Any, config: Mapping[str, Any]) 
     except Exception as error:  # a strict dataclass's own errors, and those of its checks
         raise failure(where, config, ValueError(" ".join(str(error).split())), kind.from_dict) from error
     known, hints = vars(kind()), inspect.get_annotations(kind, eval_str=True)
-    for key in known.keys() & hints.keys() & config.keys():
+    for key in (key for key in hints if key in known and key in config):
         if wanted := unfit(key, config[key], hints[key], known[key]):
             raise refused(where, key, config[key], f"{kind.__name__} wants {wanted}")
     from transformers import GenerationConfig  # whose settings used to be in these configs too
@@ -128,7 +129,10 @@ def fits(value: object, hint: Any) -> bool:
 
 def refused(where: str, key: str, value: object, why: str) -> EngineError:
     """The error for one key's value."""
-    return EngineError(f"{where}: {key} is {value!r}", why, _CORRECT)
+    shown = repr(value)
+    if len(shown) > _SHOWN:
+        shown = f"{shown[:_SHOWN]}..."
+    return EngineError(f"{where}: {key} is {shown}", why, _CORRECT)
 
 
 def failure(

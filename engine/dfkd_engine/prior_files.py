@@ -9,7 +9,8 @@ Layout of the folder (what diffusers' `save_pretrained` of a pipeline writes), a
     scheduler/                        scheduler_config.json
     dfkd.json                         optional, ours: {"prompt": "the digit {label}", "labels": ["zero", "one", ...]}
 
-A denoiser that is alone with its scheduler may lie in the folder itself, as `google/ddpm-cifar10-32` does.
+A denoiser that is alone with its scheduler may lie in the folder itself, as `google/ddpm-cifar10-32` does, and so may
+a VAE that is alone, as `stabilityai/sd-vae-ft-mse` does.
 Weights are read from safetensors only: a pickled file can run code. No safety checker is loaded.
 """
 
@@ -59,8 +60,8 @@ _TOKENIZER_FILES = (".json", ".txt", ".model")  # what a tokenizer is read from
 class PriorFolder:
     """A prior's folder with the configs of its parts.
 
-    configs: {part: content of its config.json}, of the networks that are there; "scheduler": of scheduler_config.json;
-    "model_index" and "dfkd": of these files, {} where there is none.
+    configs: {part: content of its config.json}, of the networks that are there; "scheduler": of scheduler_config.json,
+    {} of a VAE alone; "model_index" and "dfkd": of these files, {} where there is none.
     variant: of the weights, where a network has several sets side by side.
     """
 
@@ -90,10 +91,13 @@ class PriorFolder:
     @classmethod
     def read(cls, path: Path, variant: str | None = None) -> Self:
         """The configs of a folder. Raises EngineError: one is missing, or no JSON of an object."""
-        flat = (path / "config.json").is_file() and not any((path / part).is_dir() for part in DENOISERS)
-        homes = {part: path / part for part in STEMS if (path / part).is_dir()} | ({"unet": path} if flat else {})
+        homes = {part: path / part for part in STEMS if (path / part).is_dir()}
         configs = {part: _config(path, home / "config.json") for part, home in homes.items()}
-        configs["scheduler"] = _config(path, _scheduler(path))
+        if (path / "config.json").is_file() and not any(part in homes for part in DENOISERS):
+            alone = read_json(path / "config.json")
+            configs["vae" if str(alone.get("_class_name")).startswith("Autoencoder") else "unet"] = alone
+        no_model = "unet" not in configs and "transformer" not in configs  # a VAE alone has no scheduler
+        configs["scheduler"] = {} if no_model and not _scheduler(path).exists() else _config(path, _scheduler(path))
         for name, file in (("model_index", "model_index.json"), ("dfkd", FACTS)):
             configs[name] = read_json(path / file) if (path / file).exists() else {}
         return cls(path, configs, variant)

@@ -20,7 +20,8 @@ LAYOUT = "a folder in the layout of a diffusers pipeline (unet/ or transformer/,
 _POINT = f"point to {LAYOUT}"
 
 # What is fetched before the weights: all that tells which of them are needed, and whether they can be used at all.
-_CONFIGS = ["model_index.json", "dfkd.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
+_SCHEDULERS = ["scheduler_config.json", "scheduler/scheduler_config.json"]
+_CONFIGS = ["model_index.json", "dfkd.json", "config.json", *_SCHEDULERS]
 _CONFIGS += [f"{part}/config.json" for part in STEMS]
 _CONFIGS += [f"{part}/{stem}.safetensors.index*.json" for part, stem in STEMS.items()]
 _CONFIGS += [f"{STEMS['unet']}.safetensors.index*.json", *(f"{part}/*" for part in TOKENIZERS)]
@@ -81,9 +82,12 @@ class PriorSource:
             return found
         from huggingface_hub import snapshot_download
 
-        return self._fetched(lambda: snapshot_download(
-            str(self.name), revision=self.revision, allow_patterns=_CONFIGS, local_files_only=self._offline()
-        ))  # fmt: skip
+        name, revision, offline = str(self.name), self.revision, self._offline()
+        # Offline the cache may lack what nobody needs, such as another variant's index: what is there is judged later.
+        wanted = _SCHEDULERS if offline else _CONFIGS
+        return self._fetched(
+            lambda: snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+        )
 
     def weights(self, folder: Path, parts: tuple[str, ...]) -> None:
         """Fetch the weights of these networks into `folder`, which `configs` gave; one set of each. Raises EngineError.

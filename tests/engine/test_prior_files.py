@@ -353,8 +353,10 @@ class Hub:
 
         snapshot = self.cache / name.replace("/", "--") / self.commit
         if local_files_only or not self.online:
-            if not snapshot.is_dir():
-                raise OSError("nothing in the cache")
+            names = self.list_repo_files(name) if name in self.repositories and self.online else []
+            wanted = filter_repo_objects(names, allow_patterns=allow_patterns)
+            if not snapshot.is_dir() or not all((snapshot / file).exists() for file in wanted):
+                raise OSError("nothing in the cache, or not all")
             return str(snapshot)
         if name not in self.repositories:
             raise OSError("404 Client Error: Repository Not Found")
@@ -551,3 +553,21 @@ def test_what_is_no_fault_of_the_config_is_not_put_down_to_it(folder, monkeypatc
 
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", short)
     assert "unet/config.json: the network could not be loaded or called (RuntimeError: DefaultCPU" in refusal(folder)
+
+
+def test_a_vae_that_lies_alone(hub, folder):
+    """As stabilityai/sd-vae-ft-mse does: a VAE to take, and no prior."""
+    hub.repositories["owner/vae"] = folder / "vae"
+    found = PriorFolder.open("owner/vae")
+    assert found.networks == ("vae",) and found.configs["scheduler"] == {}
+    found.require("vae")
+    ours, theirs = found.load(AutoencoderKL, "vae"), AutoencoderKL.from_pretrained(folder / "vae")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert "unet/config.json or transformer/config.json is missing" in refusal(folder / "vae")
+
+
+def test_offline_what_nobody_needs_may_be_missing(hub, folder):
+    hub.repositories["owner/name"] = folder
+    before = Prior.from_pretrained("owner/name")
+    put(folder / "unet/diffusion_pytorch_model.safetensors.index.ema.json", {})  # which the cache does not have
+    assert Prior.from_pretrained("owner/name", offline=True).digests == before.digests
