@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dfkd.config import PriorTrainConfig
 from dfkd.data import Form, Images
+from dfkd.errors import UsageError
 from dfkd.runtime import resolve_device, seed_global
 from dfkd.training.autoencoder import HALF, STAGE, VAE, encode, open_autoencoder, train_autoencoder
 from dfkd.training.denoising import attention_of
@@ -75,7 +76,9 @@ def train_prior(
     out, progress, say = Path(out), progress or (lambda done, total: None), say or (lambda text: None)
     world = world or World(resolve_device(config.train.compute.device))
     check_training(config.train, world)
-    refuse_foreign(out)
+    refuse_foreign(out, prior, config.autoencoder.source)
+    if prior is None and size is None:
+        raise UsageError("no size", "a prior that is trained from nothing needs the side of its images", "give it")
     folder, side = None, size or 0
     if prior is not None:
         folder, side = world.from_first(lambda: open_existing(PriorSource(prior, **(files or {})), config, size))
@@ -122,10 +125,10 @@ def train_prior(
                 save_lora(out, network.denoiser)
             else:
                 save_pipeline(out, parts, network, config.weights)
-                shutil.rmtree(out / STAGE / VAE, ignore_errors=True)  # it lies in OUT/vae now
             result["bytes"] = pipeline_bytes(out)
             write_card(out, {**result, "run": identity}, parts)
             write_result(out, identity, result)
+            shutil.rmtree(out / STAGE / VAE, ignore_errors=True)  # it lies in OUT/vae; not before the run is finished
     return out
 
 
@@ -191,9 +194,9 @@ def _fit(
     def evaluate(state: State) -> dict[str, float]:
         network: Any = state.result.eval()
         write_preview(out / PREVIEW, parts, network, learning.class_names, config.train.seed)
-        count = min(VALIDATED, len(validation.labels))
+        count, rows = min(VALIDATED, len(validation.labels)), max(1, min(ROWS, config.train.batch_size // world.size))
         losses = []
-        for positions in torch.split(torch.arange(count) * len(validation.labels) // count, ROWS):
+        for positions in torch.split(torch.arange(count) * len(validation.labels) // count, rows):
             seed_global(config.train.seed, world.device)  # the same noise at every check; the loop seeds every step
             pixels = validation.read(positions).to(world.device).float() / 127.5 - 1
             with torch.no_grad():

@@ -23,8 +23,10 @@ CARD, PREVIEW = "README.md", "preview.png"
 RESULTS = (INDEX, FACTS, CARD, PREVIEW, LORA_WEIGHTS, STAGE, VAE, "unet", "scheduler", "text_encoder", "tokenizer")
 
 
-def refuse_foreign(out: Path) -> None:
-    """Raise UsageError where `out` holds files of a prior that no training here has written."""
+def refuse_foreign(out: Path, *sources: str | None) -> None:
+    """Raise UsageError where `out` holds files of a prior that no training here has written, or is one of `sources`."""
+    if any(source is not None and Path(source).resolve() == out.resolve() for source in sources):
+        raise UsageError(f"--out {out} is what is read", "the prior would be overwritten", "choose another --out")
     found = [name for name in (INDEX, FACTS, "unet", VAE, LORA_WEIGHTS) if (out / name).exists()]
     if found and not holds_run(out) and not (out / "settings.json").exists():
         why = f"it has {found[0]}, and no training was begun there"

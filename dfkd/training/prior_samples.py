@@ -14,7 +14,7 @@ from dfkd.runtime import generator
 from dfkd.synthesis.prompts import words_of
 from dfkd.teachers import Classifier
 from dfkd.training.autoencoder import decode
-from dfkd.training.denoising import CFG, STEPS, Denoising, sample
+from dfkd.training.denoising import CFG, FLOW, STEPS, Denoising, sample
 from dfkd.training.prior_parts import Parts
 
 CLASSES, EACH = 8, 4  # of a preview
@@ -29,13 +29,20 @@ def draw_images(
     device = next(network.parameters()).device
     rows = max(2, PIXELS // parts.side**2)
     noise = torch.randn(len(labels), parts.channels, parts.side, parts.side, generator=generator(seed, purpose, 0))
-    made = []
+    made, sampler = [], _sampler(parts.scheduler)
     for start in range(0, len(labels), rows):
         part = labels[start : start + rows].to(device)
         told, free = parts.conditions.of(part), parts.conditions.free(len(part))
-        z0 = sample(network, parts.scheduler, noise[start : start + rows].to(device), told, free, steps, cfg)
+        z0 = sample(network, sampler, noise[start : start + rows].to(device), told, free, steps, cfg)
         made.append(((decode(parts.vae, z0) + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(made)
+
+
+def _sampler(scheduler: Any) -> Any:
+    """A scheduler whose plain steps are a sampler: flow matching's own, else DDIM with the same noise levels."""
+    from diffusers import DDIMScheduler
+
+    return scheduler if type(scheduler).__name__ == FLOW else DDIMScheduler.from_config(scheduler.config)
 
 
 def write_preview(file: Path, parts: Parts, network: Denoising, class_names: Sequence[str], seed: int) -> None:

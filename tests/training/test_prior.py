@@ -279,3 +279,36 @@ def test_the_preset_makes_the_embedded_priors_networks() -> None:
         own = {name: p.shape for name, p in network.named_parameters() if "token_embedding" not in name}
         assert own == shapes, part
     assert parts.scheduler.config["prediction_type"] == "v_prediction"
+
+
+def test_a_prior_is_not_written_over_itself(made: dict[str, Path]) -> None:
+    before = weights(made["text"])
+    with pytest.raises(UsageError, match="is what is read"):
+        further(made["text"], made["text"], resume=False)
+    assert all(torch.equal(value, before[name]) for name, value in weights(made["text"]).items())
+
+
+def test_previews_of_any_schedule_are_ddims(made: dict[str, Path]) -> None:
+    """Of a prior whose scheduler scales what goes in (Euler's) or remembers (PNDM's) the samples are the same."""
+    from dataclasses import replace
+
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+
+    from dfkd.training.prior_existing import existing_parts, open_existing
+    from dfkd.training.prior_samples import draw_images
+    from dfkd_engine.prior_source import PriorSource
+
+    config = PriorTrainConfig.of(**FURTHER)
+    folder, side = open_existing(PriorSource(made["text"]), config, None)
+    parts = existing_parts(folder, config, side, NAMES, torch.device("cpu"))
+    drawn = []
+    for kind in (DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler):
+        own = replace(parts, scheduler=kind.from_config(parts.scheduler.config))
+        drawn.append(draw_images(own, parts.denoising, torch.tensor([0, 2]), 0, "preview", steps=3))
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_from_nothing_the_side_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no size"):
+        train(tmp_path / "out", settings(), size=None)
+    assert not (tmp_path / "out").exists()
