@@ -32,6 +32,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {  # by ma
     "distill-table": ("docs/benchmarks.md", "distill-cpu.json", driver.markdown),
     "priors-kinds": ("docs/priors.md", "priors-cpu.json", priors.kinds),
     "priors-table": ("docs/priors.md", "priors-cpu.json", priors.markdown),
+    "guidance-decoder-table": ("docs/own-prior.md", "guidance_decoder-cpu.json", driver.markdown),
     "loader-table": ("docs/benchmarks.md", "loader-cpu.json", driver.markdown),
 }
 DOCUMENTS = tuple(dict.fromkeys(document for document, _, _ in TABLES.values()))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import dfkd
-from dfkd.config import DistillCommand, GenerateCommand, TrainTeacherCommand
+from dfkd.config import DistillCommand, GenerateCommand, TrainPriorCommand, TrainTeacherCommand
 from dfkd.synthesis.prompts import labels_of
 
 ROOT = Path(__file__).parents[1]
@@ -27,11 +27,14 @@ CLASSES = ("zero", "one")
 # What a command is shortened by, where its own words do not say otherwise.
 SHORT = {
     "train-teacher": ["--steps", "2"],
+    "train-prior": ["--steps", "2"],
+    "train-decoder": ["--steps", "2", "--images", "16", "--sample-steps", "2"],
     "generate": ["--steps", "2", "--refine-steps", "1", "--guidance-repeats", "1"],
     "distill": ["--steps", "2"],
     "evaluate": ["--limit", "20"],
     "report": ["--judged", "20"],
 }
+LESS = {"--epochs": "1", "--autoencoder-steps": "2"}  # where its own words say so
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +71,8 @@ def shortened(name: str, words: list[str]) -> list[str]:
             own[own.index(flag) + 1] = value
         elif not (flag == "--steps" and "--epochs" in given):
             more += [flag, value]
-    if "--epochs" in given:
-        own[own.index("--epochs") + 1] = "1"
+    for flag in given & LESS.keys():
+        own[own.index(flag) + 1] = LESS[flag]
     if name == "generate" and any("noise" in word or "blank" in word for word in words):
         more = []
     cut = own.index("--") if "--" in own else len(own)
@@ -110,6 +113,7 @@ def check(words: list[str]) -> None:
             "dfkd-generate": GenerateCommand,
             "dfkd-distill": DistillCommand,
             "dfkd-train-teacher": TrainTeacherCommand,
+            "dfkd-train-prior": TrainPriorCommand,
         }
         parse(classes[words[0]], words[1:], words[0])
 
