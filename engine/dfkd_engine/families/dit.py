@@ -28,7 +28,7 @@ class DiT(Family):
 
     @classmethod
     def takes(cls, folder: PriorFolder) -> bool:
-        return folder.configs[cls.part].get("norm_type", "ada_norm_zero") == "ada_norm_zero"
+        return bool(folder.configs[cls.part].get("norm_type", "ada_norm_zero") == "ada_norm_zero")
 
     @classmethod
     def load(cls, folder: PriorFolder, dtype: torch.dtype, device: torch.device | str) -> Self:
