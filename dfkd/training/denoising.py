@@ -1,9 +1,10 @@
 """The loss of a diffusion model, and its samples: a denoiser with its conditions and noise levels as one module.
 
-flow       z_t = (1 - t) z0 + t n, target n - z0, time 1000 t, logit t ~ N(0, 1)      arXiv:2403.03206
+flow       z_t = (1 - t) z0 + t n, target n - z0, time 1000 t, logit t ~ N(log shift, 1)  arXiv:2403.03206
 discrete   z_t = a_t z0 + s_t n, target n, a n - s z0 or z0, t stratified over 0..T-1   arXiv:2006.11239, 2202.00512
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,6 +36,7 @@ class Denoising(nn.Module):
         self.prediction = "flow" if self.flow else str(scheduler.config["prediction_type"])
         levels = torch.empty(0) if self.flow else scheduler.alphas_cumprod.float()
         self.register_buffer("abar", levels, persistent=False)
+        self.centre = math.log(float(scheduler.config["shift"])) if self.flow else 0.0
 
     def forward(self, z0: Tensor, *condition: Tensor) -> Tensor:
         z0 = z0.float()
@@ -52,7 +54,7 @@ class Denoising(nn.Module):
     def levels(self, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Random times [B] as the denoiser takes them, and alpha and sigma [B, 1, 1, 1] there."""
         if self.flow:
-            t = torch.randn(count, device=device).sigmoid()
+            t = (self.centre + torch.randn(count, device=device)).sigmoid()
             return 1000 * t, (1 - t).view(-1, 1, 1, 1), t.view(-1, 1, 1, 1)
         # Stratified: one time in each part of the schedule, a lower variance of the loss than independent ones.
         part = (torch.rand(1, device=device) + torch.arange(count, device=device)) / count

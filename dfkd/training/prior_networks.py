@@ -12,6 +12,7 @@ from dfkd.config import AutoencoderConfig, DenoiserConfig
 from dfkd.errors import UsageError
 
 LEAST_TIME = 128  # width of the time embedding; diffusers' own, four times the first level's, is little for thin ones
+PIXEL_DEVIATION = 0.5  # of images in -1..1
 FLOW_TIMES = 1000  # of a flow's t in 0..1 as the denoiser takes it
 
 
@@ -109,7 +110,10 @@ def make_scheduler(config: DenoiserConfig) -> Any:
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     if config.predict == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=FLOW_TIMES)
+        # (1 - t) z0 + t n with z0 of deviation s is as noisy as with unit deviation where the odds t / (1 - t) are s
+        # times as large: diffusers' shift, in training and sampling alike.
+        shift = PIXEL_DEVIATION if config.space == "pixel" else 1.0
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=FLOW_TIMES, shift=shift)
     latent = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     return DDIMScheduler(
         **(latent if config.space == "latent" else {}),

@@ -312,3 +312,20 @@ def test_from_nothing_the_side_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no size"):
         train(tmp_path / "out", settings(), size=None)
     assert not (tmp_path / "out").exists()
+
+
+def test_times_of_a_flow_are_shifted_as_the_sampler_shifts_them() -> None:
+    """Of pixels, whose deviation is about a half, the median time is a third: half the odds of the middle."""
+    from dfkd.training.denoising import Denoising
+    from dfkd.training.prior_networks import make_scheduler
+
+    torch.manual_seed(0)
+    medians = []
+    for own in (settings().denoiser, settings(**{**LATENT, "predict": "flow"}).denoiser):
+        scheduler = make_scheduler(own)
+        time, alpha, sigma = Denoising(torch.nn.Identity(), scheduler).levels(20_001, torch.device("cpu"))
+        assert torch.equal(time, 1000 * sigma.flatten()) and torch.allclose(alpha + sigma, torch.ones(()))
+        medians.append(float(sigma.median()))
+        scheduler.set_timesteps(1001)
+        assert float(scheduler.sigmas[500]) == pytest.approx(medians[-1], abs=0.01)
+    assert medians == pytest.approx([1 / 3, 1 / 2], abs=0.01)
