@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfkd.config.lists import names_in
+from dfkd.data.class_folders import read_names
 from dfkd.data.image_files import Listing
 from dfkd.data.list_files import numbered
 from dfkd.errors import UsageError
@@ -78,16 +79,19 @@ def idx_files(root: Path) -> dict[str, list[Path]]:
 def list_idx(files: Sequence[Path]) -> Listing:
     """MNIST and sets in its form: grey images and labels, each an idx file, gzipped or not.
 
-    Names are those of the ten digits or of Fashion-MNIST where the labels are, else numbers. Raises UsageError for
-    files that hold something else.
+    Names are those of a classes.json beside them (read_names), else those of the ten digits or of Fashion-MNIST where
+    the labels are, else numbers: a part of either set begins with other labels. Raises UsageError for files that hold
+    something else.
     """
     images, labels = (_idx(file, dimensions) for file, dimensions in zip(files, (3, 1), strict=True))
     if len(images) != len(labels):
         raise UsageError(
             f"{files[0]} holds {len(images)} images", f"{files[1]} holds {len(labels)} labels", "pair them"
         )
-    names = FIRST_LABELS.get(tuple(labels[:10].tolist()), ())
-    return numbered(list(images), labels.tolist(), dict(enumerate(names)), _place(files[:1]))
+    named = files[1].parent / "classes.json"
+    known = dict(enumerate(FIRST_LABELS.get(tuple(labels[:10].tolist()), ())))
+    names = read_names(named) if named.exists() else known
+    return numbered(list(images), labels.tolist(), names, _place(files[:1]))
 
 
 class _Unpickler(pickle.Unpickler):

@@ -39,7 +39,7 @@ def list_folder(root: Path, complete: bool = True) -> Listing:
         return _annotated(root)
     folders = class_folders(root)
     ordered = root / "classes.json"
-    names = _read_order(ordered) if ordered.exists() else sorted(folders, key=_natural)
+    names = list(read_names(ordered).values()) if ordered.exists() else sorted(folders, key=_natural)
     if unknown := sorted(set(folders) - set(names)):
         why = f"but there are folders {', '.join(unknown)}"
         raise UsageError(f"{ordered} names {', '.join(names)}", why, "make them agree")
@@ -90,6 +90,22 @@ def words_of(root: Path, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(word if times[word] == 1 else f"{word} ({name})" for word, name in zip(found, names, strict=True))
 
 
+def read_names(file: Path) -> dict[int, str]:
+    """Class names by label, in the order of the labels, from a JSON list or {name: label}.
+
+    Raises UsageError for a file of something else, and for two names of one label.
+    """
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+        pairs = listed.items() if isinstance(listed, dict) else ((name, label) for label, name in enumerate(listed))
+        names = {int(label): str(name) for name, label in pairs}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file} cannot be read", str(error), "wanted is a list of class names") from None
+    if len(names) < len(listed):
+        raise UsageError(f"{file} gives several names one label", todo="number them apart")
+    return dict(sorted(names.items()))
+
+
 def natural_order(names: set[str]) -> list[str]:
     """Sorted by name, numbers by value (10 after 9)."""
     return sorted(names, key=_natural)
@@ -121,15 +137,6 @@ def _loose(root: Path) -> list[Path]:
 
 def _counts(found: Counter[str]) -> str:
     return ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(found.items()))
-
-
-def _read_order(file: Path) -> list[str]:
-    """Class names in the order of their labels, from a JSON list or {name: label}."""
-    try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
-        return [str(name) for name in (sorted(listed, key=listed.__getitem__) if isinstance(listed, dict) else listed)]
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{file} cannot be read", str(error), "wanted is a list of class names") from None
 
 
 def _hidden(name: str) -> bool:

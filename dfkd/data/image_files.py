@@ -75,7 +75,8 @@ class Listing:
         if unknown := [name for name in self.occurring() if name not in known]:
             what = f"{self.place} has images of {some_names(unknown)}"
             why = f"the classes of {whose} are {some_names(class_names)}"
-            raise UsageError(what, why, "classes go by name: rename those folders or take them out")
+            todo = "classes go by name: rename those folders or take them out; classes.json names those of idx files"
+            raise UsageError(what, why, todo)
         return self.only(class_names)
 
     def occurring(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Class folders, list files and the data sets of others, as people have them: classes by name, or refused."""
 
 import gzip
+import json
 import pickle
 from pathlib import Path
 
@@ -162,6 +163,20 @@ def test_idx_files_are_named_by_their_labels(tmp_path: Path, first: tuple[int, .
         list_idx(files)
     files[1].write_bytes(b"<html>")
     with pytest.raises(UsageError, match="is no idx file"):
+        list_idx(files)
+
+
+def test_classes_json_names_the_labels_of_idx_files(tmp_path: Path) -> None:
+    """As of a part of Fashion-MNIST, whose first labels are not the whole set's, or of letters, numbered from 1."""
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((3, 4, 4))))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array((2, 1, 2))))
+    (files,) = idx_files(tmp_path).values()
+    for names, wanted in ((["-", "a", "b"], ("-", "a", "b")), ({"b": 2, "a": 1}, ("", "a", "b"))):
+        (tmp_path / "classes.json").write_text(json.dumps(names))
+        found = list_idx(files)
+        assert found.class_names == wanted and not found.numbered and found.occurring() == ["a", "b"]
+    (tmp_path / "classes.json").write_text(json.dumps({"a": 1, "b": 1}))
+    with pytest.raises(UsageError, match=r"classes\.json gives several names one label"):
         list_idx(files)
 
 
