@@ -170,6 +170,7 @@ OTHER_STUDENT: dict[str, tuple[Any, dict[str, Any]]] = {
     "optimiser": ("muon", {}),
     "lr": (0.1, {}),
     "muon_lr": (0.01, {"optimiser": "muon"}),
+    "beta2": (0.5, {"optimiser": "adamw", "lr": 0.01}),
     "momentum": (0.5, {}),
     "nesterov": (True, {}),
     "weight_decay": (0.1, {}),
