@@ -14,6 +14,7 @@ images; measured once, with WIDE as the rows say:
                                                                         the products
     feed-forward layers wide instead                  0.017    0.031    a third of the products
 
+Of a transformer its first and last layers stay wide for the same reason, and embeddings, which are no products.
 Time embeddings (wide) are computed for one row a call, so eight bits would gain nothing. Attention scores (wide) are
 products of two results, which no weights' scale covers, and go through an exponential. ModelOpt's own presets keep
 "*proj_out.*" wide, a language model's last layer; here that is a layer of every attention block, so the list is ours.
@@ -33,7 +34,10 @@ from dfkd_engine.backends.packages import missing
 from dfkd_engine.errors import EngineError
 from dfkd_engine.quantise import Amax
 
-WIDE = ("conv_in.*", "conv_out.*", "*time_emb*", "*conv_shortcut.*")  # quantisers of ModelOpt, as it matches names
+WIDE = (  # quantisers of ModelOpt, as it matches names
+    *("conv_in.*", "conv_out.*", "*time_emb*", "*conv_shortcut.*"),
+    *("pos_embed.*", "proj_out.*", "proj_out_?.*", "*timestep_embedder*"),  # of a transformer
+)
 BITS: dict[str, Any] = {"int8": 8, "fp8": (4, 3)}
 
 
@@ -70,5 +74,6 @@ def _config(narrow: str) -> dict[str, Any]:
         {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": bits, "axis": None}},
         *({"quantizer_name": pattern, "enable": False} for pattern in WIDE),
         {"quantizer_name": "*", "parent_class": "nn.LayerNorm", "enable": False},  # it has an input, and no weights
+        {"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False},  # it has weights, and no product
     ]
     return {"quant_cfg": rules, "algorithm": "max"}

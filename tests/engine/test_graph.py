@@ -1,5 +1,6 @@
 """Graphs equal autograd in float64, sample by sample, at batches other than the traced one; and what they refuse."""
 
+import copy
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -439,3 +440,26 @@ def test_views_written_in_place_are_refused():
 
     with pytest.raises(EngineError, match="writes into a tensor"):
         trace(function, [spec(3)])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_on_an_input_that_is_not_contiguous_is_one_product(bias):
+    layer = frozen(nn.Linear(5, 3, bias=bias))
+
+    def call(x):
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = layer(leaf.transpose(1, 2)[:, 1:])
+            (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
+        return out.detach(), gradient
+
+    graph = trace(call, (spec(5, 4),), output_names=("out", "gradient"))
+    targets = [node.target for node in graph.module.graph.nodes]
+    assert torch.ops.aten.bmm.default not in targets
+    assert sum(target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for target in targets) == 2
+    wide = copy.deepcopy(layer).double()
+    for batch in BATCHES:
+        x = torch.randn(batch, 5, 4)
+        out = wide(x.double().transpose(1, 2)[:, 1:])
+        torch.testing.assert_close(graph(x)[0].double(), out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(graph(x)[1], call(x)[1], rtol=1e-5, atol=1e-5)

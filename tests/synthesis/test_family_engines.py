@@ -40,6 +40,17 @@ def test_onnx_runtime_takes_the_denoiser(name, tiny_prior, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "sd3", "class-pixels"])
+@ONNX
+@pytest.mark.skipif(importlib.util.find_spec("modelopt") is None, reason="needs the extra quantise")
+def test_a_denoiser_in_eight_bits(name, tiny_prior, tmp_path):
+    pipe = pipeline(tiny_prior(name), name, backend="onnxruntime", quantise="int8", engines=tmp_path)
+    (function,) = (f for f in pipe.functions() if f.name == "unet")
+    state, manifest = build(function, "onnxruntime", EngineStore(tmp_path))
+    assert state == "built" and 1e-4 < manifest.facts["parity"]["relative"] < 0.2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @INDUCTOR
 def test_inductor_takes_the_denoiser(name, tiny_prior, tmp_path):

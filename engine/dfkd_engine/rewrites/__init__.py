@@ -7,7 +7,7 @@ from torch import fx
 
 from dfkd_engine.rewrites.constants import constant, drop_unused, fold_constants, name_constants
 from dfkd_engine.rewrites.copies import describe, describe_operation, merge_equal, without_copies, without_writes
-from dfkd_engine.rewrites.kernels import ordered_group_norms, plain_layer_norms, plain_max_pools
+from dfkd_engine.rewrites.kernels import ordered_group_norms, plain_layer_norms, plain_max_pools, plain_products
 from dfkd_engine.rewrites.views import plain_shapes
 
 __all__ = ["constant", "describe", "describe_operation", "name_constants", "simplify"]
@@ -20,6 +20,8 @@ def simplify(module: fx.GraphModule) -> None:
     merge_equal(module)
     fold_constants(module)
     without_copies(module)
+    plain_products(module)
+    plain_shapes(module)  # of the products that were made
     merge_equal(module)
     plain_max_pools(module)
     plain_layer_norms(module)

@@ -22,6 +22,48 @@ def plain_max_pools(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
 
 
+def plain_products(module: fx.GraphModule) -> None:
+    """A batch of products with one and the same matrix as one product of all rows.
+
+    So a linear layer comes out on most inputs. On one that is not contiguous, as in the attention of a VAE or behind a
+    slice of tokens, torch repeats its weights over the batch, where neither compilers nor 8 bits look for them.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=aten.bmm.default):
+        x, repeated = node.args
+        turned = repeated.target is aten.transpose.int and {int(dim) % 3 for dim in repeated.args[1:]} == {1, 2}
+        source = repeated.args[0] if turned else repeated  # turned: in the gradient
+        many = node.meta["val"].shape[1]
+        if (
+            source.target is not aten.expand.default
+            or source.args[0].meta["val"].dim() != 2
+            or not isinstance(many, int)
+        ):
+            continue
+        matrix = _turned(module, node, source.args[0]) if turned else source.args[0]
+        inner, columns = matrix.meta["val"].shape
+        with module.graph.inserting_before(node):
+            rows = module.graph.call_function(aten.reshape.default, (x, [-1, inner]))
+            product = module.graph.call_function(aten.mm.default, (rows, matrix))
+            whole = module.graph.call_function(aten.reshape.default, (product, [-1, many, columns]))
+        rows.meta = {**node.meta, "val": x.meta["val"].reshape(-1, inner)}
+        product.meta = {**node.meta, "val": rows.meta["val"] @ matrix.meta["val"]}
+        whole.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        module.graph.erase_node(node)
+
+
+def _turned(module: fx.GraphModule, before: fx.Node, matrix: fx.Node) -> fx.Node:
+    """The transpose of a matrix; of one that is a transpose itself, what it was."""
+    if matrix.target is aten.t.default:
+        origin: Any = matrix.args[0]
+        assert isinstance(origin, fx.Node)
+        return origin
+    with module.graph.inserting_before(before):
+        made = module.graph.call_function(aten.t.default, (matrix,))
+    made.meta = {**matrix.meta, "val": matrix.meta["val"].t()}
+    return made
+
+
 def plain_layer_norms(module: fx.GraphModule) -> None:
     """Layer norms without the statistics that the gradient needs, which are computed beside them where they are used.
 
