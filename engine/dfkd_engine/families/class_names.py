@@ -28,7 +28,8 @@ class ClassNames:
     def of(cls, folder: PriorFolder, count: int) -> "ClassNames":
         """The names of `count` classes: `labels` in dfkd.json, in order of their ids, or id2label in model_index.json.
 
-        Raises EngineError: neither is there, or not every class has one.
+        Raises EngineError: neither is there, or there is not one for every class. More names than classes are those of
+        another model, or begin with one for no class, and then each names its neighbour.
         """
         labels: Sequence[str] = folder.facts()[1]
         names: dict[int, str] = dict(enumerate(labels))
@@ -43,7 +44,11 @@ class ClassNames:
             why = f"it takes {count} class ids, and {len(missing)} of them have no name, first {missing[0]}"
             todo = f'list all names in order in its {FACTS}: {{"labels": ["...", ...]}}'
             raise EngineError(f"prior {folder.path}", why, todo)
-        return cls({i: names[i] for i in range(count)}, str(folder.path))
+        if more := sorted(names.keys() - set(range(count))):
+            why = f"it takes {count} class ids, and {len(names)} are named, {more[0]} ({names[more[0]]}) among them"
+            todo = f"name the ids 0 to {count - 1} alone, in order, as labels in its {FACTS}"
+            raise EngineError(f"prior {folder.path}", why, todo)
+        return cls(names, str(folder.path))
 
     def ids(self, names: Sequence[str]) -> list[int]:
         """`id_of` each name."""
@@ -64,9 +69,9 @@ class ClassNames:
         if number.isdecimal() and int(number) in folded.get(_folded(word), []):
             return int(number)
         near = difflib.get_close_matches(_folded(name), folded, 3) or list(self.names.values())[:10]
-        why = f"it knows {len(self.names)} classes, such as {'; '.join(near)}"
+        why = f"it knows {len(self.names)} classes, such as {'; '.join(near)}; the prompt is the class's name"
         todo = (
-            "use a teacher whose classes it has, or --classes to leave out the others (the prompt is the class's name)"
+            f"use a teacher whose classes it has, name them in {FACTS} as the teacher does, or draw others with --only"
         )
         raise EngineError(f"prior {self.source} has no class {name!r}", why, todo)
 
