@@ -56,7 +56,8 @@ def open_decoder(prior: Prior, config: GenerateConfig, device: torch.device, ker
     if config.guidance.decoder is None or not config.guidance.step:
         return None
     try:
-        decoder = Decoder.from_pretrained(config.guidance.decoder, prior.dtype, device)
+        offline = bool(prior.files.get("offline"))
+        decoder = Decoder.from_pretrained(config.guidance.decoder, prior.dtype, device, offline)
         decoder.check(prior)
         set_attention(decoder.network, choose_attention(config.compute.attention, device, prior.dtype).name)
     except EngineError as error:

@@ -44,15 +44,19 @@ class Decoder:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        source: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        offline: bool = False,
     ) -> Self:
-        """Load a decoder. source: a folder, or a hub id, fetched on first use. Raises EngineError: there is none, it is
-        damaged, or it is no decoder."""
+        """Load a decoder. source: a folder, or a hub id, fetched on first use unless `offline`. Raises EngineError:
+        there is none, it is damaged, or it is no decoder."""
         import diffusers  # which takes seconds to load
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = _folder(source)
+        folder = _folder(source, offline)
         config: dict[str, Any] = dict(read_json(folder / CONFIG))
         kind = config.get("_class_name")
         if kind not in KINDS:
@@ -115,7 +119,7 @@ def check_decoder(source: str | Path) -> None:
         _folder(source)
 
 
-def _folder(source: str | Path) -> Path:
+def _folder(source: str | Path, offline: bool = False) -> Path:
     """The folder with config and weights."""
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -125,7 +129,7 @@ def _folder(source: str | Path) -> Path:
 
         wanted = [f"{place}{name}" for place in ("", "vae/") for name in (CONFIG, WEIGHTS)]
         try:
-            path = Path(snapshot_download(str(source), allow_patterns=wanted))
+            path = Path(snapshot_download(str(source), allow_patterns=wanted, local_files_only=offline))
         except (OSError, ValueError) as error:  # the hub's errors are all of these two kinds
             why = f"no folder of that name, and it could not be fetched from the hub ({first_line(error)})"
             raise EngineError(f"decoder {source}", why, _TODO) from error

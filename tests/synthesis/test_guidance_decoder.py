@@ -16,7 +16,7 @@ from dfkd.synthesis.sampler import unit_rms
 from dfkd.training.decoder import save_decoder
 from dfkd_engine.errors import EngineError
 from dfkd_engine.guidance_decoder import Decoder, check_decoder
-from tests.synthesis.small_networks import CHANNELS, SIDE, classifier, pipeline
+from tests.synthesis.small_networks import CHANNELS, SIDE, SmallPrior, classifier, pipeline
 from tests.synthesis.test_functions import Recorder
 
 SEED = 11
@@ -187,3 +187,26 @@ def test_a_diffusers_pipelines_guidance_takes_the_decoder_itself(decoder: Path) 
     push = TeacherGuidance.of(pipe).for_labels([0, 1, 2, 0, 1, 2, 0]).push(clean, 0, 4)
     gradient, _ = pipe.guidance.gradient(clean, torch.tensor([0, 1, 2, 0, 1, 2, 0]), 7)
     torch.testing.assert_close(push, -pipe.config.guidance.step * unit_rms(gradient))
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_id_is_fetched_unless_nothing_may_be(
+    monkeypatch: pytest.MonkeyPatch, decoder: Path, offline: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def fetch(name: str, **given: Any) -> str:
+        asked.append({"name": name, "offline": given["local_files_only"]})
+        if offline:
+            raise FileNotFoundError("not in the cache")
+        return str(decoder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    prior = SmallPrior()
+    prior.files = {"offline": offline}
+    if offline:
+        with pytest.raises(UsageError, match="it could not be fetched from the hub"):
+            pipeline(prior, guidance_decoder="owner/tiny")
+    else:
+        assert pipeline(prior, guidance_decoder="owner/tiny").guidance_decoder is not None
+    assert asked == [{"name": "owner/tiny", "offline": offline}]
