@@ -116,3 +116,13 @@ def test_a_checkpoint_in_one_file_draws_the_images_of_its_pipeline(fresh, small_
     assert "unet is " in capsys.readouterr().err
     assert fresh("--out", tmp_path / "x", *named, "--backend", "inductor") == 2
     assert f"--prior {file} --prior-config {configs}" in capsys.readouterr().err
+
+
+def test_a_prior_that_states_no_size_is_told_one(fresh, small_prior, tmp_path, capsys):
+    prior = shutil.copytree(small_prior, tmp_path / "prior")
+    edit(sample_size=None)(prior / "unet/config.json")
+    assert fresh("--out", tmp_path / "out", "--prior", prior) == 2
+    assert "the prior's config states no sample_size: images need one. give --size" in capsys.readouterr().err
+    assert fresh("--out", tmp_path / "out", "--prior", prior, "--size", 16) == 0
+    assert fresh("--out", tmp_path / "same", "--prior", small_prior) == 0
+    assert (read_folder(tmp_path / "out").images == read_folder(tmp_path / "same").images).all()
