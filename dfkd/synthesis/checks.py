@@ -98,21 +98,27 @@ def patches_of(prior: Prior, latents: tuple[int, int]) -> int | None:
 def cfg_of(sampling: SamplingConfig, prior: Prior) -> float:
     """The scale of classifier-free guidance: of the settings, or else 3, or 1 for a prior that has no way to use it.
 
-    Raises UsageError for a scale that would not act.
+    Raises UsageError for a scale, a share of the steps or a negative prompt that would not act.
     """
-    own = prior.family.cfg
-    if sampling.negative_prompt and not (own == "rows" and prior.family.texts):
-        why = f"the prior, {prior.family.name}, has no unconditional rows with a text"
-        raise UsageError(f"--negative-prompt {sampling.negative_prompt!r} cannot act", why, "leave it out")
-    if sampling.cfg is None:
-        return 1.0 if own == "none" else 3.0
-    if own == "none" and sampling.cfg > 1:
-        why = f"the prior, {prior.family.name}, has no unconditional rows to move away from"
-        raise UsageError(f"--cfg {sampling.cfg:g} cannot act", why, "leave it out, or use --cfg 1")
+    own, name = prior.family.cfg, prior.family.name
+    cfg = (1.0 if own == "none" else 3.0) if sampling.cfg is None else sampling.cfg
+    if own == "none" and cfg > 1:
+        why = f"the prior, {name}, has no unconditional rows to move away from"
+        raise UsageError(f"--cfg {cfg:g} cannot act", why, "leave it out, or use --cfg 1")
     if own == "input" and (sampling.cfg_from, sampling.cfg_to) != (0, 1):
-        why = "the prior takes one scale for all steps, as an input"
-        raise UsageError("--cfg-from and --cfg-to cannot act", why, "leave them out")
-    return sampling.cfg
+        why, todo = "the prior takes one scale for all steps, as an input", "use --cfg-from 0 --cfg-to 1, the defaults"
+        raise UsageError("--cfg-from and --cfg-to cannot act", why, todo)
+    rows = any(sampling.cfg_acts(step, cfg) for step in range(sampling.steps))
+    if cfg > 1 and not rows and sampling.cfg_from < sampling.cfg_to:
+        window = f"--cfg-from {sampling.cfg_from:g} --cfg-to {sampling.cfg_to:g}"
+        why = f"none of the {sampling.steps} steps begins in {window}, of which step i begins at i / {sampling.steps}"
+        raise UsageError(f"--cfg {cfg:g} cannot act", why, "take more steps, other shares, or --cfg 1")
+    if sampling.negative_prompt and not (own == "rows" and prior.family.texts and rows):
+        why = f"the prior, {name}, has no unconditional rows with a text"
+        if own == "rows" and prior.family.texts:
+            why = "there are unconditional rows with --cfg above 1 alone"
+        raise UsageError(f"--negative-prompt {sampling.negative_prompt!r} cannot act", why, "leave it out")
+    return cfg
 
 
 def copy_student(student: Classifier, teacher: Classifier) -> Classifier:
@@ -134,6 +140,17 @@ def require_losses(config: GuidanceConfig, losses: Sequence[object]) -> None:
             raise UsageError(
                 f"--{flag}-steps {steps} without a loss", "they follow its gradient", "give a loss a weight"
             )
+
+
+def require_guided_step(config: GuidanceConfig, steps: int, guided: int) -> None:
+    """Raise UsageError where the teacher should guide in a share of the steps, and none of them begins there.
+
+    An empty share, from 1 to 1, says that no step is to be guided. steps, guided: of a run, and how many of them are.
+    """
+    if config.acts and config.start < config.stop and not guided:
+        why = f"none of the {steps} steps begins there, of which step i begins at i / {steps}"
+        todo = "take more steps or other shares; --guide-from 1 guides none"
+        raise UsageError(f"--guide-from {config.start:g} --guide-to {config.stop:g} cannot act", why, todo)
 
 
 @torch.no_grad()

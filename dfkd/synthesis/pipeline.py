@@ -30,6 +30,7 @@ from dfkd.synthesis.checks import (
     open_decoder,
     patches_of,
     prepare_prior,
+    require_guided_step,
     require_losses,
     try_teacher,
 )
@@ -101,7 +102,8 @@ class GuidedPipeline:
         self.prompt = prior.prompt if sampling.prompt is None else sampling.prompt
         prompts = [prompt_of(self.prompt, self.class_names[i]) for i in self.classes]
         prior.family.check(prompts)
-        texts = [unknown_labels(self.prompt, [self.class_names[i] for i in self.classes], prior.labels)]
+        known = prior.labels if prior.family.texts else ()  # names of classes have been looked up
+        texts = [unknown_labels(self.prompt, [self.class_names[i] for i in self.classes], known)]
         texts += [unread_words(read, prior.family.readers) for read in (prompts, [sampling.negative_prompt])]
         texts += [unused_tokens(prior.tokens, [*prompts, sampling.negative_prompt])]
         for text in filter(None, texts):
@@ -119,6 +121,7 @@ class GuidedPipeline:
         self._engines: dict[str, Engine] | None = None
         self.student = student and copy_student(student, self.teacher)
         self._guide()
+        require_guided_step(config.guidance, len(self.table), self.guided_steps)
         self.group = config.batching.group if self._images_interact() else 1
         self.call_size = config.batching.batch
         self.on_progress: Callable[[float], object] | None = None
@@ -190,6 +193,11 @@ class GuidedPipeline:
         config = self.config.guidance
         guided = self.guidance is not None and config.start <= step / len(self.table) < config.stop
         return config.repeats if guided else 0
+
+    @property
+    def guided_steps(self) -> int:
+        """Denoising steps that the teacher guides."""
+        return sum(self.repeats_at(step) > 0 for step in range(len(self.table)))
 
     @property
     def steps(self) -> int:

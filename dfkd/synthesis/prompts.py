@@ -61,9 +61,11 @@ def unknown_labels(template: str, names: Sequence[str], known: Sequence[str]) ->
     """A warning for classes that the prior has never seen the words of, "" where there are none.
 
     names: the classes to draw. known: all words that the prior was trained on; () for a prior that takes any text.
+    Underscores are spaces, and case does not count, as to CLIP's tokenizer.
     """
-    strange = [name for name in names if words_of(name) not in known] if known and "{label}" in template else []
-    if not strange:
+    read = {words_of(word).casefold() for word in known}
+    strange = [name for name in names if words_of(name).casefold() not in read]
+    if not (known and strange and "{label}" in template):
         return ""
     return (
         f"the prior does not know {_some(strange)}, and will draw something else: the words that it knows are "

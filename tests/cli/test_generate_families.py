@@ -75,6 +75,10 @@ def odd_null_class(folder):
     (folder / "dfkd.json").write_text('{"labels": ["zero", "one", "two"], "null_class": 0}')
 
 
+def null_class_of_another_type(folder):
+    (folder / "dfkd.json").write_text('{"labels": ["zero", "one", "two"], "null_class": 3.0}')
+
+
 @pytest.mark.parametrize(
     "name, spoil, options, message",
     [
@@ -87,6 +91,7 @@ def odd_null_class(folder):
         ("pixels", None, ("--cfg", "3"), "--cfg 3 cannot act.*no unconditional rows"),
         ("class-pixels", unnamed, (), "takes 4 class ids, and 4 of them have no name"),
         ("class-pixels", odd_null_class, (), "null_class is 0; of 4 embeddings it is the last one, 3"),
+        ("class-pixels", null_class_of_another_type, (), r"null_class is 3\.0; of 4 embeddings it is the last one, 3"),
         ("sd3", None, ("--sampler", "ddpm"), "rectified flow"),
     ],
 )
@@ -100,3 +105,38 @@ def test_what_it_refuses(name, spoil, options, message, call, copied, tmp_path, 
     assert len(list(tmp_path.glob("out/shard-*"))) == 0
 
     assert re.search(message, error.replace("\n", " "), re.DOTALL), error
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("sd2", ("--cfg", "1", "--negative-prompt", "blurred"), "'blurred' cannot act: .*with --cfg above 1 alone"),
+        (
+            "sd2",
+            ("--cfg", "4", "--cfg-from", "0.7"),
+            r"--cfg 4 cannot act: none of the 3 steps begins in --cfg-from 0.7",
+        ),
+        ("lcm", ("--sampler", "lcm", "--cfg-from", "0.5"), "--cfg-from and --cfg-to cannot act: .*as an input"),
+        ("lcm", ("--sampler", "lcm", "--steps", "1", "--guide-from", "0.66"), "none of the 1 steps begins there"),
+        ("pixels", ("--guide-from", "0.4", "--guide-to", "0.6"), "--guide-from 0.4 --guide-to 0.6 cannot act: none of"),
+    ],
+)
+def test_what_would_not_act_is_refused(name, options, message, call, tiny_prior, tmp_path, capsys):
+    assert call("--prior", tiny_prior(name), "--backend", "eager", "--out", tmp_path / "out", *options) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.parametrize("shares", [("--guide-from", "1"), ("--guide-from", "0.3", "--guide-to", "0.4")])
+def test_a_share_without_steps_and_one_step_act_as_they_say(shares, call, tiny_prior, tmp_path):
+    given = ("--prior", tiny_prior("pixels"), "--backend", "eager", "--out", tmp_path / "out")
+    assert call(*given, *shares) == 0
+    guided = [record.losses for record in read_folder(tmp_path / "out").records]
+    assert all(bool(losses) == (len(shares) == 4) for losses in guided)
+
+
+@pytest.mark.parametrize("labels", [["zero, naught", "ONE", "two"], ["naught, zero", "one", "Two"]])
+def test_a_name_that_was_found_is_not_called_unknown(labels, call, copied, tmp_path, capsys):
+    folder = copied("class-pixels")
+    (folder / "dfkd.json").write_text(json.dumps({"labels": labels, "null_class": 3}))
+    assert call("--prior", folder, "--backend", "eager", "--out", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().err

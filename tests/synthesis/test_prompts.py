@@ -55,6 +55,7 @@ def test_pairs_are_balanced():
 def test_words_that_the_prior_does_not_know():
     assert unknown_labels("a {label}", ["ice cream", "dog"], ()) == ""
     assert unknown_labels("a {label}", ["ice_cream", "dog"], ("dog", "ice cream")) == ""
+    assert unknown_labels("a {label}", ["ice_cream", "Dog"], ("dog", "Ice_cream")) == ""
     assert unknown_labels("a photo", ["cat"], ("dog",)) == ""
     assert unknown_labels("a {label}", ["cat", "dog", "ice_cream"], ("dog", "emu")).startswith(
         "the prior does not know cat, ice_cream, and will draw something else: the words that it knows are dog, emu"

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from dfkd.config import GenerateConfig
+from dfkd.errors import UsageError
 from dfkd.synthesis import cutmix
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet, unit_rms
@@ -161,8 +162,10 @@ def test_classifier_free_interval(settings, rows):
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
 def test_scales_up_to_1_leave_the_prompt_alone(scale):
     """As in diffusers: SD-Turbo's documented 0 does not drop the prompt."""
-    found = latents(pipeline(**UNGUIDED, cfg=scale, negative_prompt="b"))
+    found = latents(pipeline(**UNGUIDED, cfg=scale))
     assert torch.equal(found, latents(pipeline(**UNGUIDED, cfg=1.0)))
+    with pytest.raises(UsageError, match="negative-prompt 'b' cannot act"):
+        pipeline(**UNGUIDED, cfg=scale, negative_prompt="b")
     assert (found - latents(pipeline(**UNGUIDED, cfg=1.0, prompt="b"))).abs().max() > 0.1
     assert (found - latents(pipeline(**UNGUIDED, cfg=1.5, negative_prompt="b"))).abs().max() > 1e-3
 

@@ -53,7 +53,7 @@ class PixelUNet(Family):
             return cls(config, None, None, device)
         null_class = folder.configs["dfkd"].get("null_class")
         classes = embeddings - (null_class is not None)
-        if null_class not in (None, classes):
+        if null_class is not None and (type(null_class) is not int or null_class != classes):
             why = f"null_class is {null_class!r}; of {embeddings} embeddings it is the last one, {classes}"
             raise EngineError(str(folder.path / FACTS), why, "correct it, or leave it out where there is none")
         return cls(config, ClassNames.of(folder, classes), null_class, device)
