@@ -574,3 +574,13 @@ def test_offline_what_nobody_needs_may_be_missing(hub, folder):
     before = Prior.from_pretrained("owner/name")
     put(folder / "unet/diffusion_pytorch_model.safetensors.index.ema.json", {})  # which the cache does not have
     assert Prior.from_pretrained("owner/name", offline=True).digests == before.digests
+
+
+def test_a_tokenizer_of_vocabulary_and_merges(folder):
+    before = Prior.from_pretrained(folder).conditions(["an ofpho"])[0]
+    (folder / "tokenizer/tokenizer.json").unlink()
+    assert torch.equal(Prior.from_pretrained(folder).conditions(["an ofpho"])[0], before)
+    (folder / "tokenizer/vocab.json").write_text('{"a": "x"}')
+    assert f"{folder / 'tokenizer'}: could not be loaded" in refusal(folder)
+    (folder / "tokenizer/merges.txt").unlink()
+    assert "tokenizer/ has neither tokenizer.json nor vocab.json with merges.txt" in refusal(folder)
