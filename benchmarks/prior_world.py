@@ -8,6 +8,7 @@ Every function draws from the generator that it is given, so one seed gives one 
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -150,6 +151,7 @@ def write_folders(root: Path, count: int, seed: int = 0) -> None:
     """root/digits/<class>/ of `count` images, what the prior learns, and root/autoencoder/ of two thirds as many."""
     images, labels = prior_images(count, seed)
     write_images(root / "digits", images, [CLASS_NAMES[label] for label in labels.tolist()])
+    (root / "digits" / "classes.json").write_text(json.dumps(CLASS_NAMES))  # their order is not that of their names
     images = autoencoder_images(count * 2 // 3, seed)
     kinds = ["digits" if i < len(images) // 2 else "textures" for i in range(len(images))]
     write_images(root / "autoencoder", images, kinds)
