@@ -32,8 +32,8 @@ from dfkd.synthesis.guidance import Decode, Guidance
 from dfkd.synthesis.losses import losses_of
 from dfkd.teachers import Classifier
 from dfkd.training.decoder import make_decoder, save_decoder, train_decoder
-from dfkd_engine.guidance_decoder import Decoder
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.guidance_decoder import Decoder
+from dfkd_engine.priors.prior import Prior
 
 VAE = "through the VAE"
 WIDTHS = (8, 16, 32)  # of the demo's, with one block a level

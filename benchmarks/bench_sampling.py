@@ -46,7 +46,7 @@ from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.plan import network_calls
 from dfkd.teachers import Classifier
 from dfkd_engine.memory import footprint
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 
 SEED = 0
 SINGLES = 2  # images a turn of the published loop

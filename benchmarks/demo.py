@@ -15,7 +15,7 @@ from dfkd import teachers
 from dfkd.config import GenerateConfig, TrainTeacherCommand, read_preset, section
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.teachers import Classifier
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 
 ARCHITECTURE = str(section(read_preset("demo"), TrainTeacherCommand.SECTION)["architecture"])
 

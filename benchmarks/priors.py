@@ -20,13 +20,13 @@ from benchmarks import sd15
 from benchmarks.flops import counted
 from benchmarks.machine import describe
 from benchmarks.recording import finish, scaled, table
-from dfkd_engine.families import FAMILIES
-from dfkd_engine.families.dit import DiT
-from dfkd_engine.families.family import Family
-from dfkd_engine.families.stable_diffusion import StableDiffusion
-from dfkd_engine.families.stable_diffusion_3 import StableDiffusion3
-from dfkd_engine.families.stable_diffusion_xl import StableDiffusionXL
-from dfkd_engine.families.unet2d import PixelUNet
+from dfkd_engine.priors.families import FAMILIES
+from dfkd_engine.priors.families.dit import DiT
+from dfkd_engine.priors.families.family import Family
+from dfkd_engine.priors.families.stable_diffusion import StableDiffusion
+from dfkd_engine.priors.families.stable_diffusion_3 import StableDiffusion3
+from dfkd_engine.priors.families.stable_diffusion_xl import StableDiffusionXL
+from dfkd_engine.priors.families.unet2d import PixelUNet
 
 NAME = "priors"
 COMMAND = f"python -m benchmarks.{NAME} --record"

@@ -19,9 +19,9 @@ import dfkd.priors  # noqa: F401  (makes the embedded prior known by its name)
 from dfkd.config import NORMALISATIONS
 from dfkd.teachers import Classifier
 from dfkd.teachers.adapters import build
-from dfkd_engine.families.stable_diffusion import StableDiffusion, last_hidden_state
-from dfkd_engine.families.text import TextEncoder
-from dfkd_engine.prior import DTYPES, EMBEDDED, Prior
+from dfkd_engine.priors.families.stable_diffusion import StableDiffusion, last_hidden_state
+from dfkd_engine.priors.families.text import TextEncoder
+from dfkd_engine.priors.prior import DTYPES, EMBEDDED, Prior
 
 UNET: dict[str, Any] = {  # unet/config.json
     "act_fn": "silu",

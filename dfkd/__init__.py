@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dfkd.training.distill import distill
     from dfkd.training.prior import train_prior
     from dfkd.training.teacher import train_teacher
-    from dfkd_engine.prior import Prior
+    from dfkd_engine.priors.prior import Prior
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOME = {
     "Evaluation": "dfkd.evaluation",
     "GenerateConfig": "dfkd.config",
     "GuidedPipeline": "dfkd.synthesis.pipeline",
-    "Prior": "dfkd_engine.prior",
+    "Prior": "dfkd_engine.priors.prior",
     "PriorTrainConfig": "dfkd.config",
     "TeacherGuidance": "dfkd.synthesis.diffusers_guidance",
     "TeacherTrainConfig": "dfkd.config",

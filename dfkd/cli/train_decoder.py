@@ -18,7 +18,7 @@ def run(asked: TrainDecoderCommand) -> dict[str, Any] | None:
     from dfkd.training.decoder import train_decoder
     from dfkd.training.folder import read_result
     from dfkd.training.world import join
-    from dfkd_engine.prior import Prior
+    from dfkd_engine.priors.prior import Prior
 
     config = asked.training
     with join(config.train.compute.device) as world:

@@ -17,8 +17,8 @@ from dfkd.teachers.sources import config_of
 from dfkd_engine.attention import choose_attention, set_attention
 from dfkd_engine.errors import EngineError
 from dfkd_engine.group_norms import set_group_norms
-from dfkd_engine.guidance_decoder import Decoder
-from dfkd_engine.prior import DTYPES, Prior
+from dfkd_engine.priors.guidance_decoder import Decoder
+from dfkd_engine.priors.prior import DTYPES, Prior
 
 _LOCAL = ("backend", "engines", "shard_size", "image_format")  # settings that no engine follows from
 

@@ -25,8 +25,8 @@ from dfkd.synthesis.schedule import find_sampler
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd.synthesis.watch import Progress
 from dfkd.teachers import Classifier, load_teacher
-from dfkd_engine.guidance_decoder import check_decoder
-from dfkd_engine.prior import Prior, check_source
+from dfkd_engine.priors.guidance_decoder import check_decoder
+from dfkd_engine.priors.prior import Prior, check_source
 
 COMMAND = "dfkd-generate"
 RESULT = "result.json"

@@ -12,7 +12,7 @@ from dfkd.synthesis.pack import INITIAL_NOISE
 from dfkd.synthesis.prompts import prompt_of
 from dfkd.synthesis.sampler import sample
 from dfkd.synthesis.schedule import build_table
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_kernels.philox import philox_normal
 
 

@@ -32,8 +32,8 @@ from dfkd.synthesis import bn_statistics, guidance, losses
 from dfkd.synthesis.bn_statistics import Moments, by_layer, side_by_side
 from dfkd.synthesis.guidance import Decode, Guidance, identity, pulled_back
 from dfkd.synthesis.prompts import prompt_of
-from dfkd_engine.guidance_decoder import Decoder
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.guidance_decoder import Decoder
+from dfkd_engine.priors.prior import Prior
 from dfkd_engine.spec import TensorSpec
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ from dfkd.synthesis.synthesizer import Sample, counted, label_probability
 from dfkd.teachers import Classifier
 from dfkd_engine.compiled import Engine
 from dfkd_engine.group_norms import group_norms
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_engine.store import EngineStore
 from dfkd_kernels.guided_step import GUIDED_STEPS
 

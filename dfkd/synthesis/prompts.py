@@ -80,7 +80,7 @@ def unused_tokens(tokens: Sequence[str], prompts: Sequence[str]) -> str:
 
 
 class Reader(Protocol):
-    """What is asked of a text encoder and its tokenizer, dfkd_engine.families.text.TextEncoder."""
+    """What is asked of a text encoder and its tokenizer, dfkd_engine.priors.families.text.TextEncoder."""
 
     def tokens(self, prompt: str) -> list[int]: ...
     def lost(self, prompt: str) -> str: ...

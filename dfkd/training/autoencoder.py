@@ -23,7 +23,6 @@ from dfkd.training.prior_networks import make_autoencoder
 from dfkd.training.state import State
 from dfkd.training.step import autocast
 from dfkd.training.world import World
-from dfkd_engine.prior_files import PriorFolder
 
 STAGE, VAE = "autoencoder", "vae"
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
@@ -105,7 +104,7 @@ def open_autoencoder(source: str, device: torch.device) -> Any:
     """The frozen VAE of a pipeline that exists, on the device. Raises EngineError and UsageError where it has none."""
     import diffusers
 
-    folder = PriorFolder.open(source)
+    folder = open_prior(source)
     folder.require("vae")
     kind = folder.configs["vae"].get("_class_name")
     if kind not in KINDS:

@@ -27,8 +27,8 @@ from dfkd.training.state import State
 from dfkd.training.step import autocast, check_training
 from dfkd.training.world import World
 from dfkd_engine.errors import EngineError
-from dfkd_engine.guidance_decoder import CONFIG, WEIGHTS
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.guidance_decoder import CONFIG, WEIGHTS
+from dfkd_engine.priors.prior import Prior
 
 PAIRS, RUN = "pairs", "run.json"
 PART = 16  # trajectories of a file, and of a call at most

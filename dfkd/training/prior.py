@@ -38,7 +38,7 @@ from dfkd.training.prior_samples import check_judge, judged, write_preview
 from dfkd.training.state import State
 from dfkd.training.step import autocast, check_training
 from dfkd.training.world import World
-from dfkd_engine.prior_source import PriorSource
+from dfkd_engine.priors.source import PriorSource
 
 CONTENT = "training_images"  # the field of the identity that is known once the images are read
 VALIDATED, ROWS = 256, 64  # images of a validation at most, and of its calls

@@ -15,8 +15,9 @@ from dfkd.training.conditions import ClassNumbers, Conditions, Words
 from dfkd.training.denoising import FLOW, Denoising
 from dfkd.training.prior_parts import Parts, labels_of, placed, side_factor
 from dfkd.training.prompt_tokens import Prompts
-from dfkd_engine.prior_files import PriorFolder
-from dfkd_engine.prior_source import PriorSource
+from dfkd_engine.priors.folder import PriorFolder
+from dfkd_engine.priors.opening import open_prior
+from dfkd_engine.priors.source import PriorSource
 
 TEXT, BARE = "UNet2DConditionModel", "UNet2DModel"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights calls it
@@ -30,7 +31,7 @@ def open_existing(place: PriorSource, config: PriorTrainConfig, size: int | None
     Raises UsageError for a pipeline that cannot be trained here or with these settings, and EngineError for one that
     cannot be read.
     """
-    folder, source = PriorFolder.open(place), place.name
+    folder, source = open_prior(place), place.name
     unet = folder.configs.get("unet", {})
     kind = unet.get("_class_name")
     if kind not in (TEXT, BARE) or "text_encoder_2" in folder.configs or unet.get("time_cond_proj_dim") is not None:

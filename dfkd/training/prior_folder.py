@@ -16,7 +16,7 @@ from dfkd.training.autoencoder import STAGE, VAE
 from dfkd.training.folder import holds_run
 from dfkd.training.prior_existing import LORA_WEIGHTS
 from dfkd.training.prior_parts import Parts
-from dfkd_engine.prior_files import FACTS
+from dfkd_engine.priors.folder import FACTS
 
 INDEX = "model_index.json"  # the last file that is saved of a pipeline
 CARD, PREVIEW = "README.md", "preview.png"

@@ -29,8 +29,8 @@ def test_the_vae_itself_has_no_error(tmp_path: Path) -> None:
     """A decoder that is the prior's own: error 0, cosine 1."""
     from benchmarks import demo
     from dfkd_engine import EMBEDDED
-    from dfkd_engine.guidance_decoder import Decoder
-    from dfkd_engine.prior import Prior
+    from dfkd_engine.priors.guidance_decoder import Decoder
+    from dfkd_engine.priors.prior import Prior
 
     prior = Prior.from_pretrained("demo")
     latents = bench.estimates(prior, 4, ())

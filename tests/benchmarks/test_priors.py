@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks import priors
 from benchmarks.recording import RESULTS
-from dfkd_engine.families import FAMILIES
+from dfkd_engine.priors.families import FAMILIES
 
 PARAMETERS = {  # of the published weights
     "stable-diffusion-v1-5": 859_520_964,

@@ -24,7 +24,7 @@ def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cached_prior() -> Callable[..., Any]:
-    from dfkd_engine.prior import Prior
+    from dfkd_engine.priors.prior import Prior
 
     return cache(Prior.from_pretrained)
 
@@ -35,7 +35,7 @@ def call(
 ) -> Callable[..., int]:
     """call(*argv) -> the exit status of dfkd-generate on the small networks; the last of two same flags counts."""
     from dfkd.cli import generate
-    from dfkd_engine.prior import Prior
+    from dfkd_engine.priors.prior import Prior
 
     monkeypatch.setattr(Prior, "from_pretrained", cached_prior)
     return partial(status_of, generate.main, "--teacher-checkpoint", small_teacher, "--prior", small_prior, *SMALL)

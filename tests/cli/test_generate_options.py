@@ -12,7 +12,7 @@ from dfkd.config.commands import GenerateCommand
 from dfkd.data import read_folder, read_manifest
 from dfkd.synthesis import checks
 from dfkd.training.decoder import make_decoder, save_decoder
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from tests.cli.small_generate import save_classifier
 
 LOSS = """
@@ -86,7 +86,7 @@ ELSEWHERE = {
 }
 ELSEWHERE |= {"resize"}  # below
 ELSEWHERE |= {"engines", "quantise"}  # test_generate_engines.py
-ELSEWHERE |= {"revision", "variant", "offline", "prior_config"}  # tests/engine/test_prior_files.py
+ELSEWHERE |= {"revision", "variant", "offline", "prior_config"}  # tests/engine/test_prior_folder.py
 ELSEWHERE |= {"lora", "textual_inversion"}  # test_generate_adapters.py
 
 

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from dfkd.data import MANIFEST, read_folder
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from tests.cli.small_generate import last_line, shards_of
 from tests.single_file import write_single_file
 

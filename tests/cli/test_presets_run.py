@@ -17,7 +17,7 @@ from dfkd.cli import distill, generate
 from dfkd.config import presets, section
 from dfkd.data import open_folder
 from dfkd.teachers import Classifier
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from tests.cli.small_generate import last_line, save_classifier, status_of
 
 DIGITS = tuple(str(digit) for digit in range(10))

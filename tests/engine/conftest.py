@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 import pytest
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.families.class_names import ClassNames
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.priors.families.class_names import ClassNames
+from dfkd_engine.priors.folder import PriorFolder
 
 IMAGENET = {  # entries of the published id2label, some of the odd ones
     2: "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias",

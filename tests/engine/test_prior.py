@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import dfkd_engine.files
 from dfkd_engine.errors import EngineError
-from dfkd_engine.prior import EMBEDDED, Prior, check_source
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.priors.folder import PriorFolder
+from dfkd_engine.priors.prior import EMBEDDED, Prior, check_source
 from tests.tiny_sd import VAE, WIDTH, make_tiny_sd
 
 
@@ -241,8 +241,6 @@ def test_absent_folder(source):
 def test_hub_id_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        EngineError, match=r"not in the local cache, and nothing may be fetched .*Fetch it once"
-    ):
+    with pytest.raises(EngineError, match=r"not in the local cache, and nothing may be fetched .*Fetch it once"):
         Prior.from_pretrained("owner/name")
     check_source("owner/name")  # which is not fetched

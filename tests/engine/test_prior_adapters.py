@@ -6,7 +6,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 from safetensors.torch import load_file, save_file
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.prior import Prior, check_source
+from dfkd_engine.priors.prior import Prior, check_source
 from tests.adapter_files import save_lora, save_token
 from tests.tiny_priors import SIZE, WIDTH
 

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.prior import Prior, check_source
+from dfkd_engine.priors.prior import Prior, check_source
 from tests.single_file import write_single_file
 from tests.synthesis.small_sd import UNET, VAE, make_small_sd
 from tests.tiny_sd import make_tiny_sd

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 
 HALF, FULL = torch.float16, torch.float32
 

@@ -10,7 +10,7 @@ from dfkd.config import GenerateConfig
 from dfkd.errors import UsageError
 from dfkd.synthesis import pack as pack_module
 from dfkd.synthesis.pipeline import GuidedPipeline
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_kernels.philox import philox_normal
 from tests.synthesis.small_networks import classifier, plain_loss
 from tests.tiny_priors import SIDE, SIZE, unguided

@@ -9,7 +9,7 @@ from dfkd.compiled.engines import build
 from dfkd.config import GenerateConfig
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd_engine.backends import get
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_engine.store import EngineStore
 from tests.synthesis.small_networks import classifier
 

@@ -15,7 +15,7 @@ from dfkd.synthesis.diffusers_guidance import TeacherGuidance
 from dfkd.synthesis.sampler import unit_rms
 from dfkd.training.decoder import save_decoder
 from dfkd_engine.errors import EngineError
-from dfkd_engine.guidance_decoder import Decoder, check_decoder
+from dfkd_engine.priors.guidance_decoder import Decoder, check_decoder
 from tests.synthesis.small_networks import CHANNELS, SIDE, SmallPrior, classifier, pipeline
 from tests.synthesis.test_functions import Recorder
 

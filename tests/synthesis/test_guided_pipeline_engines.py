@@ -12,7 +12,7 @@ from dfkd.errors import UsageError
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd_engine.backends import BACKENDS
 from dfkd_engine.compiled import Engine
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_engine.store import EngineStore
 from tests.cli.test_generate_engines import UNET, VAE
 from tests.compiled.small_functions import BACKEND, NEEDS_IT, Unchanged, milliseconds, set_facts

@@ -21,7 +21,7 @@ from dfkd.synthesis import pack as pack_module
 from dfkd.synthesis.diffusers_levels import KNOWN, level_of
 from dfkd.synthesis.losses import CrossEntropy
 from dfkd.synthesis.pipeline import GuidedPipeline
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_kernels.philox import philox_normal
 from tests.synthesis.small_networks import classifier
 from tests.tiny_priors import SIDE, SIZE, _module, drawing

@@ -13,7 +13,7 @@ from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.plan import make_plan, predict
 from dfkd.synthesis.run import open_run
 from dfkd_engine import memory
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from tests.synthesis.small_networks import classifier
 from tests.synthesis.small_sd import make_small_sd
 from tests.synthesis.tinted import Tinted

@@ -6,9 +6,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dfkd.errors import UsageError
 from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels, unread_words
-from dfkd_engine.families.stable_diffusion import last_hidden_state
-from dfkd_engine.families.text import TextEncoder
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.families.stable_diffusion import last_hidden_state
+from dfkd_engine.priors.families.text import TextEncoder
+from dfkd_engine.priors.prior import Prior
 from tests.tiny_sd import write_tokenizer
 
 NAMES = ("zero", "one", "alarm_clock")

@@ -13,7 +13,7 @@ from dfkd.synthesis import cutmix
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet, unit_rms
 from dfkd.synthesis.schedule import build_table
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_kernels.guided_step import paste
 from dfkd_kernels.philox import philox_normal
 from tests.synthesis.small_networks import (

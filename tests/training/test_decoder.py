@@ -12,8 +12,8 @@ from dfkd.errors import UsageError
 from dfkd.synthesis.estimates import Trajectories
 from dfkd.training.decoder import train_decoder
 from dfkd_engine.errors import EngineError
-from dfkd_engine.guidance_decoder import Decoder
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.guidance_decoder import Decoder
+from dfkd_engine.priors.prior import Prior
 from tests.training.small_run import Killed, dies, lines, result
 
 SMALL: dict[str, Any] = {

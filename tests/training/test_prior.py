@@ -13,7 +13,7 @@ from dfkd.data import Pool
 from dfkd.errors import UsageError
 from dfkd.training.loop import Progress
 from dfkd.training.prior import train_prior
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from tests.training.small_run import Killed, dies, lines, result
 
 SMALL: dict[str, Any] = {
@@ -296,7 +296,7 @@ def test_previews_of_any_schedule_are_ddims(made: dict[str, Path]) -> None:
 
     from dfkd.training.prior_existing import existing_parts, open_existing
     from dfkd.training.prior_samples import draw_images
-    from dfkd_engine.prior_source import PriorSource
+    from dfkd_engine.priors.source import PriorSource
 
     config = PriorTrainConfig.of(**FURTHER)
     folder, side = open_existing(PriorSource(made["text"]), config, None)

@@ -12,7 +12,7 @@ from dfkd.synthesis.methods.noise import Noise
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd.teachers import Classifier
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 
 METHODS: dict[str, Callable[..., Synthesizer]] = {
     "guided": GuidedPipeline,

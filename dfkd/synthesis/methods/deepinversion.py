@@ -25,7 +25,7 @@ from dfkd.synthesis.losses import BatchNormLoss, CrossEntropy, GuidanceLoss, See
 from dfkd.synthesis.prompts import chosen_classes, labels_of
 from dfkd.synthesis.synthesizer import Sample, counted, label_probability, own_size, records_of
 from dfkd.teachers import Classifier
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_kernels.philox import philox_uniform
 
 START = 0  # Philox stream

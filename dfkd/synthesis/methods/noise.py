@@ -11,7 +11,7 @@ from dfkd.extension import settings_of
 from dfkd.synthesis.prompts import chosen_classes, labels_of
 from dfkd.synthesis.synthesizer import Sample, label_probability, own_size, records_of
 from dfkd.teachers import Classifier
-from dfkd_engine.prior import Prior
+from dfkd_engine.priors.prior import Prior
 from dfkd_kernels.philox import philox_uniform
 
 PIXELS, GREY = 0, 1  # Philox streams

@@ -1,6 +1,6 @@
 """A diffusion model's networks, frozen: from a folder, a hub id or an embedded name to a `Prior`.
 
-What a folder holds is in prior_files.py, what its family of models takes and does in families/.
+What a folder holds is in folder.py, what its family of models takes and does in families/.
 """
 
 import copy
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from dfkd_engine import EMBEDDED
 from dfkd_engine.attention import set_attention
 from dfkd_engine.errors import EngineError
-from dfkd_engine.families import family_of
-from dfkd_engine.families.family import Family
 from dfkd_engine.group_norms import set_group_norms
-from dfkd_engine.prior_adapters import Added, add_tokens, fuse_loras
-from dfkd_engine.prior_files import PriorFolder
-from dfkd_engine.prior_single_file import check_file
-from dfkd_engine.prior_source import PriorSource
-from dfkd_engine.prior_trial import try_networks
+from dfkd_engine.priors.adapters import Added, add_tokens, fuse_loras
+from dfkd_engine.priors.families import family_of
+from dfkd_engine.priors.families.family import Family
+from dfkd_engine.priors.folder import PriorFolder
+from dfkd_engine.priors.opening import open_prior
+from dfkd_engine.priors.single_file import check_file
+from dfkd_engine.priors.source import PriorSource
+from dfkd_engine.priors.trial import try_networks
 
 __all__ = ["DTYPES", "EMBEDDED", "Prior", "check_source"]
 
@@ -97,7 +98,7 @@ class Prior:
 
         kind = _dtype(dtype)
         loras, inversions = [Added.lora(text) for text in lora], [Added.inversion(text) for text in textual_inversion]
-        folder = PriorFolder.open(PriorSource(source, revision, variant, offline, config), check=family_of)
+        folder = open_prior(PriorSource(source, revision, variant, offline, config), check=family_of)
         of = _complete(folder)
         family = of.load(folder, kind, device)
         _check(folder, family)
@@ -238,7 +239,7 @@ def check_source(
     for text in textual_inversion:
         Added.inversion(text)
     if place.here():
-        _complete(PriorFolder.open(place))
+        _complete(open_prior(place))
     elif (file := place.single_file()) is not None:
         check_file(file)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dfkd_engine import EMBEDDED
 from dfkd_engine.errors import EngineError, first_line
-from dfkd_engine.prior_weights import WeightSet, check_variant, chosen_set, no_set, shard_names, weight_sets
+from dfkd_engine.priors.weights import WeightSet, check_variant, chosen_set, no_set, shard_names, weight_sets
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.families.text import TextEncoder
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.priors.families.text import TextEncoder
+from dfkd_engine.priors.folder import PriorFolder
 
 
 class Family:

@@ -17,8 +17,8 @@ from dfkd_engine.attention import set_attention
 from dfkd_engine.errors import EngineError, first_line
 from dfkd_engine.files import sha256_once
 from dfkd_engine.group_norms import set_group_norms
-from dfkd_engine.prior import Prior
-from dfkd_engine.prior_weights import read_json
+from dfkd_engine.priors.prior import Prior
+from dfkd_engine.priors.weights import read_json
 
 KINDS = ("AutoencoderTiny", "AutoencoderKL")
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -10,9 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dfkd_engine.families.family import Family
-from dfkd_engine.families.text import TextEncoder
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.priors.families.family import Family
+from dfkd_engine.priors.families.text import TextEncoder
+from dfkd_engine.priors.folder import PriorFolder
 
 # Inputs that a UNet2DConditionModel may want beside latents, time and text, each with the option that says so.
 _UNMET = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")

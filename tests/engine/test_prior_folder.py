@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.prior import Prior, check_source
-from dfkd_engine.prior_files import PriorFolder
-from dfkd_engine.prior_source import PriorSource
+from dfkd_engine.priors.folder import PriorFolder
+from dfkd_engine.priors.opening import open_prior
+from dfkd_engine.priors.prior import Prior, check_source
+from dfkd_engine.priors.source import PriorSource
 from tests.synthesis.small_sd import make_small_sd
 from tests.tiny_priors import make_tiny_prior
 
@@ -561,7 +562,7 @@ def test_what_is_no_fault_of_the_config_is_not_put_down_to_it(folder, monkeypatc
 def test_a_vae_that_lies_alone(hub, folder):
     """As stabilityai/sd-vae-ft-mse does: a VAE to take, and no prior."""
     hub.repositories["owner/vae"] = folder / "vae"
-    found = PriorFolder.open("owner/vae")
+    found = open_prior("owner/vae")
     assert found.networks == ("vae",) and found.configs["scheduler"] == {}
     found.require("vae")
     ours, theirs = found.load(AutoencoderKL, "vae"), AutoencoderKL.from_pretrained(folder / "vae")

@@ -4,13 +4,13 @@ A family of your own is such a file, and its class in FAMILIES.
 """
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.families.dit import DiT
-from dfkd_engine.families.family import Family
-from dfkd_engine.families.stable_diffusion import StableDiffusion
-from dfkd_engine.families.stable_diffusion_3 import StableDiffusion3
-from dfkd_engine.families.stable_diffusion_xl import StableDiffusionXL
-from dfkd_engine.families.unet2d import LatentUNet, PixelUNet
-from dfkd_engine.prior_files import DENOISERS, PriorFolder
+from dfkd_engine.priors.families.dit import DiT
+from dfkd_engine.priors.families.family import Family
+from dfkd_engine.priors.families.stable_diffusion import StableDiffusion
+from dfkd_engine.priors.families.stable_diffusion_3 import StableDiffusion3
+from dfkd_engine.priors.families.stable_diffusion_xl import StableDiffusionXL
+from dfkd_engine.priors.families.unet2d import LatentUNet, PixelUNet
+from dfkd_engine.priors.folder import DENOISERS, PriorFolder
 
 FAMILIES: tuple[type[Family], ...] = (
     StableDiffusionXL,

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from dfkd_engine.errors import EngineError, first_line
-from dfkd_engine.prior_configs import failure, make_diffusers, make_transformers
-from dfkd_engine.prior_files import PriorFolder
-from dfkd_engine.prior_source import TEXT_ENCODERS, PriorSource
-from dfkd_engine.prior_weights import check_whole, conversion
+from dfkd_engine.priors.configs import failure, make_diffusers, make_transformers
+from dfkd_engine.priors.folder import PriorFolder
+from dfkd_engine.priors.source import TEXT_ENCODERS, PriorSource
+from dfkd_engine.priors.weights import check_whole, conversion
 
 _PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _PIPELINES = {"xl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}  # by the start of diffusers' type

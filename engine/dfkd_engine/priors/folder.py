@@ -1,4 +1,4 @@
-"""Where a prior is, and what its files are: sources, configs, weights, digests and what is loaded from them.
+"""What a prior's files are: configs, weights, digests and what is loaded from them.
 
 Layout of the folder (what diffusers' `save_pretrained` of a pipeline writes), as far as its family has these parts:
 
@@ -16,7 +16,7 @@ Weights are read from safetensors only: a pickled file can run code. No safety c
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from dfkd_engine.errors import EngineError, first_line
 from dfkd_engine.files import sha256_once
-from dfkd_engine.prior_configs import (
+from dfkd_engine.priors.configs import (
     check_diffusers_config,
     check_keys,
     check_tokenizer_config,
@@ -35,8 +35,8 @@ from dfkd_engine.prior_configs import (
     make_transformers,
     refused,
 )
-from dfkd_engine.prior_source import DENOISERS, LAYOUT, STEMS, TEXT_ENCODERS, TOKENIZERS, PriorSource
-from dfkd_engine.prior_weights import (
+from dfkd_engine.priors.source import DENOISERS, LAYOUT, STEMS, TEXT_ENCODERS, TOKENIZERS
+from dfkd_engine.priors.weights import (
     FETCH,
     WeightSet,
     check_variant,
@@ -68,25 +68,6 @@ class PriorFolder:
     path: Path
     configs: Mapping[str, dict[str, Any]]
     variant: str | None = None
-
-    @classmethod
-    def open(
-        cls, source: str | Path | PriorSource, check: "Callable[[PriorFolder], object] | None" = None
-    ) -> "PriorFolder":
-        """The folder that `source` names, fetched where it is on the hub.
-
-        check: called with the folder before any weights are fetched, to refuse it. Raises EngineError.
-        """
-        place = source if isinstance(source, PriorSource) else PriorSource(source)
-        if place.single_file() is not None:
-            from dfkd_engine.prior_single_file import SingleFile
-
-            return SingleFile.of(place, check)
-        folder = cls.read(place.configs(), place.variant)
-        if check is not None:
-            check(folder)
-        place.weights(folder.path, folder.networks)
-        return folder
 
     @classmethod
     def read(cls, path: Path, variant: str | None = None) -> Self:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dfkd_engine.errors import EngineError, first_line
-from dfkd_engine.families.family import Family
-from dfkd_engine.families.text import TextEncoder
-from dfkd_engine.prior_configs import failure, make_diffusers, make_transformers
-from dfkd_engine.prior_files import FETCH, PriorFolder
+from dfkd_engine.priors.configs import failure, make_diffusers, make_transformers
+from dfkd_engine.priors.families.family import Family
+from dfkd_engine.priors.families.text import TextEncoder
+from dfkd_engine.priors.folder import FETCH, PriorFolder
 
 _SIDE = 8  # of latents that are enough for a trial; larger ones than the trained are not taken
 

@@ -6,9 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dfkd_engine.families.class_names import ClassNames
-from dfkd_engine.families.family import Family, prediction, times
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.priors.families.class_names import ClassNames
+from dfkd_engine.priors.families.family import Family, prediction, times
+from dfkd_engine.priors.folder import PriorFolder
 
 
 class DiT(Family):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.prior_files import FACTS, PriorFolder
+from dfkd_engine.priors.folder import FACTS, PriorFolder
 
 
 class ClassNames:

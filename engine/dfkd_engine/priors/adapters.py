@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfkd_engine.errors import EngineError, first_line
 from dfkd_engine.files import sha256_once
-from dfkd_engine.prior_weights import check_whole
+from dfkd_engine.priors.weights import check_whole
 
 _LORA_NAME = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights calls it
 _PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # networks that LoRA weights may be for

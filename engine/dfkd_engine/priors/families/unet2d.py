@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dfkd_engine.errors import EngineError
-from dfkd_engine.families.class_names import ClassNames
-from dfkd_engine.families.family import Family, prediction
-from dfkd_engine.prior_files import FACTS, PriorFolder
+from dfkd_engine.priors.families.class_names import ClassNames
+from dfkd_engine.priors.families.family import Family, prediction
+from dfkd_engine.priors.folder import FACTS, PriorFolder
 
 
 class PixelUNet(Family):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dfkd_engine.families.family import Family, times
-from dfkd_engine.families.text import TextEncoder
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.priors.families.family import Family, times
+from dfkd_engine.priors.families.text import TextEncoder
+from dfkd_engine.priors.folder import PriorFolder
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 T5_LENGTH = 256  # tokens; diffusers' max_sequence_length, which the model card's examples keep

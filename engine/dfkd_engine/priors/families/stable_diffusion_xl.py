@@ -6,10 +6,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dfkd_engine.families.family import Family
-from dfkd_engine.families.stable_diffusion import guidance_embedding
-from dfkd_engine.families.text import TextEncoder
-from dfkd_engine.prior_files import PriorFolder
+from dfkd_engine.priors.families.family import Family
+from dfkd_engine.priors.families.stable_diffusion import guidance_embedding
+from dfkd_engine.priors.families.text import TextEncoder
+from dfkd_engine.priors.folder import PriorFolder
 
 
 class StableDiffusionXL(Family):
