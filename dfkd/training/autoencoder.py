@@ -23,6 +23,7 @@ from dfkd.training.prior_networks import make_autoencoder
 from dfkd.training.state import State
 from dfkd.training.step import autocast
 from dfkd.training.world import World
+from dfkd_engine.priors.opening import open_prior
 
 STAGE, VAE = "autoencoder", "vae"
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
