@@ -134,7 +134,7 @@ def test_guided_rows_stand_beside_the_published_loop_and_the_others_beside_diffu
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    found = bench.groups(stepped(demo, 1), 3)
+    found = bench.groups(stepped(demo, 3), 3)
     assert [group.baseline for group in found] == ["published", "diffusers"]
     works = {name: make() for group in found for name, make in group.rows.items() if name != PEERS[1]}
     assert works["published"].amount == bench.SINGLES and works["late"].facts["images at a time"] == 3

@@ -37,7 +37,7 @@ def test_seeds_side_by_side_and_started_again(tmp_path, monkeypatch, capsys):
 
     file = quality.read_file("demo", rehearse=True)
     few = {name: file["baselines"][name] for name in ("deepinversion", "prior_data")}
-    small = {**file["generate"], "count": 10, "steps": 1}
+    small = {**file["generate"], "count": 10, "steps": 3}
     monkeypatch.setattr(quality, "read_file", lambda *_: {**file, "generate": small, "baselines": few})
     found = results()
     assert len(found["student"]) == len(found["teacher"]) == len(found["seconds"]) == 2

@@ -21,7 +21,7 @@ from dfkd_engine.priors.prior import Prior
 from tests.cli.small_generate import last_line, save_classifier, status_of
 
 DIGITS = tuple(str(digit) for digit in range(10))
-SMALL = ("--count", 4, "--group", 4, "--batch", 4, "--shard-size", 4, "--steps", 2, "--size", 16, "--device", "cpu")
+SMALL = ("--count", 4, "--group", 4, "--batch", 4, "--shard-size", 4, "--steps", 3, "--size", 16, "--device", "cpu")
 SHORT = ("--steps", 2, "--batch-size", 3, "--device", "cpu")
 # Where a preset leaves the networks open.
 TEACHERS = {"demo": "resnet8_half", "fedcado": "resnet8"}
