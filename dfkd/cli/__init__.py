@@ -9,6 +9,6 @@ COMMANDS = {
     "distill": "images and teacher -> a student",
     "evaluate": "a classifier on labelled real images -> accuracy, calibration, agreement",
     "report": "the folders of a run -> one page to read",
-    "export": "a classifier -> one ONNX file",
+    "export": "a classifier -> one file for others: ONNX or torch.export",
     "engines": "networks compiled ahead of time: build, list, explain, verify, prune",
 }

@@ -28,7 +28,8 @@ def progress(
 ) -> Iterator[Draw]:
     """A callable (done, total), as the library's functions take it, that shows both on `stream`, which is stderr.
 
-    unit: singular, shown with the rate, which is of what was done since the first call. log: a log.jsonl, whose last
+    unit: singular, shown with the rate, which is of what was done since the first call, or since `done` last fell, as
+    it does where another stage begins. log: a log.jsonl, whose last
     numbers stand beside. clock: seconds.
     """
     stream = stream or sys.stderr
@@ -44,13 +45,14 @@ def progress(
 def _lines(title: str, unit: str, log: Path | None, stream: TextIO, clock: Callable[[], float]) -> Draw:
     """Draws a line where EVERY seconds have passed since the last one."""
     first: tuple[float, float] | None = None  # when, and what was done by then
-    last = 0.0
+    last = before = 0.0
 
     def draw(done: float, total: float) -> None:
-        nonlocal first, last
+        nonlocal first, last, before
         now = clock()
-        if first is None:
+        if first is None or done < before:
             first, last = (now, done), now
+        before = done
         if now - last < EVERY or done >= total:
             return
         last, rate = now, (done - first[1]) / (now - first[0])
@@ -72,6 +74,9 @@ def _bar(title: str, unit: str, log: Path | None, stream: TextIO) -> Iterator[Dr
 
     def draw(done: float, total: float) -> None:
         nonlocal bar
+        if bar is not None and done < bar.n:
+            bar.close()
+            bar = None
         if bar is None:
             bar = tqdm(
                 desc=title,

@@ -15,11 +15,13 @@ COMMAND = "dfkd-train-decoder"
 
 def run(asked: TrainDecoderCommand) -> dict[str, Any] | None:
     """Draw, train what is not trained yet, write; the result, None in all processes but the first."""
+    from dfkd.synthesis.command import quieten_libraries
     from dfkd.training.decoder import train_decoder
     from dfkd.training.folder import read_result
     from dfkd.training.world import join
     from dfkd_engine.priors.prior import Prior
 
+    quieten_libraries()
     config = asked.training
     with join(config.train.compute.device) as world:
         prior = Prior.from_pretrained(asked.prior.source, device=world.device, **asked.prior.files())

@@ -15,10 +15,12 @@ COMMAND = "dfkd-train-prior"
 
 def run(asked: TrainPriorCommand) -> dict[str, Any] | None:
     """Train what is not trained yet, write the pipeline; the result, None in all processes but the first."""
+    from dfkd.synthesis.command import quieten_libraries
     from dfkd.training.folder import read_result
     from dfkd.training.prior import train_prior
     from dfkd.training.world import join
 
+    quieten_libraries()
     config = asked.training
     with join(config.train.compute.device) as world:
         speak = say if world.first else (lambda text: None)

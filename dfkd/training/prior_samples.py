@@ -17,7 +17,7 @@ from dfkd.training.autoencoder import decode
 from dfkd.training.denoising import CFG, FLOW, STEPS, Denoising, sample
 from dfkd.training.prior_parts import Parts
 
-CLASSES, EACH = 8, 4  # of a preview
+CLASSES, EACH = 12, 4  # of a preview, at most
 PIXELS = 64 * 64  # of what is denoised, in one call of the network
 JUDGED, JUDGE_STEPS, JUDGE_CFGS = 200, 20, (1.0, 3.0)
 

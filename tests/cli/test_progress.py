@@ -22,6 +22,19 @@ class Clock:
         return self.now
 
 
+def test_another_stage_has_a_rate_of_its_own() -> None:
+    out, clock = io.StringIO(), Clock()
+    with progress("training", "img", stream=out, clock=clock) as draw:
+        for seconds, done in ((0, 0), (300, 100), (301, 0), (340, 390)):
+            clock.now = 100 + seconds
+            draw(done, 1000)
+    assert out.getvalue().splitlines()[-1] == "training: 390 of 1000 img, 10 img/s, 61 s left"
+    with progress("training", "img", stream=(terminal := Terminal())) as draw:
+        for done in (0, 900, 0, 100):
+            draw(done, 1000)
+    assert "10.0%" in terminal.getvalue().split("\r")[-1]
+
+
 def test_elsewhere_a_line_every_half_minute(tmp_path: Path) -> None:
     out, clock, log = io.StringIO(), Clock(), tmp_path / "log.jsonl"
     log.write_text(
