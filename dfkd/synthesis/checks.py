@@ -121,6 +121,16 @@ def cfg_of(sampling: SamplingConfig, prior: Prior) -> float:
     return cfg
 
 
+def idle(config: GenerateConfig, prior: Prior) -> list[str]:
+    """Warnings of settings that presets carry and that will not act in this run."""
+    found = []
+    if config.sampling.prompt and not prior.family.inputs:
+        found.append(f"--prompt does not act: the prior, {prior.family.name}, is told nothing")
+    if config.cutmix.every >= config.sampling.steps:
+        found.append(f"--cutmix-every {config.cutmix.every} does not act in {config.sampling.steps} steps")
+    return found
+
+
 def copy_student(student: Classifier, teacher: Classifier) -> Classifier:
     """A frozen copy beside the teacher, whoever trains the student further. Raises UsageError for other classes, and as
     `Classifier.tried`."""

@@ -26,6 +26,7 @@ from dfkd.synthesis.checks import (
     build_command,
     cfg_of,
     copy_student,
+    idle,
     latent_size,
     open_decoder,
     patches_of,
@@ -105,7 +106,7 @@ class GuidedPipeline:
         known = prior.labels if prior.family.texts else ()  # names of classes have been looked up
         texts = [unknown_labels(self.prompt, [self.class_names[i] for i in self.classes], known)]
         texts += [unread_words(read, prior.family.readers) for read in (prompts, [sampling.negative_prompt])]
-        texts += [unused_tokens(prior.tokens, [*prompts, sampling.negative_prompt])]
+        texts += [unused_tokens(prior.tokens, [*prompts, sampling.negative_prompt]), *idle(config, prior)]
         for text in filter(None, texts):
             warnings.warn(text, stacklevel=2)
         self.latent_size = latent_size(sampling.size, prior)

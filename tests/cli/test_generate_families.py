@@ -79,6 +79,18 @@ def null_class_of_another_type(folder):
     (folder / "dfkd.json").write_text('{"labels": ["zero", "one", "two"], "null_class": 3.0}')
 
 
+def null_class_of_a_transformer(folder):
+    (folder / "dfkd.json").write_text('{"null_class": 1000}')
+
+
+def nameless_class(folder):
+    (folder / "dfkd.json").write_text('{"labels": ["zero", "one", " "], "null_class": 3}')
+
+
+def without_its_null_class(folder):
+    (folder / "dfkd.json").write_text('{"labels": ["zero", "one", "two"]}')
+
+
 @pytest.mark.parametrize(
     "name, spoil, options, message",
     [
@@ -92,6 +104,9 @@ def null_class_of_another_type(folder):
         ("class-pixels", unnamed, (), "takes 4 class ids, and 4 of them have no name"),
         ("class-pixels", odd_null_class, (), "null_class is 0; of 4 embeddings it is the last one, 3"),
         ("class-pixels", null_class_of_another_type, (), r"null_class is 3\.0; of 4 embeddings it is the last one, 3"),
+        ("class-pixels", nameless_class, (), "labels.*none of them empty"),
+        ("class-pixels", without_its_null_class, (), 'first 3.*"null_class": 3'),
+        ("dit", null_class_of_a_transformer, (), "DiT has no use for it"),
         ("sd3", None, ("--sampler", "ddpm"), "rectified flow"),
     ],
 )
@@ -124,6 +139,18 @@ def test_what_it_refuses(name, spoil, options, message, call, copied, tmp_path, 
 def test_what_would_not_act_is_refused(name, options, message, call, tiny_prior, tmp_path, capsys):
     assert call("--prior", tiny_prior(name), "--backend", "eager", "--out", tmp_path / "out", *options) == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("pixels", ("--prompt", "a photo"), "--prompt does not act: the prior, UNet of pixels, is told nothing"),
+        ("sd2", ("--cutmix-every", "3", "--steps", "3"), "--cutmix-every 3 does not act in 3 steps"),
+    ],
+)
+def test_what_presets_carry_and_does_not_act_is_said(name, options, message, call, tiny_prior, tmp_path, capsys):
+    assert call("--prior", tiny_prior(name), "--backend", "eager", "--out", tmp_path / "out", *options) == 0
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shares", [("--guide-from", "1"), ("--guide-from", "0.3", "--guide-to", "0.4")])

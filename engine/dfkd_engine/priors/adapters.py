@@ -110,7 +110,10 @@ def add_tokens(pipeline: Any, inversions: Sequence[Added], digests: dict[str, st
                 pipeline.load_textual_inversion({"emb_params": embedding}, token=token, **own)
             except Exception as error:  # as above
                 what, why = f"textual inversion {inversion.file}", f"it could not be taken ({first_line(error)})"
-                raise EngineError(what, why, "use one that was trained for this prior's text encoder") from error
+                todo = "use one that was trained for this prior's text encoder"
+                if "already" in why:  # the tokenizer has the word
+                    todo = f"give it another word: {inversion.file}:<another-word>"
+                raise EngineError(what, why, todo) from error
             for part in parts.values():
                 digests[part] = _joined(digests[part], inversion.digest)
         digests["textual_inversion"] = _joined(digests.get("textual_inversion", ""), inversion.digest)

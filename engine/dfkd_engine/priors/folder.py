@@ -226,8 +226,8 @@ class PriorFolder:
         prompt, labels = config.get("prompt"), config.get("labels", [])
         if not isinstance(prompt, str | None):
             raise refused(where, "prompt", prompt, "it is a text, with {label} in the class's place")
-        if not fits(labels, list[str]):
-            raise refused(where, "labels", labels, "they are a list of texts")
+        if not fits(labels, list[str]) or not all(label.strip() for label in labels):
+            raise refused(where, "labels", labels, "they are a list of texts, none of them empty")
         return prompt, tuple(labels)
 
 

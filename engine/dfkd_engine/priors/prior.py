@@ -295,7 +295,9 @@ def _enlargement(vae: Any) -> int:
 
 
 def _check(folder: PriorFolder, family: Family) -> None:
-    """Raise EngineError where denoiser and VAE do not fit one another."""
+    """Raise EngineError where denoiser, VAE and what dfkd.json states do not fit one another."""
+    if folder.configs["dfkd"].get("null_class") is not None and getattr(family, "null_class", None) is None:
+        raise family.refuse(folder, "dfkd.json states a null_class", f"{family.name} has no use for it", "leave it out")
     own, vae = family.config, folder.configs.get("vae", {})
     if family.vaes:
         if (named := _vae_class(folder)) not in family.vaes:

@@ -43,6 +43,8 @@ class ClassNames:
         if missing:
             why = f"it takes {count} class ids, and {len(missing)} of them have no name, first {missing[0]}"
             todo = f'list all names in order in its {FACTS}: {{"labels": ["...", ...]}}'
+            if missing == [count - 1] and folder.configs["dfkd"].get("null_class") is None:
+                todo += f'; where the last one stands for no class, add "null_class": {count - 1}'
             raise EngineError(f"prior {folder.path}", why, todo)
         if more := sorted(names.keys() - set(range(count))):
             why = f"it takes {count} class ids, and {len(names)} are named, {more[0]} ({names[more[0]]}) among them"
