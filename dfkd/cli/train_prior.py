@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dfkd.cli.parse import command, save_settings
-from dfkd.cli.progress import progress, say
+from dfkd.cli.parse import command
+from dfkd.cli.training import Train, train_in_world
 from dfkd.config import TrainPriorCommand
-from dfkd.logs import LOG
+
+if TYPE_CHECKING:
+    from dfkd.training.world import World
 
 COMMAND = "dfkd-train-prior"
 
@@ -16,29 +18,14 @@ COMMAND = "dfkd-train-prior"
 def run(asked: TrainPriorCommand) -> dict[str, Any] | None:
     """Train what is not trained yet, write the pipeline; the result, None in all processes but the first."""
     from dfkd.synthesis.command import quieten_libraries
-    from dfkd.training.folder import read_result
     from dfkd.training.prior import train_prior
-    from dfkd.training.world import join
+
+    def prepared(world: "World") -> Train:
+        own: dict[str, Any] = {"size": asked.size, "prior": asked.prior, "judge": asked.judge}
+        return partial(train_prior, asked.data, asked.training, asked.out, files=asked.files.files(), **own)
 
     quieten_libraries()
-    config = asked.training
-    with join(config.train.compute.device) as world:
-        speak = say if world.first else (lambda text: None)
-        with progress("training", "img", world.first, asked.out / LOG) as draw:
-            train_prior(
-                asked.data,
-                config,
-                asked.out,
-                size=asked.size,
-                prior=asked.prior,
-                files=asked.files.files(),
-                judge=asked.judge,
-                world=world,
-                progress=draw,
-                say=speak,
-                on_new=partial(save_settings, asked, asked.out, COMMAND),
-            )
-        return read_result(asked.out) if world.first else None
+    return train_in_world(asked, asked.training.train, COMMAND, prepared)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

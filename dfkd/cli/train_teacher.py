@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dfkd.cli.parse import command, save_settings
-from dfkd.cli.progress import progress, say
+from dfkd.cli.parse import command
+from dfkd.cli.training import Train, train_in_world
 from dfkd.config import TrainTeacherCommand
-from dfkd.logs import LOG
+
+if TYPE_CHECKING:
+    from dfkd.training.world import World
 
 COMMAND = "dfkd-train-teacher"
 
@@ -16,30 +18,16 @@ COMMAND = "dfkd-train-teacher"
 def run(asked: TrainTeacherCommand) -> dict[str, Any] | None:
     """Train what is not trained yet, test, write; the result, None in all processes but the first."""
     from dfkd import teachers
-    from dfkd.training.folder import read_result
     from dfkd.training.step import check_training
     from dfkd.training.teacher import train_teacher
-    from dfkd.training.world import join
 
-    config = asked.training
-    with join(config.train.compute.device) as world:
+    def prepared(world: "World") -> Train:
         teachers.check(asked.architecture)
-        check_training(config.train, world)
-        speak = say if world.first else (lambda text: None)
-        with progress("training", "img", world.first, asked.out / LOG) as draw:
-            train_teacher(
-                asked.data,
-                config,
-                asked.out,
-                architecture=asked.architecture,
-                input_size=asked.input_size,
-                resize=asked.resize,
-                world=world,
-                progress=draw,
-                say=speak,
-                on_new=partial(save_settings, asked, asked.out, COMMAND),
-            )
-        return read_result(asked.out) if world.first else None
+        check_training(asked.training.train, world)
+        own: dict[str, Any] = {"input_size": asked.input_size, "resize": asked.resize}
+        return partial(train_teacher, asked.data, asked.training, asked.out, architecture=asked.architecture, **own)
+
+    return train_in_world(asked, asked.training.train, COMMAND, prepared)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from dfkd.config.commands import (
     TrainTeacherCommand,
 )
 from dfkd.config.fields import Config, leaves, merged, nested, option, plain, presets, read_preset, section
+from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, DenoiserConfig, PriorTrainConfig
 from dfkd.config.synthesis import (
     BACKENDS,
     DTYPES,
@@ -36,15 +37,11 @@ from dfkd.config.training import (
     LOADERS,
     MIXES,
     VIEWS,
-    AutoencoderConfig,
-    DecoderTrainConfig,
-    DenoiserConfig,
     DistillConfig,
     LoaderConfig,
     LoggingConfig,
     MsarcConfig,
     OptimiserConfig,
-    PriorTrainConfig,
     TeacherTrainConfig,
     TrainComputeConfig,
     TrainConfig,

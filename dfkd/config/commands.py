@@ -4,15 +4,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
+from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, PriorTrainConfig
 from dfkd.config.synthesis import RESIZES, GenerateConfig, PriorConfig, PriorFilesConfig, TeacherConfig
-from dfkd.config.training import (
-    AutoencoderConfig,
-    DecoderTrainConfig,
-    DistillConfig,
-    LoggingConfig,
-    PriorTrainConfig,
-    TeacherTrainConfig,
-)
+from dfkd.config.training import DistillConfig, LoggingConfig, TeacherTrainConfig
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
 

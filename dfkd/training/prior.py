@@ -19,7 +19,7 @@ from dfkd.errors import UsageError
 from dfkd.runtime import resolve_device, seed_global
 from dfkd.training.autoencoder import HALF, STAGE, VAE, encode, open_autoencoder, train_autoencoder
 from dfkd.training.denoising import attention_of
-from dfkd.training.folder import finished, run_folder, write_result
+from dfkd.training.folder import finished, read_result, run_folder, write_result
 from dfkd.training.loop import Progress, Say, Training, fit
 from dfkd.training.losses import Network
 from dfkd.training.prior_existing import LORA_WEIGHTS, existing_parts, open_existing, save_lora
@@ -109,7 +109,7 @@ def train_prior(
             network: Any = state.result.eval()
             result = {
                 "steps": state.step,
-                "seconds": round(state.seconds, 3),
+                "seconds": round(state.seconds + _stage_seconds(out), 3),
                 "images": len(learning.labels),
                 "class_names": list(names),
                 "validation_loss": state.kept["validation_loss"],
@@ -162,6 +162,12 @@ def _autoencoder(
 
         images = open_splits(config.autoencoder.data, size, splits=("train",), least_classes=1)["train"]
     return train_autoencoder(images, learning, config, size, out, identity, world, progress, say)
+
+
+def _stage_seconds(out: Path) -> float:
+    """What the autoencoder took that was trained for this prior, 0 where none was."""
+    stage = read_result(out / STAGE) or {"seconds": 0.0}
+    return float(stage["seconds"])
 
 
 def _latent(config: PriorTrainConfig) -> bool:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from dfkd.config import PriorTrainConfig
 from dfkd.data import Pool
 from dfkd.errors import UsageError
+from dfkd.training import prior as module
+from dfkd.training.autoencoder import STAGE
 from dfkd.training.loop import Progress
 from dfkd.training.prior import train_prior
 from dfkd_engine.priors.prior import Prior
@@ -239,6 +241,18 @@ def test_a_class_conditional_prior_goes_on_with_its_own_classes(made: dict[str, 
         )
     with pytest.raises(UsageError, match=r"--train-text-encoder with --prior .*: it has no text encoder"):
         further(tmp_path / "text", made["class"], train_text_encoder=True)
+
+
+def test_seconds_are_those_of_both_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = module.read_result
+
+    def read(folder: Path) -> dict[str, Any] | None:
+        found = own(folder)
+        return found and found | ({"seconds": 1000.0} if folder.name == STAGE else {})
+
+    monkeypatch.setattr(module, "read_result", read)
+    assert 1000 < result(train(tmp_path / "latent", settings(**KINDS["latent"])))["seconds"] < 1060
+    assert 0 < result(train(tmp_path / "pixels", settings(**KINDS["class"])))["seconds"] < 60
 
 
 def test_an_autoencoder_that_exists_is_taken(made: dict[str, Path], tmp_path: Path) -> None:

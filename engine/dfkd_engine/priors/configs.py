@@ -45,7 +45,7 @@ def check_diffusers_config(where: str, network: Any, config: Mapping[str, Any]) 
 
 
 def check_transformers_config(where: str, kind: Any, config: Mapping[str, Any]) -> None:
-    """The same for a network of transformers. kind: the class of its config."""
+    """Raise EngineError for an entry of a transformers config that its class `kind` cannot take. where: of the file."""
     try:
         kind.from_dict(dict(config))
     except Exception as error:  # a strict dataclass's own errors, and those of its checks

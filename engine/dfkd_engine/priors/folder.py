@@ -245,7 +245,7 @@ def _config(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path, files: Iterable[Path]) -> str:
-    """Of the names, within the folder, and bytes of files; one that lies elsewhere is a checkpoint under any name."""
+    """SHA-256 over the names, within the folder, and bytes of files; a checkpoint that lies elsewhere has any name."""
     lines = [f"{_name(folder, path)} {sha256_once(path)}\n" for path in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

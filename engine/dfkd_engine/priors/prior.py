@@ -181,7 +181,8 @@ class Prior:
         return self.family.conditions(prompts, side or self._side(), cfg)
 
     def unconditional(self, prompt: str = "", side: int = 0) -> tuple[Tensor, ...]:
-        """The same [1, ...] for the rows that classifier-free guidance moves away from. prompt: the negative one."""
+        """Condition tensors [1, ...] of the rows that classifier-free guidance moves away from, ordered as `conditions`
+        gives them. prompt: the negative one."""
         return self.family.unconditional(prompt, side or self._side())
 
     def _side(self) -> int:
@@ -231,7 +232,7 @@ def check_source(
     textual_inversion: Sequence[str] = (),
 ) -> None:
     """Raise EngineError for a source that is none, or whose folder lacks a part or has configs that cannot be, without
-    loading or fetching any. Arguments as of `Prior.from_pretrained`.
+    loading or fetching any. Its arguments are those of `Prior.from_pretrained`.
     """
     place = PriorSource(source, revision, variant, offline, config)
     for text in lora:
@@ -296,7 +297,7 @@ def _enlargement(vae: Any) -> int:
 
 def _check(folder: PriorFolder, family: Family) -> None:
     """Raise EngineError where denoiser, VAE and what dfkd.json states do not fit one another."""
-    if folder.configs["dfkd"].get("null_class") is not None and getattr(family, "null_class", None) is None:
+    if folder.configs["dfkd"].get("null_class") is not None and family.null_class is None:
         raise family.refuse(folder, "dfkd.json states a null_class", f"{family.name} has no use for it", "leave it out")
     own, vae = family.config, folder.configs.get("vae", {})
     if family.vaes:

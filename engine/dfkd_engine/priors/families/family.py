@@ -24,6 +24,7 @@ class Family:
     cfg: how classifier-free guidance enters: "rows", by an unconditional row beside each; "input", as an input of a
     network that was distilled with it; "none", not at all.
     multiple, largest: what the sides of latents are a multiple of, and the most that they may be (None: no bound).
+    null_class: the class id that stands for none, where there is one beside the classes.
     encoders: networks that make the conditions, by part.
     upcasts: whether the VAE computes in float32 beside a denoiser in float16 where its config says force_upcast. Only
     some pipelines of diffusers go by that, which is AutoencoderKL's default.
@@ -47,6 +48,7 @@ class Family:
         self.config = config
         self.inputs: tuple[str, ...] = ()
         self.cfg = "none"
+        self.null_class: int | None = None
         self.multiple = 1
         self.largest: int | None = None
         self.encoders: Mapping[str, nn.Module] = {}

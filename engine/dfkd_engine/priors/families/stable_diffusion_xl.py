@@ -77,7 +77,7 @@ class StableDiffusionXL(Family):
         return context, pooled, *self._told(side, cfg, context)
 
     def unconditional(self, prompt: str, side: int) -> tuple[Tensor, ...]:
-        """As diffusers: zeros for the empty prompt, where the model was trained so."""
+        """Conditions of the negative prompt; zeros for an empty one where the model was trained so, as in diffusers."""
         context, pooled, *told = self.conditions([prompt], side, 1.0)
         if prompt == "" and self.facts["zeros"]:
             context, pooled = torch.zeros_like(context), torch.zeros_like(pooled)

@@ -84,7 +84,7 @@ class PixelUNet(Family):
 
 
 class LatentUNet(PixelUNet):
-    """The same on the latents of a VAE."""
+    """A UNet without text on the latents of a VAE: unconditional, or with a class id."""
 
     name, vaes = "UNet of latents", ("AutoencoderKL", "AutoencoderTiny")
     requires = ("vae",)
