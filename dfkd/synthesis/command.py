@@ -22,7 +22,7 @@ from dfkd.synthesis.plan import make_plan, predict, seconds_of, table
 from dfkd.synthesis.prompts import prompt_of
 from dfkd.synthesis.run import open_run, run_on_record
 from dfkd.synthesis.schedule import find_sampler
-from dfkd.synthesis.synthesizer import Synthesizer
+from dfkd.synthesis.synthesizer import Synthesizer, innermost
 from dfkd.synthesis.watch import Progress
 from dfkd.teachers import Classifier, load_teacher
 from dfkd_engine.priors.guidance_decoder import check_decoder
@@ -141,7 +141,7 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
 
     Raises UsageError as `pipeline_of`, and for a method whose network calls are not known.
     """
-    pipe, missing = pipeline_of(asked, say), asked.count
+    pipe, missing = innermost(pipeline_of(asked, say)), asked.count
     if not isinstance(pipe, GuidedPipeline):
         raise UsageError(f"--plan-only with --method {pipe.name}", "its network calls are not known", "leave it out")
     found = make_plan(pipe, asked.generate)

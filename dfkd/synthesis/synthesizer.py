@@ -48,6 +48,9 @@ class Synthesizer(Protocol):
         choose_engines()            raise where a new folder's `use_engines` would find none, before calls are planned
         on_progress: None           is set to a callable that takes the share, in 0..1, of a call that is done
         update(student)             take a newer student, for methods that go by what it does not know yet
+        state_dict()                what it has learned from its calls so far, {name: tensor}, for methods whose images
+                                    follow from those before them: its groups are then made in turn, by one process
+        load_state_dict(state)      take that up, in a run that continues a folder or goes on from another
     """
 
     name: str
@@ -66,6 +69,50 @@ class Synthesizer(Protocol):
         asked images returned.
         """
         ...
+
+
+class Around:
+    """A synthesizer around another one: what it does not have itself is the inner one's.
+
+    identity: the inner one's, to which a subclass adds its own settings.
+    """
+
+    def __init__(self, inner: Synthesizer) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not there yet, while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def call_size(self) -> int:
+        """Images per network call of the inner one. Raises AttributeError where it has none."""
+        return int(self.inner.call_size)  # type: ignore[attr-defined]
+
+    @call_size.setter
+    def call_size(self, images: int) -> None:
+        self.inner.call_size = images  # type: ignore[attr-defined]
+
+    @property
+    def on_progress(self) -> Callable[[float], object] | None:
+        """Who is told the share, in 0..1, of a call of the inner one. Raises AttributeError where it does not tell."""
+        return self.inner.on_progress  # type: ignore[attr-defined,no-any-return]
+
+    @on_progress.setter
+    def on_progress(self, told: Callable[[float], object] | None) -> None:
+        self.inner.on_progress = told  # type: ignore[attr-defined]
+
+    def identity(self) -> Mapping[str, Any]:
+        """What the inner one's images follow from."""
+        return self.inner.identity()
+
+
+def innermost(synthesizer: Synthesizer) -> Synthesizer:
+    """The synthesizer that makes images, inside of those that are around it."""
+    while isinstance(synthesizer, Around):
+        synthesizer = synthesizer.inner
+    return synthesizer
 
 
 def own_size(config: GenerateConfig, teacher: Classifier) -> int:
