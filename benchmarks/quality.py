@@ -1,6 +1,7 @@
 """The whole job, judged: what a student of guided images is worth beside every control, over several seeds.
 
     python -m benchmarks.quality demo --seeds 3 --out runs/quality --record benchmarks/results/quality-demo-cpu.json
+    python -m benchmarks.quality ablation --seeds 3        each option off and on around the default: ablation.py
 
 A seed is `dfkd-run benchmarks/quality_demo.toml --seed N --out OUT/seed-N`: a teacher, and for guided images and each
 control a student with as many images, steps and views, tested once on real images. Stopped and started again it goes
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import ablation
 from benchmarks.machine import describe
 from benchmarks.recording import finish, table, taken_on
 from dfkd.data import read_manifest
@@ -111,11 +113,13 @@ def _seconds(result: Mapping[str, Any], name: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=["demo"], help="which file to judge: benchmarks/quality_JOB.toml")
+    parser.add_argument("job", choices=["demo", "ablation"], help="benchmarks/quality_demo.toml, or ablation.toml")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder (default runs/quality)")
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="real images to judge on")
+    parser.add_argument("--out", type=Path, help="folder (default runs/quality, runs/ablation)")
+    parser.add_argument("--split", choices=["test", "validation"], help="real images (default test, validation)")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="ablation: of these rows alone")
+    parser.add_argument("--workers", type=int, default=2, help="ablation: processes of one thread each (default 2)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="also write the JSON to this file")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, seconds: proves that it runs, no more")
     a = parser.parse_args()
@@ -123,16 +127,22 @@ def main() -> None:
         parser.error("a rehearsal is not recorded")
     quieten_libraries()
     machine = describe(resolve_device("auto"))  # before the work: what fails here must not lose it
-    file = read_file(a.job, a.split, a.rehearse)
-    jobs = [read_job(file, a.out / f"seed-{seed}", seed) for seed in range(a.first_seed, a.first_seed + a.seeds)]
-    ours = jobs[0].variants[0]
-    result = {
-        **together([judged(job) for job in jobs]),
-        "machine": machine, "split": a.split, "images": ours.generate.count, "steps": ours.distill.distill.train.steps,
-    }  # fmt: skip
+    seeds, out = range(a.first_seed, a.first_seed + a.seeds), a.out or Path("runs", a.job.replace("demo", "quality"))
+    if a.job == "ablation":
+        asked = ablation.Ablation.read(out, a.split or "validation", a.rows, a.rehearse)
+        result = {**ablation.run(asked, seeds, a.workers), "machine": machine}
+        text = ablation.markdown(result)
+    else:
+        split = a.split or "test"
+        file = read_file(a.job, split, a.rehearse)
+        jobs = [read_job(file, out / f"seed-{seed}", seed) for seed in seeds]
+        own = jobs[0].variants[0]
+        sizes = {"images": own.generate.count, "steps": own.distill.distill.train.steps}
+        result = {**together([judged(job) for job in jobs]), "machine": machine, "split": split, **sizes}
+        text = markdown(result)
     if a.record:
         replace_text(a.record, json.dumps(result, indent=1) + "\n")
-    finish(result, markdown(result))
+    finish(result, text)
 
 
 if __name__ == "__main__":
