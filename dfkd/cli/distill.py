@@ -30,11 +30,12 @@ def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
     """`run` as one of the processes of `world`."""
     from dfkd import teachers
     from dfkd.data import ImageFiles, JoinedImages, open_data
-    from dfkd.training.distill import check, distill
+    from dfkd.training.distill import check, distill, warm_start
 
     config = asked.distill
     teachers.check(config.student)
     check(config, world)
+    init = None if asked.init is None else warm_start(asked.init, config)
     if asked.test is not None:
         from dfkd.evaluation import check_data
 
@@ -53,7 +54,9 @@ def run_in(world: "World", asked: DistillCommand) -> dict[str, Any] | None:
         if isinstance(part, ImageFiles) and part.listing.passed_over:
             speak(part.listing.described())
     with progress("distilling", "img", world.first, asked.out / LOG) as draw:
-        student = distill(data, teacher, config, asked.out, world=world, progress=draw, say=speak, on_new=save)
+        student = distill(
+            data, teacher, config, asked.out, student=init, world=world, progress=draw, say=speak, on_new=save
+        )
     return tested(asked, student) if world.first else None
 
 

@@ -174,6 +174,11 @@ class DistillCommand(Config):
     out: Path = option(MISSING, "folder to write", identity=False)
     test: str | None = option(None, "real images for one test after the training: " + DATA_HELP, identity=False)
     test_split: str = option("test", "as --split of dfkd-evaluate", choices=("test", "validation"), identity=False)
+    init: Path | None = option(
+        None,
+        "student to go on from, instead of fresh weights: OUT/last of a dfkd-distill of the same architecture",
+        identity=False,
+    )
     teacher: TeacherConfig = nested(TeacherConfig)
     distill: DistillConfig = nested(DistillConfig)
 

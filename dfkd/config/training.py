@@ -204,6 +204,13 @@ class DistillConfig(Config):
     mix: str = option("none", "mixtures of two images, labelled by the teacher", choices=MIXES)
     mix_alpha: float = option(1.0, "lam ~ Beta(alpha, alpha) of the mixtures", low=1e-3)
     held_out: float = option(0.05, "part of the images kept for choosing the best checkpoint", low=0, high=0.5)
+    plateau: int | None = option(
+        None,
+        "end before the length of the run, once so many checks in a row found no better agreement with the teacher on"
+        " the images held out",
+        unit="checks",
+        low=1,
+    )
     on_bad_sample: str = option(
         "fail",
         "an image that is damaged: fail ends the run before it begins; skip leaves such images out",
@@ -223,6 +230,8 @@ class DistillConfig(Config):
             raise ValueError(
                 f"--ce-weight {self.ce_weight} with --mix {self.mix}: a mixture of two images has no single label"
             )
+        if self.plateau is not None and not self.held_out:
+            raise ValueError(f"--plateau {self.plateau} with --held-out 0: agreement is measured on images held out")
         if not self.msarc.weight:
             return
         for flag, given in (

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from dfkd import teachers
 from dfkd.config import DistillConfig
-from dfkd.data import Batch, Form, Images, damage_text, match_network, open_data, read_all
+from dfkd.data import Batch, Form, Images, Order, damage_text, match_network, open_data, read_all
 from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import KernelChoice, choose_kernels, derived_seed, resolve_device, seed_global
 from dfkd.teachers import Classifier
 from dfkd.training.folder import WEIGHTS, finished, run_folder, write_result
-from dfkd.training.loop import Progress, Say, Training, fit, order_of
+from dfkd.training.loop import Progress, Say, Training, check_steps, fit, never, order_of
 from dfkd.training.losses import CrossEntropy, DistillLoss, KullbackLeibler, Objective, kl_at_temperature, own_losses
 from dfkd.training.mixing import mix
 from dfkd.training.msarc import Msarc
@@ -51,9 +51,10 @@ def distill(
 
     data: what `generate` returned, or one or several folders of images, whose classes are the teacher's.
     teacher: is frozen in place (`Classifier.freeze`), on the device of the run.
-    student: a network to train in place instead of config.student, alone or in a Classifier of the teacher's classes,
-    and fed what the teacher is; None builds config.student anew. Its weights before training belong to the run: whoever
-    continues a stopped run, or asks for a finished one, gives a network that starts from the same.
+    student: a network to train in place instead of config.student, alone or in a Classifier of the teacher's classes
+    (such as `warm_start` reads), and fed what the teacher is; None builds config.student anew. Its weights before
+    training belong to the run: whoever continues a stopped run, or asks for a finished one, gives a network that starts
+    from the same.
     losses: losses beside those that the settings name.
     world: of dfkd.training.world.join where the run has several processes, each of which calls this with the same
     arguments; the first alone writes. Its device is then the run's.
@@ -86,16 +87,22 @@ def distill(
         say(f"kernels: {kernels.name} ({kernels.why})")
         say(f"losses: {', '.join(loss.describe() for loss in bound)}")
         rows, held = split(images.ids, config.held_out)
-        judge = HeldOut(images, held if world.first else held[:0], teacher, pupil, config.temperature, out)
+        judge = HeldOut(images, held if world.first else held[:0], teacher, pupil, config, out)
         training = _training(images, rows, teacher, pupil, bound, config, judge)
+        order = order_of(config.train, len(rows), world)
+        _require_checks(config, order)
         state = fit(training, config.train, out, identity, world, progress, say)
+        if state.step < order.steps:
+            say(f"ended after step {state.step} of {order.steps}: {config.plateau} checks without a better agreement")
         pupil = pupil.replace(module=state.result.eval())
         if world.first:
             result = {
                 **judge.finish(state),
                 "steps": state.step,
+                "steps_asked": order.steps,
+                "ended_by": "plateau" if state.step < order.steps else "length",
                 "skipped": int(state.skipped),
-                "images": order_of(config.train, len(rows), world).length,
+                "images": state.step * order.batch_size,
                 "left_out": [bad.id for bad in getattr(images, "left_out", ())],
                 "seconds": round(state.seconds, 3),
                 "device": str(world.device),
@@ -121,10 +128,22 @@ def check(
     own_losses(config)
     if teacher is not None and images is not None:
         student = _untrained(None, teacher, config, teacher.class_names).tried(training=True)
-        rows = order_of(config.train, len(split(torch.arange(images), config.held_out)[0]), world).batch_size
-        form = form_of(teacher, student.device)
-        without_gradient(student.module, form, rows // world.size)
+        order = order_of(config.train, len(split(torch.arange(images), config.held_out)[0]), world)
+        _require_checks(config, order)
+        without_gradient(student.module, form_of(teacher, student.device), order.batch_size // world.size)
     return choose_kernels(config.kernels, world.device)
+
+
+def warm_start(folder: Path, config: DistillConfig) -> Classifier:
+    """The student of a folder, to be trained further: OUT/last of a distillation of the same architecture.
+
+    Raises UsageError: no classifier is there, or it is of another architecture.
+    """
+    found = Classifier.from_pretrained(folder)
+    if found.architecture != config.student:
+        what = f"--init {folder} is {found.architecture or 'a network without a name'}, the student {config.student}"
+        raise UsageError(what, "weights are taken up by a network of the same architecture", "change one of the two")
+    return found
 
 
 def identity_of(
@@ -164,6 +183,7 @@ class HeldOut:
     """Judges a student on synthetic images that it does not learn from, without real data, and saves it.
 
     positions: of the held-out images, int64 [n]; without any nothing is measured, and the best student is the last.
+    config: its temperature, and its plateau.
     """
 
     def __init__(
@@ -172,10 +192,11 @@ class HeldOut:
         positions: Tensor,
         teacher: Classifier,
         pupil: Classifier,
-        temperature: float,
+        config: DistillConfig,
         out: Path,
     ) -> None:
-        self._pupil, self._temperature, self._out = pupil, temperature, out
+        self._pupil, self._temperature, self._out = pupil, config.temperature, out
+        self._plateau = config.plateau
         self._images = read_all(images, positions, teacher.input_size, teacher.resize) if len(positions) else None
         self._wanted = None if self._images is None else logits_of(teacher, self._images)
 
@@ -186,10 +207,18 @@ class HeldOut:
         judged = self._pupil.replace(module=state.result.eval())
         last = score(logits_of(judged, self._images), self._wanted, self._temperature)
         state.kept["last"] = last
+        if last[0] > state.kept.get("highest_agreement", -1.0):
+            state.kept |= {"highest_agreement": last[0], "checks_since": 0}
+        else:
+            state.kept["checks_since"] += 1
         if last > tuple(state.kept.get("best", (-1.0, 0.0))):  # below any that can occur
             state.kept |= {"best": last, "best_step": state.step}
             judged.save_pretrained(self._out / "best", step=state.step, agreement=last[0])
         return {"agreement": last[0], "held_out_loss": -last[1]}
+
+    def ended(self, state: State) -> bool:
+        """Whether as many checks as the plateau is long came after that of the highest agreement."""
+        return self._plateau is not None and int(state.kept.get("checks_since", 0)) >= self._plateau
 
     def finish(self, state: State) -> dict[str, Any]:
         """Save the last student; its agreement and that of the best one, None without held-out images."""
@@ -263,6 +292,15 @@ def _check_pair(images: Images, teacher: Classifier) -> None:
         )
 
 
+def _require_checks(config: DistillConfig, order: Order) -> None:
+    """Raise UsageError for a plateau that is longer than the checks after a run's first."""
+    checks = -(-order.steps // check_steps(config.train, order))
+    if config.plateau is not None and config.plateau >= checks:
+        what = f"--plateau {config.plateau} cannot act: the run has {checks} check{'s' * (checks > 1)}"
+        raise UsageError(what, f"the first of its {order.steps} steps' checks sets the agreement to surpass",
+                         "lower it, or check more often with --checkpoint-every")  # fmt: skip
+
+
 def _pupil(untrained: Classifier, config: DistillConfig, world: World) -> Classifier:
     """The student on the device, as it is trained."""
     twice = config.msarc.weight and config.msarc.maps != "cam"  # no SyncBatchNorm is differentiated twice
@@ -309,4 +347,5 @@ def _training(
         assert batch.random is not None  # the steps of a run have their own
         return mix(batch.images, config.mix, config.mix_alpha, batch.random, total, rows)
 
-    return Training(pupil.module, images, rows, form, objective, judge, mixed)
+    ended = never if config.plateau is None else judge.ended
+    return Training(pupil.module, images, rows, form, objective, judge, mixed, ended=ended)

@@ -40,6 +40,11 @@ def unmixed(batch: Batch, total: int, rows: slice) -> Tensor:
     return batch.images
 
 
+def never(state: State) -> bool:
+    """No early end."""
+    return False
+
+
 @dataclass(frozen=True)
 class Training:
     """What differs between one training and another.
@@ -49,6 +54,8 @@ class Training:
     evaluate: of the state, on the first process: numbers for the log, {} for none; it may save and keep what it likes.
     mix: of a batch that is `rows` of a global batch of `total`: the images to train on.
     example: what the loss calls the network with, of two images, where that is not two images of the form.
+    ended: whether a run ends at the state of a check, before its length; asked in the first process, of a state that
+    `evaluate` has seen.
     """
 
     network: nn.Module
@@ -59,6 +66,7 @@ class Training:
     evaluate: Callable[[State], dict[str, float]]
     mix: Callable[[Batch, int, slice], Tensor] = unmixed
     example: tuple[Tensor, ...] | None = None
+    ended: Callable[[State], bool] = never
 
 
 def fit(
@@ -70,7 +78,8 @@ def fit(
     progress: Progress,
     say: Say,
 ) -> State:
-    """Train from the checkpoint in `out`, or from the beginning, to the end; returns the last state.
+    """Train from the checkpoint in `out`, or from the beginning, to the end, or to where `training` ends it early;
+    returns the last state.
 
     progress(images shown, images in all) is called before the first step and after each. torch's generators are left
     alone. The caller holds the folder. On a CPU a run that was stopped ends with the same bits as one that was not.
@@ -83,7 +92,7 @@ def fit(
     unused = without_gradient(training.network, training.form, order.batch_size // world.size, training.example)
     state = State(training.network, config, world.device)
     guard = _begin(training, state, order, out, identity, world, say)
-    if state.step == order.steps:
+    if state.step == order.steps or world.from_first(lambda: training.ended(state)):
         return state
     if unused:
         say(f"{len(unused)} parameters get no gradient and stay as they are: {some_names(unused)}")
@@ -119,6 +128,8 @@ def fit(
                 state.seconds = time.perf_counter() - started
                 _save(state, out, identity, world, guard.pending())
             progress(state.step * order.batch_size, order.length)
+            if due and training.ended is not never and world.from_first(lambda: training.ended(state)):
+                break
             if stop:
                 raise Stopped(stop, f"stopped after step {state.step} of {order.steps}; started again it goes on")
     return state

@@ -139,6 +139,10 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
         (["--test", f"imagefolder:{tmp_path}/{{split}}"], "there is no"),
         (["--test", class_folders(tmp_path / "ants", ("one", "ant"))], "the images have the classes ant"),
         (["--loss", "nowhere.py:Hint"], "no file nowhere.py"),
+        (["--plateau", "9"], "--plateau 9 cannot act"),
+        (["--init", tmp_path / "none"], "none"),
+        (["--init", tmp_path / "other"], "classes"),
+        (["--init", save_classifier(tmp_path / "wrn", architecture="wrn16_1")], "is wrn16_1, the student resnet8"),
         (["--out", tmp_path / "file" / "out"], "cannot write to"),
     ]
     for more, message in cases:
@@ -151,6 +155,16 @@ def test_wrong_input_is_refused_before_work(inputs: Path, tmp_path: Path, capsys
         printed = capsys.readouterr()
         assert "error: " in printed.err and message in printed.err and printed.out == ""
     assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_student_that_exists_is_trained_further(inputs: Path, tmp_path: Path) -> None:
+    start = save_classifier(tmp_path / "start", seed=5, names=CLASS_NAMES)
+    for name, more in (("warm", ("--init", start)), ("cold", ())):
+        assert call(*arguments(inputs, tmp_path / name), *more) == 0
+    assert not equal(tmp_path / "warm/last", tmp_path / "cold/last")
+    assert call(*arguments(inputs, tmp_path / "warm"), "--init", start) == 0
+    save_classifier(start, seed=6, names=CLASS_NAMES)  # other weights of the same name: another run
+    assert call(*arguments(inputs, tmp_path / "warm"), "--init", start) == 2
 
 
 def test_a_folder_in_use_keeps_the_settings_of_its_run(inputs: Path, tmp_path: Path, capsys: Any) -> None:

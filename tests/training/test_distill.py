@@ -14,13 +14,15 @@ from dfkd.config import DistillConfig, leaves
 from dfkd.errors import UsageError
 from dfkd.teachers import Classifier
 from dfkd.training import step
-from dfkd.training.distill import distill, score, split
+from dfkd.training.distill import distill, score, split, warm_start
 from dfkd.training.losses import CrossEntropy
 from dfkd.training.world import World
 from dfkd_kernels import soft_kl
 from tests.training.small_run import (
     CLASS_NAMES,
+    Killed,
     close,
+    dies,
     equal,
     equal_states,
     lines,
@@ -133,6 +135,44 @@ def test_a_classifier_may_be_the_student(tmp_path: Path) -> None:
         run(tmp_path / "other", student=mine.replace(class_names=("zero", "two", "one")))
 
 
+def test_a_student_goes_on_from_anothers_weights(tmp_path: Path) -> None:
+    run(tmp_path / "first", settings(student="resnet8"), student=None)
+    go_on = settings(student="resnet8", steps=2)
+    warm = warm_start(tmp_path / "first/last", go_on)
+    run(tmp_path / "warm", go_on, student=warm)
+    run(tmp_path / "cold", go_on, student=None)
+    assert not equal(tmp_path / "warm/last", tmp_path / "cold/last")
+    run(tmp_path / "still", settings(student="resnet8", steps=2, lr=0), student=warm_start(warm.source, go_on))
+    held = [weights(tmp_path / name)["conv1.weight"] for name in ("still/last", "first/last")]
+    assert torch.equal(*held)
+    with pytest.raises(UsageError, match=r"student is ThinResNet \w+ there and resnet8 here"):
+        run(tmp_path / "warm", go_on, student=None)
+    with pytest.raises(UsageError, match="is resnet8, the student wrn16_1"):
+        warm_start(tmp_path / "first/last", settings(student="wrn16_1"))
+
+
+def test_a_plateau_ends_a_run_and_a_resumed_one_at_the_same_step(tmp_path: Path) -> None:
+    flat = settings(checkpoint_every=2, lr=1e-5, plateau=2)
+    found = run(tmp_path / "whole", flat)
+    measured = [line["agreement"] for line in lines(tmp_path / "whole") if "agreement" in line]
+    assert (found["ended_by"], found["steps_asked"]) == ("plateau", 12) and found["steps"] == 2 * len(measured) < 12
+    assert max(measured[-2:]) <= max(measured[:-2])
+    for kill in (1, 3, found["steps"] - 1):
+        with pytest.raises(Killed):
+            run(tmp_path / str(kill), flat, progress=dies(kill))
+        assert run(tmp_path / str(kill), flat)["steps"] == found["steps"]
+        assert equal(tmp_path / "whole/last", tmp_path / str(kill) / "last")
+        assert lines(tmp_path / "whole") == lines(tmp_path / str(kill))
+    assert run(tmp_path / "long", settings())["ended_by"] == "length"
+
+
+def test_a_plateau_that_cannot_act_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--plateau 3 cannot act: the run has 3 checks"):
+        run(tmp_path / "out", settings(checkpoint_every=4, plateau=3))
+    with pytest.raises(ValueError, match="--plateau 3 with --held-out 0"):
+        settings(plateau=3, held_out=0)
+
+
 def test_a_loss_may_be_an_object(tmp_path: Path) -> None:
     run(tmp_path / "named", settings(ce_weight=0.5))
     run(tmp_path / "given", losses=[CrossEntropy(0.5)])
@@ -190,6 +230,7 @@ OTHER_STUDENT: dict[str, tuple[Any, dict[str, Any]]] = {
     "clip_norm": (1e-3, {}),
     "ema": (0.9, {}),
     "held_out": (0.3, {}),
+    "plateau": (1, {"checkpoint_every": 2, "lr": 1e-5}),
     "amp": ("bf16", {}),
     "seed": (1, {}),
 }
