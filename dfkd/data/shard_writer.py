@@ -120,8 +120,22 @@ class ShardFolder:
             self._read_manifest()
             pending = [index for index in pending if not self._whole(index)]
 
-    def write(self, index: int, images: NDArray[np.uint8], records: Sequence[Record], seconds: float = 0.0) -> Path:
-        """Commit one shard: images uint8 [n, H, W, 3] and their records, both in the order of the shard's ids."""
+    def entry(self, index: int) -> Mapping[str, Any]:
+        """What the manifest has on record of one shard; {} of one that was not written yet."""
+        return self._shards.get(_file_name(index), {})
+
+    def write(
+        self,
+        index: int,
+        images: NDArray[np.uint8],
+        records: Sequence[Record],
+        seconds: float = 0.0,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Commit one shard: images uint8 [n, H, W, 3] and their records, both in the order of the shard's ids.
+
+        facts: what else the manifest has on record of it, plain JSON values.
+        """
         ids, size = self.layout.ids(index), self.layout.image_size
         if [record.id for record in records] != list(ids):
             raise ValueError(f"shard {index} holds the ids {ids.start} to {ids.stop - 1}, in that order")
@@ -139,6 +153,7 @@ class ShardFolder:
                 "count": len(ids),
                 "sha256": sha256(path),
                 "seconds": round(seconds, 3),
+                **(facts or {}),
             }
             self._write_manifest()
         return path

@@ -1,7 +1,7 @@
 """Synthetic images on disk, and how they are read: WebDataset tar files and a manifest.
 
     DIR/manifest.json      version, settings, run, class_names, image_size, image_format, count, shard_size,
-                           shards: [{file, first_id, count, sha256, seconds}]
+                           shards: [{file, first_id, count, sha256, seconds, ...}]
     DIR/shard-00000.tar    <id:08d>.png|jpg|npy (pixels), <id:08d>.cls (label), <id:08d>.json (record), ids ascending
     DIR/shard-00000.idx    where each file of the shard begins, for DALI's readers.webdataset
 
@@ -214,18 +214,23 @@ def read_manifest(path: Path) -> tuple[Layout, list[dict[str, Any]]]:
     return layout, shards
 
 
-def open_folder(path: Path, on_bad_sample: str = "fail") -> ShardPool:
+def open_folder(path: Path, on_bad_sample: str = "fail", until: int | None = None) -> ShardPool:
     """The images of a finished folder of shards, whose hashes are checked.
 
+    until: those of smaller ids alone, whole shards, of a folder that needs to be finished so far only.
     on_bad_sample: fail: raises UsageError for a missing or altered shard, naming it and the images in it that are
     damaged. skip: those are left out, found by decoding the images of altered shards once; what is left depends on
     nothing but the folder. Raises UsageError where nothing is.
     """
     layout, shards = read_manifest(path)
-    if len(shards) < layout.shard_count():
+    wanted = layout.shard_count()
+    if until is not None:
+        wanted = -(-until // layout.shard_size)
+        shards = shards[:wanted]
+    if len(shards) < wanted:
         raise UsageError(
             f"{path} is not finished",
-            f"it holds {len(shards)} of {layout.shard_count()} shards",
+            f"it holds {len(shards)} of {wanted} shards",
             "run the same dfkd-generate again, which makes what is missing",
         )
     found: list[tuple[Entry, int, int]] = []

@@ -4,10 +4,13 @@ The unit of commit is a shard of whole groups. Its bytes follow from (identity, 
 and the machine, so that a run that was killed is finished by making the shards that are not there, and several
 processes that share the shards out write the bytes of one. The folder records call size, threads and engines, and a run
 that continues it goes by these.
+
+Of a method that learns from its own calls (`Synthesizer.state_dict`) a call is one group, the groups are made in turn,
+and its state is kept beside the shards (carried.py).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -23,9 +26,11 @@ from dfkd.extension import described
 from dfkd.logs import Logs, check_logs
 from dfkd.runtime import Rank, cpu_threads, own_rank
 from dfkd.synthesis.batching import ShortMemory, calling, release
+from dfkd.synthesis.carried import Carried, learns, require_one_process
 from dfkd.synthesis.plan import Plan, make_plan
 from dfkd.synthesis.synthesizer import Sample, Synthesizer
 from dfkd.synthesis.watch import Progress, ShardLog, Watch
+from dfkd.teachers import Classifier
 
 Say = Callable[[str], object]
 
@@ -84,12 +89,14 @@ def open_run(
     config: GenerateConfig | None = None,
     say: Say | None = None,
     rank: Rank | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> Iterator["Run"]:
     """A run on its folder, which is locked, begun or taken up inside; nothing is made yet.
 
-    Arguments and errors as of `generate`.
+    Arguments and errors as of `generate`. also: what else the images follow from, in JSON's types.
     """
     config, rank = config or getattr(synthesizer, "config", None) or GenerateConfig(), rank or own_rank()
+    require_one_process(synthesizer, rank)
     before = run_on_record(out)
     if not before and hasattr(synthesizer, "choose_engines"):
         synthesizer.choose_engines()  # refuses before anything is measured
@@ -105,7 +112,7 @@ def open_run(
             facts["engines"] = dict(synthesizer.use_engines(before.get("engines") if before else None))
         folder = ShardFolder.create_or_open(
             out,
-            identity_of(synthesizer, seed),
+            {**identity_of(synthesizer, seed), **(also or {})},
             synthesizer.class_names,
             synthesizer.image_size,
             config.shards.image_format,
@@ -121,35 +128,60 @@ def open_run(
 class Run:
     """The images that a folder lacks, and how they get there.
 
-    plan: of a new folder, None of one that is continued. own: this process's missing shards, and whole: images of its
-    others; missing: shards of all processes, where this is the first. call_size: images per call, fewer once memory was
-    short.
+    plan: of a new folder, None of one that is continued. own: this process's shards that are to be made, and whole:
+    images of its others; missing: shards of all processes, where this is the first. call_size: images per call, fewer
+    once memory was short.
     """
 
     def __init__(self, synthesizer: Synthesizer, seed: int, folder: ShardFolder, plan: Plan | None, say: Say) -> None:
         self.synthesizer, self.seed, self.folder, self.plan, self.say = synthesizer, seed, folder, plan, say
         self.call_size = int(folder.run["call_size"])
-        self.own = folder.missing()
+        self.carried = Carried(synthesizer, folder) if learns(synthesizer) else None
+        self.own = folder.missing() if self.carried is None else self.carried.to_make(folder.missing())
+        self._taken_up = self.carried is None or not self.own
         self.whole = self.images([i for i in range(folder.layout.shard_count()) if folder.rank.owns(i)])
         self.whole -= self.images(self.own)
         self.missing = self.own + (folder.missing_of_others() if folder.rank.first else [])
+        self._student: str | None = None
 
     def images(self, shards: list[int]) -> int:
         """Images that the shards hold."""
         return sum(len(self.folder.layout.ids(index)) for index in shards)
 
-    def write(self, progress: Progress | None = None, logging: LoggingConfig | None = None) -> Written:
-        """Make this process's missing shards, then wait for the others'. Arguments and errors as of `generate`."""
+    def update(self, student: Classifier | None, first: int) -> None:
+        """Make images from the id `first` on against this student, whom their shards have on record.
+
+        Raises AttributeError where the synthesizer takes none.
+        """
+        if self.own and self.folder.layout.ids(self.own[0]).start == first:
+            self._take_up()  # the state before these images is of the student before
+        self.synthesizer.update(student)  # type: ignore[attr-defined]
+        self._student = None if student is None else student.digest()[:16]
+
+    def write(
+        self, progress: Progress | None = None, logging: LoggingConfig | None = None, part: range | None = None
+    ) -> Written:
+        """Make this process's missing shards, then wait for the others'. Arguments and errors as of `generate`.
+
+        part: the ids whose shards are to be made now, the next of the folder. Raises UsageError where some of them are
+        there that were made against another student than that of `update`.
+        """
         layout, rank = self.folder.layout, self.folder.rank
+        part = part or range(layout.count)
+        own = [index for index in self.own if layout.ids(index).start in part]
+        self._require_student(part)
         require_space(self.folder.path, self.images(self.missing), layout.image_size, layout.image_format)
-        if self.plan and self.plan.needs:
-            self.say(self.plan.describe())
-        self.say(self._begins())
-        started, watch = time.perf_counter(), Watch(self.images(self.own), progress)
-        out, tells = self.folder.path, rank.first and bool(self.own)
+        if part.start == 0:
+            if self.plan and self.plan.needs:
+                self.say(self.plan.describe())
+            self.say(self._begins())
+        started, watch = time.perf_counter(), Watch(self.images(own), progress)
+        out, tells = self.folder.path, rank.first and bool(own)
+        facts = {} if self._student is None else {"student": self._student}
         with Logs(out, self.whole, logging or LoggingConfig(), layout.settings, tells) as logs:
             shards = ShardLog(out, layout.class_names, logs)
-            for index in self.own:
+            for index in own:
+                self._take_up()
                 begun, samples = time.perf_counter(), []
                 for sample in self._samples(layout.ids(index), watch.part):
                     samples.append(sample)
@@ -157,13 +189,34 @@ class Run:
                 images = torch.cat([sample.images for sample in samples])
                 records = [record for sample in samples for record in sample.records]
                 seconds = time.perf_counter() - begun
-                self.folder.write(index, images.permute(0, 2, 3, 1).contiguous().numpy(), records, seconds)
+                pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+                learned = self.carried.save(index) if self.carried else {}
+                self.folder.write(index, pixels, records, seconds, {**facts, **learned})
+                if self.carried:
+                    self.carried.forget_before(index)
                 if rank.first:
                     shards.add(self.whole + watch.done, images, records, seconds)
+        self.own, self.whole = [index for index in self.own if index not in own], self.whole + self.images(own)
         if rank.count > 1:
             self.folder.wait_for_others()
-        whole = layout.shard_count() - len(self.missing)
-        return Written(self.images(self.missing), len(self.missing), whole, time.perf_counter() - started)
+        made = [index for index in self.missing if layout.ids(index).start in part]
+        whole = -(-len(part) // layout.shard_size) - len(made)
+        return Written(self.images(made), len(made), whole, time.perf_counter() - started)
+
+    def _take_up(self) -> None:
+        """Put a method that learns into the state before the first shard to be made, once."""
+        if not self._taken_up and self.carried is not None:
+            self.carried.take_up(self.own[0])
+        self._taken_up = True
+
+    def _require_student(self, part: range) -> None:
+        """Raise UsageError where a shard of these ids that is there is of another student."""
+        for index in range(self.folder.layout.shard_count()):
+            entry = self.folder.entry(index)
+            there = bool(entry) and index not in self.missing and entry["first_id"] in part
+            if there and entry.get("student") != self._student:
+                what = f"{self.folder.path / entry['file']} was made against the student {entry.get('student')}"
+                raise UsageError(what, f"that of these images is {self._student} now", "choose another --out")
 
     def _begins(self) -> str:
         layout, rank = self.folder.layout, self.folder.rank
@@ -183,7 +236,7 @@ class Run:
         """
         group, start = self.synthesizer.group, ids.start
         while start < ids.stop:
-            images = max(self.call_size // group, 1) * group
+            images = group if self.carried else max(self.call_size // group, 1) * group
             sample = self._sampled(range(start, min(start + images, ids.stop)), watch)
             if sample is not None:
                 start += len(sample)
@@ -195,6 +248,7 @@ class Run:
             self.synthesizer.call_size = self.call_size
         if hasattr(self.synthesizer, "on_progress"):
             self.synthesizer.on_progress = lambda share: watch(share * len(ids))
+        before = self.carried.copy() if self.carried else None
         try:
             with calling(self.synthesizer.name):
                 return self.synthesizer(ids, seed=self.seed)
@@ -205,6 +259,8 @@ class Run:
                 self.synthesizer.on_progress = None
         # here the error is gone, and with it the frames that hold the failed call's tensors
         release(getattr(self.synthesizer, "device", torch.device("cpu")))
+        if self.carried is not None and before is not None:
+            self.carried.restore(before)
         self._halve(network, why)
         return None
 
