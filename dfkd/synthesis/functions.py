@@ -125,7 +125,7 @@ def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
         return ()
     else:
         cut = "group" in pipe.guidance.needs and pipe.group > pipe.call_size
-        if "student" in pipe.guidance.needs:
+        if pipe.needs_student:
             names = ("unet", "decode", *(("image_moments",) if cut else ()), "decode_vjp")
         elif cut:
             names = ("unet", "decode", "image_moments", "image_gradient", "decode_vjp")

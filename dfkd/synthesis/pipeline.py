@@ -120,7 +120,7 @@ class GuidedPipeline:
         require_losses(config.guidance, self.losses)
         self.choices: tuple[Choice, ...] = ()
         self._engines: dict[str, Engine] | None = None
-        self.student = student and copy_student(student, self.teacher)
+        self.student, self._resting = student and copy_student(student, self.teacher), False
         self._guide()
         require_guided_step(config.guidance, len(self.table), self.guided_steps)
         self.group = config.batching.group if self._images_interact() else 1
@@ -274,10 +274,19 @@ class GuidedPipeline:
         """The parts that compilers can take over; empty where none can."""
         return functions_of(self)
 
-    def update(self, student: Classifier) -> None:
-        """Replace the student of the adversarial loss. Raises UsageError where its classes are not the teacher's."""
-        self.student = copy_student(student, self.teacher)
+    def update(self, student: Classifier | None) -> None:
+        """Replace the student of the losses that need one; they rest where there is none yet.
+
+        Raises UsageError where its classes are not the teacher's.
+        """
+        self.student = student and copy_student(student, self.teacher)
+        self._resting = student is None
         self._guide()
+
+    @property
+    def needs_student(self) -> bool:
+        """Whether some loss goes by a student, also while there is none."""
+        return any("student" in loss.needs for loss in self.losses)
 
     @property
     def uses_cfg(self) -> bool:
@@ -333,10 +342,11 @@ class GuidedPipeline:
     def _guide(self) -> None:
         """Make the guidance, by autograd or with engines where they are loaded. Raises UsageError."""
         self.guidance = self.pixel_guidance = self.statistics = None
-        if not self.losses:
+        losses = [loss for loss in self.losses if not (self._resting and "student" in loss.needs)]
+        if not losses:
             return
         config, narrow = self.config.guidance, self.prior.dtype == torch.float16
-        own = Guidance(self.guidance_decode, self.teacher, self.losses, self.student, narrow, self.kernels)
+        own = Guidance(self.guidance_decode, self.teacher, losses, self.student, narrow, self.kernels)
         self.guidance = own
         if config.refine_steps:
             self.pixel_guidance = own.with_(identity)

@@ -47,7 +47,8 @@ class Synthesizer(Protocol):
                                     {network: key} of those in use
         choose_engines()            raise where a new folder's `use_engines` would find none, before calls are planned
         on_progress: None           is set to a callable that takes the share, in 0..1, of a call that is done
-        update(student)             take a newer student, for methods that go by what it does not know yet
+        update(student)             take a newer student, for methods that go by what it does not know yet; None: there
+                                    is none yet, and what goes by one rests
         state_dict()                what it has learned from its calls so far, {name: tensor}, for methods whose images
                                     follow from those before them: its groups are then made in turn, by one process
         load_state_dict(state)      take that up, in a run that continues a folder or goes on from another

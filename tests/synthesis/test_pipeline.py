@@ -172,6 +172,22 @@ def test_adversarial_guidance_takes_a_newer_student():
         pipe.update(classifier().replace(class_names=("a", "b")))
 
 
+def test_without_a_student_yet_its_loss_rests():
+    plain = pipeline(**ALONE)(range(3), seed=SEED)
+    student = classifier()
+    for parameter in student.module[-1].parameters():
+        parameter.mul_(0.5)  # it names the teacher's class, less surely
+    pipe = pipeline(student=student, adv_weight=1.0, **ALONE)
+    against, names = pipe(range(3), seed=SEED), [one.name for one in pipe.functions()]
+    pipe.update(None)
+    resting = pipe(range(3), seed=SEED)
+    assert torch.equal(resting.images, plain.images) and resting.records == plain.records
+    assert pipe.identity()["student_digest"] is None and [one.name for one in pipe.functions()] == names
+    pipe.update(student)
+    assert torch.equal(pipe(range(3), seed=SEED).images, against.images)
+    assert not torch.equal(against.images, plain.images)
+
+
 def spoilt(call, after=0):
     """A function of images' tensors that gives NaN for the third from its call `after` on."""
     calls = []
