@@ -231,9 +231,16 @@ class GuidanceConfig(Config):
 class CutMixConfig(Config):
     """Latent CutMix: boxes pasted from another image of the class"""
 
-    EXAMPLE = "--cutmix-every 10"
+    EXAMPLE = "--cutmix-every 10 --cutmix-repair 2"
 
-    every: int = option(0, "after every so many steps; 0: never", low=0, flag="cutmix_every")
+    every: int = option(0, "at every so many steps, of which the last is none; 0: never", low=0, flag="cutmix_every")
+    form: str = option(
+        "paper",
+        "paper: after the step, lam ~ Beta(alpha, alpha); code: as the published program has it, before the step's UNet"
+        " call, lam ~ Beta(u, u) of a u ~ Beta(alpha, alpha)",
+        choices=("paper", "code"),
+        flag="cutmix_as",
+    )
     alpha: float = option(1.0, "its Beta(alpha, alpha)", low=1e-3, flag="cutmix_alpha")
 
 
@@ -309,6 +316,24 @@ class ComputeConfig(Config):
                 f"--quantise {self.quantise} cannot run on --backend {self.backend}: 8-bit networks run as engines of"
                 f" {able}; name one of them, or auto"
             )
+    mix: str = option(
+        "box",
+        "box: pasted; mixup: whole latents lam to 1 - lam, at the noise's own variance",
+        choices=("box", "mixup"),
+        flag="cutmix_mix",
+    )
+    repair: int = option(
+        0,
+        "times that the box, or what mixup mixed, is noised back by a step and denoised again (RePaint)",
+        low=0,
+        high=1000,
+        flag="cutmix_repair",
+    )
+
+    def validate(self) -> None:
+        for flag, given in (("mix", self.mix != "box"), ("repair", self.repair > 0)):
+            if given and not self.every:
+                raise ValueError(f"--cutmix-{flag} needs Latent CutMix: --cutmix-every above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

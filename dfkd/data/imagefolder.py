@@ -6,7 +6,6 @@ OUT/classes.json              {class name: label}: folders sort by name, labels 
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ def export_imagefolder(path: Path, out: Path | None = None) -> int:
             raise UsageError(f"class {name!r} cannot be a folder", "it is empty or holds a slash", "use shards instead")
     image_format = pool.layout.image_format
     extension = "jpg" if image_format == "jpg" else "png"
-    described = {f"{record.class_name}/{record.id:08d}.{extension}": asdict(record) for record in pool.records()}
+    described = {f"{record.class_name}/{record.id:08d}.{extension}": record.to_json() for record in pool.records()}
     lines = [json.dumps({"file_name": name, **record}, sort_keys=True) + "\n" for name, record in described.items()]
     make_writable(out)
     metadata = out / "metadata.jsonl"

@@ -216,7 +216,7 @@ def _write_tar(out: BinaryIO, images: NDArray[np.uint8], records: Sequence[Recor
             parts = {
                 image_format: encode(image, image_format),
                 "cls": str(record.label).encode(),
-                "json": json.dumps(asdict(record), sort_keys=True).encode(),
+                "json": json.dumps(record.to_json(), sort_keys=True).encode(),
             }
             for extension, data in parts.items():
                 info = tarfile.TarInfo(f"{record.id:08d}.{extension}")  # mtime, uid and gid are 0, names empty

@@ -15,7 +15,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Record:
 
     partner and box (y0, x0, y1, x1 in latent cells) are those of the last CutMix, None without one; losses are the
     final ones by name; loss_curve holds the guidance losses of every step, rounded; teacher_probability is the
-    teacher's for the label.
+    teacher's for the label. mixup: the image's own share of the last latent mixup, in the place of a box. step: the
+    denoising step, counted from 0, of which the image is the clean estimate; None: the image is the finished one.
     """
 
     id: int
@@ -53,6 +54,15 @@ class Record:
     losses: Mapping[str, float] = field(default_factory=dict)
     loss_curve: Mapping[str, Sequence[float]] = field(default_factory=dict)
     teacher_probability: float = 0.0
+    mixup: float | None = None
+    step: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in JSON's types; mixup and step only where they are, as most images have neither."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in _RARE}
+
+
+_RARE = ("mixup", "step")
 
 
 @dataclass(frozen=True)

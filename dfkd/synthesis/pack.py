@@ -17,7 +17,7 @@ from dfkd.synthesis.finite import Faults
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.sampler import ToLatent, unit_rms
 from dfkd.synthesis.synthesizer import rounded
-from dfkd_kernels.guided_step import Mix, Noise, clean_estimate
+from dfkd_kernels.guided_step import Noise, clean_estimate
 from dfkd_kernels.philox import philox_normal
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ INITIAL_NOISE = 0  # Philox stream of z_T; step i draws from stream 1 + i
 
 
 class Pack:
-    """The images of one pass of the sampler, and the functions that it takes: denoise, guide, noise, mix, after.
+    """The images of one pass of the sampler, and the functions that it takes: denoise, guide, noise, after.
 
     ids, labels: int64 [B], given on the CPU and held on the device; whole groups in turn where images interact.
     losses: filled by `guide`, {step: {name: [B]}}, taken before the last guidance step of each denoising step.
-    plans: Latent CutMix by step, partners as positions in the pack.
+    plans: Latent CutMix by step, partners as positions in the pack. cutmix: these, as the sampler takes them.
     faults: what was first not finite.
     """
 
@@ -57,7 +57,7 @@ class Pack:
         self.stepped: Callable[[], object] = lambda: None  # called after every step of any kind
         self.faults = Faults(len(ids), device)
         self.plans = self._cutmix_plans(ids, labels)
-        self._mixes = {i: (plan.partner.to(device), plan.box.to(device)) for i, plan in self.plans.items()}
+        self.cutmix = cutmix.LatentCutMix(pipe.config.cutmix, self.plans, table, pipe.latent_size, seed, self.ids)
 
     def start(self) -> Tensor:
         """z_T: the images' own noise, float32 [B, C, h, w]."""
@@ -114,9 +114,6 @@ class Pack:
     def noise(self, i: int) -> Noise | None:
         return (self.seed, self.ids, 1 + i) if self.noisy[i] else None
 
-    def mix(self, i: int) -> Mix | None:
-        return self._mixes.get(i)
-
     def after(self, i: int, z: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
         self.stepped()
         if self.callback is not None:
@@ -159,7 +156,7 @@ class Pack:
         guided = [self.losses[i] for i in sorted(self.losses)]
         names = list(guided[0]) if guided else []
         curves = {name: torch.stack([values[name] for values in guided], 1).tolist() for name in names}
-        last = self.plans[max(self.plans)] if self.plans else None
+        last, mixup = self.plans[max(self.plans)] if self.plans else None, self.pipe.config.cutmix.mix == "mixup"
         ids, labels, found = self.ids.tolist(), self.labels.tolist(), []
         for n, sure in enumerate(probability.tolist()):
             curve = {name: [rounded(value) for value in values[n]] for name, values in curves.items()}
@@ -171,7 +168,8 @@ class Pack:
                     seed=self.seed,
                     prompt=self.prompts[n],
                     partner=ids[int(last.partner[n])] if last else None,
-                    box=tuple(last.box[n].tolist()) if last else None,
+                    box=tuple(last.box[n].tolist()) if last and not mixup else None,
+                    mixup=rounded(float(last.lam[n])) if last and mixup else None,
                     losses={name: values[-1] for name, values in curve.items()},
                     loss_curve=curve,
                     teacher_probability=rounded(sure),
@@ -185,7 +183,8 @@ class Pack:
         steps = range(len(self.pipe.table) - 1)
 
         def planned(step: int, cut: slice) -> cutmix.CutMixPlan:
-            return cutmix.plan(self.seed, ids[cut], labels[cut], step, config.alpha, *self.pipe.latent_size)
+            size = self.pipe.latent_size
+            return cutmix.plan(self.seed, ids[cut], labels[cut], step, config.alpha, *size, config.form)
 
         due = [step for step in steps if config.every and (step + 1) % config.every == 0]
         return {step: cutmix.packed([planned(step, cut) for cut in cuts(len(ids), group)]) for step in due}

@@ -186,7 +186,9 @@ class GuidedPipeline:
             along = pack.noise_gradient(rows, self.statistics)
             z = edit_noise(z, along, config.noise_edit_steps, config.noise_edit_scale)
         loop = sample_through_unet if self.guidance and config.gradient == "unet" else sample
-        return loop(z, rows, pack.denoise, pack.guide, repeats=self.repeats_at, noise=pack.noise, mix=pack.mix,
+        mixing = pack.cutmix
+        return loop(z, rows, pack.denoise, pack.guide, repeats=self.repeats_at, noise=pack.noise, mix=mixing.mix,
+                    enter=mixing.enter, leave=mixing.leave, repair=mixing.repair,
                     after=pack.after, step=GUIDED_STEPS[self.kernels], clip=self.table.clip)  # fmt: skip
 
     def repeats_at(self, step: int) -> int:

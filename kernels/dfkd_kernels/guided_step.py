@@ -40,12 +40,16 @@ def clean_estimate(z: Tensor, model: Tensor, row: Tensor) -> Tensor:
     return row[0] * z + row[1] * combined(model, row)
 
 
+def inside(box: Tensor, height: int, width: int) -> Tensor:
+    """Which cells a box [G, 4] (y0, x0, y1, x1, ends exclusive) holds: bool [G, 1, height, width]."""
+    y, x = torch.arange(height, device=box.device)[:, None], torch.arange(width, device=box.device)
+    y0, x0, y1, x1 = box.T[:, :, None, None]
+    return ((y >= y0) & (y < y1) & (x >= x0) & (x < x1))[:, None]
+
+
 def paste(z: Tensor, partner: Tensor, box: Tensor) -> Tensor:
     """z [G, C, h, w] with every image's box [G, 4] (y0, x0, y1, x1) from its partner [G], both int64; a new tensor."""
-    y, x = torch.arange(z.shape[2], device=z.device)[:, None], torch.arange(z.shape[3], device=z.device)
-    y0, x0, y1, x1 = box.T[:, :, None, None]
-    inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
-    return torch.where(inside[:, None], z[partner], z)
+    return torch.where(inside(box, *z.shape[2:]), z[partner], z)
 
 
 def guided_step_ref(
