@@ -14,8 +14,9 @@ class DenoiserConfig(Config):
 
     space: str = option(
         "pixel",
-        "what it denoises: pixels, or the latents of an autoencoder that is trained before it",
-        choices=("pixel", "latent"),
+        "what it denoises: pixels; patches of 2x2 pixels, as 12 channels at half the side, which is quicker; or the"
+        " latents of an autoencoder that is trained before it",
+        choices=("pixel", "patch", "latent"),
     )
     condition: str = option(
         "class",

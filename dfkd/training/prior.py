@@ -32,12 +32,13 @@ from dfkd.training.prior_folder import (
     save_pipeline,
     write_card,
 )
-from dfkd.training.prior_networks import check_sizes, factor_of
+from dfkd.training.prior_networks import PATCH, check_sizes, factor_of
 from dfkd.training.prior_parts import Parts, labels_of, new_parts
 from dfkd.training.prior_samples import check_judge, judged, write_preview
 from dfkd.training.state import State
 from dfkd.training.step import autocast, check_training
 from dfkd.training.world import World
+from dfkd_engine.priors.patches import Patches
 from dfkd_engine.priors.source import PriorSource
 
 CONTENT = "training_images"  # the field of the identity that is known once the images are read
@@ -83,7 +84,7 @@ def train_prior(
     if prior is not None:
         folder, side = world.from_first(lambda: open_existing(PriorSource(prior, **(files or {})), config, size))
     elif not _latent(config) or config.autoencoder.source is None:
-        check_sizes(config.denoiser, side, factor_of(config.autoencoder) if _latent(config) else 1)
+        check_sizes(config.denoiser, side, factor_of(config.denoiser, config.autoencoder))
     named = data if isinstance(data, str) else data["train"].digest[:16]
     identity = {**config.identity(), "data": named, "size": side, "prior": prior, CONTENT: None}
     if folder is not None:
@@ -151,9 +152,9 @@ def _autoencoder(
     progress: Progress,
     say: Say,
 ) -> Any:
-    """The frozen VAE of a latent prior, None of one of pixels."""
+    """The frozen VAE of a latent prior, Patches of one of patches, None of one of pixels."""
     if not _latent(config):
-        return None
+        return Patches(PATCH) if config.denoiser.space == "patch" else None
     if config.autoencoder.source is not None:
         return open_autoencoder(config.autoencoder.source, world.device)
     images = learning

@@ -15,6 +15,7 @@ from dfkd.training.conditions import ClassNumbers, Conditions, Words
 from dfkd.training.denoising import FLOW, Denoising
 from dfkd.training.prior_parts import Parts, labels_of, placed, side_factor
 from dfkd.training.prompt_tokens import Prompts
+from dfkd_engine.priors.families.unet2d import patches_of
 from dfkd_engine.priors.folder import PriorFolder
 from dfkd_engine.priors.opening import open_prior
 from dfkd_engine.priors.source import PriorSource
@@ -81,6 +82,8 @@ def existing_parts(
     if "vae" in folder.configs:
         vae = folder.load(getattr(diffusers, folder.configs["vae"]["_class_name"]), "vae", **kind)
         vae = placed(vae.eval().requires_grad_(False), device)
+    elif (patches := patches_of(folder)) is not None:
+        vae = placed(patches, device)
     scheduler = _scheduler(folder)
     labels = labels_of(names)
     text_encoder = tokenizer = None
@@ -151,7 +154,7 @@ def _side(folder: PriorFolder, size: int | None) -> int:
     """The side of the images: `size`, or the prior's own. Raises UsageError where its networks cannot take it."""
     unet = folder.configs["unet"]
     vae = folder.configs.get("vae")
-    factor = 1
+    factor = folder.configs["dfkd"].get("patch_size") or 1
     if vae is not None:
         factor = 2 ** (len(vae.get("block_out_channels") or vae.get("decoder_block_out_channels", ())) - 1)
     deepest = factor * 2 ** (len(unet.get("block_out_channels", ())) - 1)

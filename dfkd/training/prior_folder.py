@@ -17,6 +17,7 @@ from dfkd.training.folder import holds_run
 from dfkd.training.prior_existing import LORA_WEIGHTS
 from dfkd.training.prior_parts import Parts
 from dfkd_engine.priors.folder import FACTS
+from dfkd_engine.priors.patches import Patches
 
 INDEX = "model_index.json"  # the last file that is saved of a pipeline
 CARD, PREVIEW = "README.md", "preview.png"
@@ -40,7 +41,7 @@ def save_pipeline(out: Path, parts: Parts, network: nn.Module, weights: str) -> 
     kind = torch.float16 if weights == "fp16" else torch.float32
     denoiser: Any = cast(network.denoiser, kind)
     if parts.tokenizer is None:
-        if parts.vae is not None:
+        if parts.vae is not None and not isinstance(parts.vae, Patches):
             cast(parts.vae, kind).save_pretrained(out / VAE)
         DDPMPipeline(denoiser, parts.scheduler).save_pretrained(out)
     else:
@@ -56,7 +57,8 @@ def save_pipeline(out: Path, parts: Parts, network: nn.Module, weights: str) -> 
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(out)
-    if facts := parts.conditions.facts():
+    patches = {"patch_size": parts.vae.patch_size} if isinstance(parts.vae, Patches) else {}
+    if facts := {**parts.conditions.facts(), **patches}:
         replace_text(out / FACTS, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -108,7 +110,10 @@ def write_card(out: Path, result: Mapping[str, Any], parts: Parts) -> None:
 
 
 def _kind(parts: Parts) -> str:
-    space = "pixels" if parts.vae is None else f"latents of {parts.channels} x {parts.side} x {parts.side}"
+    shape = f"{parts.channels} x {parts.side} x {parts.side}"
+    space = "pixels" if parts.vae is None else f"latents of {shape}"
+    if isinstance(parts.vae, Patches):
+        space = f"patches of {parts.vae.patch_size} x {parts.vae.patch_size} pixels, {shape}"
     told = {"class": "the class's number", "text": "a prompt", "none": "nothing"}[parts.conditions.kind]
     return f"{type(parts.denoiser).__name__} on {space}, told {told}; predicts {parts.denoising.prediction}"
 

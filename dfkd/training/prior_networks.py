@@ -13,6 +13,7 @@ from dfkd.errors import UsageError
 
 LEAST_TIME = 128  # width of the time embedding; diffusers' own, four times the first level's, is little for thin ones
 PIXEL_DEVIATION = 0.5  # of images in -1..1
+PATCH = 2  # side of a patch of pixels
 FLOW_TIMES = 1000  # of a flow's t in 0..1 as the denoiser takes it
 
 
@@ -21,15 +22,17 @@ def check_sizes(config: DenoiserConfig, size: int, factor: int) -> int:
     deepest = factor * 2 ** (len(config.widths) - 1)
     if size % deepest:
         parts = f"{len(config.widths)} --widths halve the side {len(config.widths) - 1} times"
-        parts += f", after an autoencoder that divides it by {factor}" if factor > 1 else ""
+        parts += f", after an autoencoder or patches that divide it by {factor}" if factor > 1 else ""
         near = max(deepest, round(size / deepest) * deepest)
         raise UsageError(f"--size {size}", f"{parts}, and {size} is not a multiple of {deepest}", f"use {near}")
     return size // factor
 
 
-def factor_of(config: AutoencoderConfig) -> int:
-    """Image side over latent side of an autoencoder that is trained here."""
-    return int(2 ** (len(config.widths) - 1))
+def factor_of(config: DenoiserConfig, autoencoder: AutoencoderConfig) -> int:
+    """Image side over the side of what is denoised, by an autoencoder that is trained here, or without one."""
+    if config.space == "latent":
+        return int(2 ** (len(autoencoder.widths) - 1))
+    return PATCH if config.space == "patch" else 1
 
 
 def make_denoiser(config: DenoiserConfig, channels: int, side: int, classes: int = 0) -> nn.Module:

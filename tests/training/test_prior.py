@@ -1,6 +1,7 @@
 """Training of a prior: every kind is saved in diffusers' layout and loads again, and a stopped run goes on alike."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dfkd.training import prior as module
 from dfkd.training.autoencoder import STAGE
 from dfkd.training.loop import Progress
 from dfkd.training.prior import train_prior
+from dfkd_engine.errors import EngineError
 from dfkd_engine.priors.prior import Prior
 from tests.training.small_run import Killed, dies, lines, result
 
@@ -42,6 +44,7 @@ TEXT = {**LATENT, "condition": "text", "text_width": 16, "prompts": ("a {label}"
 KINDS: dict[str, dict[str, Any]] = {
     "class": {},
     "none": {"condition": "none", "predict": "epsilon"},
+    "patch": {"space": "patch", "attention_at": 2},
     "latent": {**LATENT, "predict": "flow"},
     "text": TEXT,
 }
@@ -78,7 +81,7 @@ def test_what_is_written_is_a_prior(made: dict[str, Path], kind: str) -> None:
     out = made[kind]
     prior = Prior.from_pretrained(out)
     assert (prior.vae is None) == (kind in ("class", "none"))
-    assert prior.latent_channels == (3 if prior.vae is None else 4)
+    assert prior.latent_channels == (3 if prior.vae is None else 12 if kind == "patch" else 4)
     assert prior.latent_size[0] * prior.vae_scale_factor == 8
     found = result(out)
     assert found["steps"] == 4 and found["bytes"] > 0 and found["validation_loss"] > 0
@@ -91,6 +94,7 @@ def test_the_facts_of_each_kind(made: dict[str, Path]) -> None:
     labels = ["red fox", "owl", "cat"]
     facts = {kind: json.loads((out / "dfkd.json").read_text()) for kind, out in made.items() if kind != "none"}
     assert facts["class"] == facts["latent"] == {"prompt": "{label}", "labels": labels, "null_class": 3}
+    assert facts["patch"] == {**facts["class"], "patch_size": 2}
     assert facts["text"] == {"prompt": "a {label}", "labels": labels}
     assert not (made["none"] / "dfkd.json").exists()
 
@@ -107,6 +111,30 @@ def test_pipelines_of_diffusers_load_it(made: dict[str, Path]) -> None:
     plain = DDPMPipeline.from_pretrained(made["none"])
     plain.set_progress_bar_config(disable=True)
     assert plain(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_patches_are_an_exact_autoencoder(made: dict[str, Path], tmp_path: Path) -> None:
+    """Of the pixels themselves: decoding what was encoded is the image, and each latent is one pixel of a patch."""
+    prior = Prior.from_pretrained(made["patch"])
+    images = torch.rand(2, 3, 8, 8)
+    z = prior.encode(images)
+    assert z.shape == (2, 12, 4, 4) and torch.allclose(z[:, 4 + 2 + 1, 1, 2], 4 * images[:, 1, 3, 5] - 2)
+    assert torch.allclose(prior.decode(z), images, atol=1e-6)
+    assert prior.doubled().decode(z.double()).dtype == torch.float64
+    again = train(tmp_path / "more", settings(steps=2), size=None, prior=str(made["patch"]))
+    assert json.loads((again / "dfkd.json").read_text()) == json.loads((made["patch"] / "dfkd.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [(4, "unet takes 12 and gives 12 channels: without a VAE they are those of an image, 48"), (3, "a power of two")],
+)
+def test_patches_that_do_not_fit_are_refused(made: dict[str, Path], tmp_path: Path, size: int, why: str) -> None:
+    shutil.copytree(made["patch"], tmp_path / "odd")
+    facts = json.loads((tmp_path / "odd" / "dfkd.json").read_text())
+    (tmp_path / "odd" / "dfkd.json").write_text(json.dumps({**facts, "patch_size": size}))
+    with pytest.raises(EngineError, match=why):
+        Prior.from_pretrained(tmp_path / "odd")
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
@@ -153,7 +181,11 @@ def test_it_learns(tmp_path: Path) -> None:
     ("changes", "given", "words"),
     [
         ({}, {"size": 9}, "--size 9: 2 --widths halve the side 1 times, and 9 is not a multiple of 2"),
-        (LATENT, {"size": 10}, "after an autoencoder that divides it by 2, and 10 is not a multiple of 4. use 8"),
+        (
+            LATENT,
+            {"size": 10},
+            "after an autoencoder or patches that divide it by 2, and 10 is not a multiple of 4. use 8",
+        ),
         ({"amp": "fp16"}, {}, "--amp fp16 on a CPU"),
         ({}, {"prior": "no/where/at/all", "size": None}, "no such folder"),
         ({"lora_rank": 2}, {"prior": "demo", "size": 20}, "--size 20: the prior's networks want a multiple of 8"),

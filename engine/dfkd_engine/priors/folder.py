@@ -222,7 +222,7 @@ class PriorFolder:
         Raises EngineError: something else stands there. Warns of keys that are not known.
         """
         config, where = self.configs["dfkd"], f"prior {self.path}: {FACTS}"
-        check_keys(where, "a prior", config, ("prompt", "labels", "null_class"))
+        check_keys(where, "a prior", config, ("prompt", "labels", "null_class", "patch_size"))
         prompt, labels = config.get("prompt"), config.get("labels", [])
         if not isinstance(prompt, str | None):
             raise refused(where, "prompt", prompt, "it is a text, with {label} in the class's place")

@@ -37,7 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Prior:
     """Frozen networks of a diffusion model, in evaluation mode, without gradients to their weights.
 
-    denoiser: the UNet or transformer. vae: None for a model of pixels, whose latents are the image in -1..1.
+    denoiser: the UNet or transformer. vae: None for a model of pixels, whose latents are the image in -1..1; Patches
+        for one of patches of pixels.
     family: what the denoiser takes beside latents and time, with the networks that make it.
     scheduler_config: content of scheduler_config.json; prediction_type is its entry ("epsilon" where it has none).
     latent_channels, latent_size: C and the trained (h, w) of the latents, None where its config does not say.
@@ -52,7 +53,7 @@ class Prior:
     """
 
     denoiser: Any  # diffusers gives neither its networks' configs a type nor their calls
-    vae: Any  # AutoencoderKL or AutoencoderTiny
+    vae: Any  # AutoencoderKL, AutoencoderTiny or Patches
     family: Family
     scheduler_config: dict[str, Any]
     prediction_type: str
@@ -103,8 +104,10 @@ class Prior:
         family = of.load(folder, kind, device)
         _check(folder, family)
         denoiser = folder.load(getattr(diffusers, of.denoiser), of.part, torch_dtype=kind)
-        vae_class = getattr(diffusers, _vae_class(folder)) if of.vaes else None
-        vae = vae_class and folder.load(vae_class, "vae", torch_dtype=_vae_dtype(folder, of, vae_class, kind))
+        vae: Any = family.patches
+        if of.vaes:
+            vae_class = getattr(diffusers, _vae_class(folder))
+            vae = folder.load(vae_class, "vae", torch_dtype=_vae_dtype(folder, of, vae_class, kind))
         digests = _digests(folder, family)
         tokens: tuple[str, ...] = ()
         if loras or inversions:
@@ -209,6 +212,21 @@ class Prior:
             decoded = self.vae.decode(latents.to(self.vae.dtype)).sample
         return (decoded.to(z0.dtype) / 2 + 0.5).clamp(0, 1)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 -> clean latents [B, C, h, w], in their dtype: the mean of the encoder's answer.
+
+        Raises EngineError for a VAE without an encoder.
+        """
+        z0 = 2 * images - 1
+        if self.vae is None:
+            return z0
+        if isinstance(getattr(self.vae, "encoder", None), nn.Identity | None):
+            what = f"the {type(self.vae).__name__} of the prior {self.source}"
+            raise EngineError(what, "it has no encoder", "use a prior whose VAE has one")
+        answer = self.vae.encode(z0.to(self.vae.dtype))
+        latents: Tensor = answer.latent_dist.mean if hasattr(answer, "latent_dist") else answer.latents
+        return (latents.to(images.dtype) - self.shift_factor) * self.scaling_factor
+
     def doubled(self) -> "Prior":
         """A copy whose denoiser and VAE are float64, with torch's attention and group norms: what others are judged
         by."""
@@ -299,6 +317,8 @@ def _check(folder: PriorFolder, family: Family) -> None:
     """Raise EngineError where denoiser, VAE and what dfkd.json states do not fit one another."""
     if folder.configs["dfkd"].get("null_class") is not None and family.null_class is None:
         raise family.refuse(folder, "dfkd.json states a null_class", f"{family.name} has no use for it", "leave it out")
+    if folder.configs["dfkd"].get("patch_size") is not None and family.patches is None:
+        raise family.refuse(folder, "dfkd.json states a patch_size", f"{family.name} has no use for it", "leave it out")
     own, vae = family.config, folder.configs.get("vae", {})
     if family.vaes:
         if (named := _vae_class(folder)) not in family.vaes:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dfkd_engine.errors import EngineError
 from dfkd_engine.priors.families.text import TextEncoder
 from dfkd_engine.priors.folder import PriorFolder
+from dfkd_engine.priors.patches import Patches
 
 
 class Family:
@@ -25,6 +26,7 @@ class Family:
     network that was distilled with it; "none", not at all.
     multiple, largest: what the sides of latents are a multiple of, and the most that they may be (None: no bound).
     null_class: the class id that stands for none, where there is one beside the classes.
+    patches: what stands in a VAE's place for a denoiser of patches of pixels.
     encoders: networks that make the conditions, by part.
     upcasts: whether the VAE computes in float32 beside a denoiser in float16 where its config says force_upcast. Only
     some pipelines of diffusers go by that, which is AutoencoderKL's default.
@@ -49,6 +51,7 @@ class Family:
         self.inputs: tuple[str, ...] = ()
         self.cfg = "none"
         self.null_class: int | None = None
+        self.patches: Patches | None = None
         self.multiple = 1
         self.largest: int | None = None
         self.encoders: Mapping[str, nn.Module] = {}
