@@ -88,7 +88,7 @@ class TrainPriorCommand(Config):
         condition, space = own.denoiser.condition, own.denoiser.space
         idle = {
             "with --prior": {"lora_rank", "train_text_encoder", *leaves(PriorFilesConfig)},
-            "with --space latent": set(leaves(AutoencoderConfig)) if space == "pixel" else set(),
+            "with --space latent": set(leaves(AutoencoderConfig)) if space != "latent" else set(),
             "with --condition text": {"prompts", "free_prompts"} if condition != "text" else set(),
             "with a --condition": {"drop"} if condition == "none" else set(),
         }
