@@ -14,6 +14,7 @@ from dfkd.config.commands import (
 from dfkd.config.fields import Config, leaves, merged, nested, option, plain, presets, read_preset, section
 from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, DenoiserConfig, PriorTrainConfig
 from dfkd.config.synthesis import (
+    ADV_LOSSES,
     BACKENDS,
     DTYPES,
     IMAGE_FORMATS,
@@ -32,6 +33,7 @@ from dfkd.config.synthesis import (
     SamplingConfig,
     ShardConfig,
     TeacherConfig,
+    ViewConfig,
 )
 from dfkd.config.training import (
     LOADERS,
@@ -48,6 +50,7 @@ from dfkd.config.training import (
 )
 
 __all__ = [
+    "ADV_LOSSES",
     "BACKENDS",
     "DTYPES",
     "IMAGE_FORMATS",
@@ -91,6 +94,7 @@ __all__ = [
     "TrainDecoderCommand",
     "TrainPriorCommand",
     "TrainTeacherCommand",
+    "ViewConfig",
     "leaves",
     "merged",
     "nested",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd.config.fields import Config, nested, option
+from dfkd.config.selection import CandidatesConfig, FilterConfig
 
 DTYPES = ("fp32", "bf16", "fp16")
 BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch-tensorrt")  # of engines on disk
@@ -13,6 +14,7 @@ QUANTISING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")  # those that 
 SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "dpmpp2m", "lcm")
 METHODS = ("guided", "deepinversion", "noise")
 IMAGE_FORMATS = ("png", "jpg", "npy")
+ADV_LOSSES = ("kl", "entropy", "reference")
 RESIZES = ("antialias", "published")  # how a network is shown images that are larger than its own
 SHARD_IMAGES = 256  # about as many images as a shard holds unless --shard-size says otherwise
 
@@ -163,6 +165,29 @@ class SamplingConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewConfig(Config):
+    """Views: how the images that guide are moved and recoloured, anew for every gradient and image"""
+
+    EXAMPLE = "--guide-shift 4 --guide-flip"
+
+    shift: int = option(
+        0, "shift by up to so many, mirrored at the edges", unit="pixels of the teacher", low=0, flag="guide_shift"
+    )
+    flip: bool = option(False, "mirror one in two; not where left and right differ, as in digits", flag="guide_flip")
+    crop: float = option(
+        1.0, "least share of the side that is cut out and enlarged; 1: all of it", low=0.1, high=1, flag="guide_crop"
+    )
+    colour: float = option(
+        0.0, "brightness, contrast and saturation times 1 - it to 1 + it", low=0, high=1, flag="guide_colour"
+    )
+
+    @property
+    def acts(self) -> bool:
+        """Whether the teacher sees anything else than the images as they are."""
+        return self.shift > 0 or self.flip or self.crop < 1 or self.colour > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuidanceConfig(Config):
     """Guidance: how the teacher's losses steer the samples"""
 
@@ -176,9 +201,16 @@ class GuidanceConfig(Config):
     )
     step: float = option(
         0.2,
-        "length of a guidance step; 0: no teacher at all, no refinement nor decoder of its own either",
+        "length of a guidance step; 0: no teacher at all, and none of the options here acts",
         low=0,
         flag="guidance_step",
+    )
+    power: float = option(
+        0.0,
+        "length times (noise share)^it; the share is sigma of z = alpha z0 + sigma eps, the time of a rectified flow",
+        low=0,
+        high=4,
+        flag="guidance_power",
     )
     repeats: int = option(1, "guidance steps at every denoising step", low=1, flag="guidance_repeats")
     decoder: str | None = option(
@@ -199,6 +231,26 @@ class GuidanceConfig(Config):
     bn_weight: float = option(0.1, "weight of the BatchNorm-statistics loss", low=0)
     cls_weight: float = option(1.0, "weight of the cross-entropy", low=0)
     adv_weight: float = option(0.0, "weight of the adversarial loss; needs --student-checkpoint", low=0)
+    tv_weight: float = option(0.0, "weight of the total variation, the mean difference of neighbouring pixels", low=0)
+    joint_temperature: float = option(
+        1.0, "factor of the label's logit, and of all logits, in the cross-entropy (EluCD)", low=0.01
+    )
+    margin_discount: float = option(
+        1.0, "factor more of all logits in its log-sum-exp; 0: the label's logit alone (EluCD: 0.5)", low=0, high=1
+    )
+    softplus_beta: float = option(
+        0.0, "the gradient passes the teacher's ReLUs as those of softplus of this beta (EluCD: 3 to 5); 0: off", low=0
+    )
+    adv_loss: str = option(
+        "kl",
+        "kl: divergence from the teacher where both agree (published); entropy: of the student; reference: the"
+        " student's cross-entropy less --adv-reference times the teacher's",
+        choices=ADV_LOSSES,
+    )
+    adv_reference: float = option(1.0, "weight of the teacher's cross-entropy in --adv-loss reference", low=0)
+    adv_clamp: float = option(
+        0.0, "value of the adversarial loss above which an image gets no more of it; 0: none", low=0
+    )
     bn_stats: str = option(
         "group", "statistics of every image alone, or of its whole group", choices=("image", "group")
     )
@@ -214,17 +266,39 @@ class GuidanceConfig(Config):
     noise_edit_scale: float = option(0.1, "their length", low=0)
     refine_steps: int = option(0, "guidance steps on the finished image's pixels; needs guidance", low=0)
     refine_step: float = option(0.02, "rms of the first of them, of pixels in 0..1, falling to 0", low=0, high=1)
+    refine_smooth: float = option(
+        0.0, "deviation of the Gaussian that smooths their gradient; 0: off", unit="pixels", low=0, high=16
+    )
+    reencode: int = option(
+        0, "times that the finished image is encoded, noised, denoised with guidance and refined again", low=0, high=100
+    )
+    reencode_level: float = option(0.3, "share of the denoising steps that each of them takes", low=0.001, high=1)
+    view: ViewConfig = nested(ViewConfig)
 
     def validate(self) -> None:
         if self.start > self.stop:
             raise ValueError(f"--guide-from {self.start} lies after --guide-to {self.stop}")
+        for flag, changed, acts, needed in (
+            ("--adv-loss", self.adv_loss != "kl", self.adv_weight > 0, "--adv-weight above 0"),
+            ("--adv-clamp", self.adv_clamp > 0, self.adv_weight > 0, "--adv-weight above 0"),
+            ("--adv-reference", self.adv_reference != 1, self.adv_loss == "reference", "--adv-loss reference"),
+            ("--joint-temperature", self.joint_temperature != 1, self.cls_weight > 0, "--cls-weight above 0"),
+            ("--margin-discount", self.margin_discount != 1, self.cls_weight > 0, "--cls-weight above 0"),
+            ("--refine-smooth", self.refine_smooth > 0, self.refine_steps > 0, "--refine-steps above 0"),
+        ):
+            if changed and not acts:
+                raise ValueError(f"{flag} needs {needed}: it does not act otherwise")
         if self.noise_edit_steps and not self.step:
             raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0")
 
     @property
     def acts(self) -> bool:
         """Whether a teacher guides at all."""
-        return self.step > 0 and bool(max(self.bn_weight, self.cls_weight, self.adv_weight) > 0 or self.losses)
+        return self.step > 0 and bool(max(self._weights) > 0 or self.losses)
+
+    @property
+    def _weights(self) -> tuple[float, ...]:
+        return self.bn_weight, self.cls_weight, self.adv_weight, self.tv_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +316,24 @@ class CutMixConfig(Config):
         flag="cutmix_as",
     )
     alpha: float = option(1.0, "its Beta(alpha, alpha)", low=1e-3, flag="cutmix_alpha")
+    mix: str = option(
+        "box",
+        "box: pasted; mixup: whole latents lam to 1 - lam, at the noise's own variance",
+        choices=("box", "mixup"),
+        flag="cutmix_mix",
+    )
+    repair: int = option(
+        0,
+        "times that the box, or what mixup mixed, is noised back by a step and denoised again (RePaint)",
+        low=0,
+        high=1000,
+        flag="cutmix_repair",
+    )
+
+    def validate(self) -> None:
+        for flag, given in (("mix", self.mix != "box"), ("repair", self.repair > 0)):
+            if given and not self.every:
+                raise ValueError(f"--cutmix-{flag} needs Latent CutMix: --cutmix-every above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,24 +408,6 @@ class ComputeConfig(Config):
                 f"--quantise {self.quantise} cannot run on --backend {self.backend}: 8-bit networks run as engines of"
                 f" {able}; name one of them, or auto"
             )
-    mix: str = option(
-        "box",
-        "box: pasted; mixup: whole latents lam to 1 - lam, at the noise's own variance",
-        choices=("box", "mixup"),
-        flag="cutmix_mix",
-    )
-    repair: int = option(
-        0,
-        "times that the box, or what mixup mixed, is noised back by a step and denoised again (RePaint)",
-        low=0,
-        high=1000,
-        flag="cutmix_repair",
-    )
-
-    def validate(self) -> None:
-        for flag, given in (("mix", self.mix != "box"), ("repair", self.repair > 0)):
-            if given and not self.every:
-                raise ValueError(f"--cutmix-{flag} needs Latent CutMix: --cutmix-every above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,9 +437,16 @@ class GenerateConfig(Config):
     sampling: SamplingConfig = nested(SamplingConfig)
     guidance: GuidanceConfig = nested(GuidanceConfig)
     cutmix: CutMixConfig = nested(CutMixConfig)
+    candidates: CandidatesConfig = nested(CandidatesConfig)
+    filter: FilterConfig = nested(FilterConfig)
     batching: BatchingConfig = nested(BatchingConfig)
     compute: ComputeConfig = nested(ComputeConfig)
     shards: ShardConfig = nested(ShardConfig)
+
+    @property
+    def takes_student(self) -> bool:
+        """Whether something here goes by a student, so that one can, and must, be given."""
+        return self.guidance.adv_weight > 0 or self.candidates.takes_student
 
     def validate(self) -> None:
         if self.cutmix.every and self.batching.group == 1:

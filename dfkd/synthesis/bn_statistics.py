@@ -167,13 +167,16 @@ class FusedTeacher:
     def of(network: nn.Module, layers: Sequence[nn.BatchNorm2d]) -> "FusedTeacher":
         """The teacher's network with its BatchNorm layers recorded, as one fx graph where it can be traced.
 
-        layers: those to record, in evaluation mode. Without a graph (`why` says what stands against one) each layer
-        records by itself. Raises UsageError: a layer in training mode, or one that the graph does not use exactly once.
+        layers: those to record, in evaluation mode. Without a graph (`why` says what stands against one, which may be
+        the network's own attribute `untraceable`) each layer records by itself. Raises UsageError: a layer in training
+        mode, or one that the graph does not use exactly once.
         """
         if training := [index for index, layer in enumerate(layers) if layer.training]:
             what = f"BatchNorm layer {training[0]} is in training mode"
             raise UsageError(what, "its running statistics are what is wanted", "call eval() on the teacher")
         alone = tuple(RecordingLayer(layer, False) for layer in layers)
+        if why := getattr(network, "untraceable", ""):
+            return FusedTeacher(network, alone, None, why)
         if network._forward_hooks or network._forward_pre_hooks:
             return FusedTeacher(network, alone, None, "it has hooks, which fx leaves out")
         try:

@@ -163,6 +163,14 @@ def require_guided_step(config: GuidanceConfig, steps: int, guided: int) -> None
         raise UsageError(f"--guide-from {config.start:g} --guide-to {config.stop:g} cannot act", why, todo)
 
 
+def require_restart(config: GuidanceConfig, steps: int) -> None:
+    """Raise UsageError where images are to be encoded again and no denoising step would follow. steps: of a run."""
+    if config.acts and config.reencode and not round(config.reencode_level * steps):
+        what = f"--reencode-level {config.reencode_level:g} cannot act"
+        why = f"it is less than half of one of the {steps} steps"
+        raise UsageError(what, why, f"use {1 / steps:.2g} or more, or take more steps")
+
+
 @torch.no_grad()
 def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> None:
     """Show the guidance two grey images of this side; that the teacher gives logits, `Classifier.tried` has seen.

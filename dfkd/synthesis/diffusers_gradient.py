@@ -1,8 +1,8 @@
 """What computes the gradient of guidance in a diffusers pipeline: autograd through its VAE, or a GuidedPipeline's own
 guidance with the engines that were chosen for it.
 
-Both are called with clean latents [B, C, h, w] and labels int64 [B] on their device, and return the gradient, like the
-latents, and the unweighted losses {name: [B]}.
+Both are called with clean latents [B, C, h, w], labels int64 [B] and views [B, V] of views.py or None, on their device,
+and return the gradient, like the latents, and the unweighted losses {name: [B]}.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from dfkd.synthesis.checks import copy_student, try_teacher
 from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.losses import GuidanceLoss
 from dfkd.synthesis.pipeline import GuidedPipeline
+from dfkd.synthesis.softplus import softened
 from dfkd.teachers import Classifier
 
 
@@ -29,8 +30,15 @@ class AutogradGradient:
     """
 
     def __init__(
-        self, teacher: Classifier, vae: Any, student: Classifier | None, losses: Sequence[GuidanceLoss], batch: int
+        self,
+        teacher: Classifier,
+        vae: Any,
+        student: Classifier | None,
+        losses: Sequence[GuidanceLoss],
+        batch: int,
+        softplus_beta: float = 0.0,
     ) -> None:
+        self.softplus_beta = softplus_beta
         self.vae, self.losses, self.batch = vae and vae.requires_grad_(False), losses, batch
         device = torch.device("cpu") if vae is None else vae.device
         self.teacher = teacher.freeze(device).tried()
@@ -39,10 +47,15 @@ class AutogradGradient:
         self._guidance = self._on(device)
         try_teacher(self.teacher, self._guidance, self.teacher.input_size)
 
-    def __call__(self, clean: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, clean: Tensor, labels: Tensor, view: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         if self._where != (clean.device, self.vae and self.vae.dtype):  # the pipeline was moved
             self._guidance = self._on(clean.device)
-        return self._guidance.gradient(clean, labels, self.batch or len(clean))
+        return self._guidance.gradient(clean, labels, self.batch or len(clean), view=view)
+
+    def side(self, clean: Tensor) -> int:
+        """Of the images of clean latents, in pixels."""
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return clean.shape[-1] * factor
 
     def require_fit(self, clean: Tensor) -> None:
         """Any latents that the VAE decodes will do."""
@@ -70,7 +83,8 @@ class AutogradGradient:
             self.student.freeze(device)
         narrow = self.vae is not None and self._decoder(device).dtype == torch.float16
         kernels = choose_kernels("auto", device).name
-        return Guidance(self.decode, self.teacher, self.losses, self.student, narrow, kernels)
+        teacher = softened(self.teacher, self.softplus_beta)
+        return Guidance(self.decode, teacher, self.losses, self.student, narrow, kernels)
 
     def _decoder(self, device: torch.device) -> Any:
         """The VAE, or its float32 copy on this device where it is float16 and would overflow."""
@@ -93,13 +107,20 @@ class PipelineGradient:
     def __init__(self, pipeline: GuidedPipeline) -> None:
         self.pipeline = pipeline
 
-    def __call__(self, clean: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, clean: Tensor, labels: Tensor, view: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         guidance, point = self._guidance, clean.float()
         size = self.pipeline.group if "group" in guidance.needs else len(point)
-        parts = [guidance.gradient(point[cut], labels[cut], self.pipeline.call_size) for cut in cuts(len(point), size)]
+        batch, each = self.pipeline.call_size, cuts(len(point), size)
+        parts = [
+            guidance.gradient(point[cut], labels[cut], batch, view=None if view is None else view[cut]) for cut in each
+        ]
         gradients, records = zip(*parts, strict=True)
         losses = {name: torch.cat([record[name] for record in records]) for name in records[0]}
         return torch.cat(gradients).to(clean), losses
+
+    def side(self, clean: Tensor) -> int:
+        """Of the images of clean latents, in pixels."""
+        return self.pipeline.image_size
 
     def require_fit(self, clean: Tensor) -> None:
         """Raise UsageError for latents that are not those of the pipeline, or no whole groups of them."""

@@ -36,12 +36,13 @@ from dfkd.synthesis.diffusers_levels import (
 from dfkd.synthesis.losses import GuidanceLoss, losses_of
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.sampler import Clip, unit_rms
+from dfkd.synthesis.views import draw
 from dfkd.teachers import Classifier
 
 Scheduler = TypeVar("Scheduler")
 
 # Settings of GuidanceConfig that act elsewhere than at a scheduler's step, and the values that leave them off.
-_ELSEWHERE = {"gradient": "latent", "noise_edit_steps": 0, "refine_steps": 0}
+_ELSEWHERE = {"gradient": "latent", "noise_edit_steps": 0, "refine_steps": 0, "reencode": 0}
 
 
 class TeacherGuidance:
@@ -54,7 +55,8 @@ class TeacherGuidance:
         student: of the adversarial loss, copied.
         losses: guidance losses beside those of the settings.
         batch: images per call of decoder and teacher; 0: all.
-        settings: fields of GuidanceConfig: step, repeats, norm, start, stop, bn_weight, cls_weight, bn_stats, ...
+        settings: fields of GuidanceConfig: step, repeats, norm, start, stop, bn_weight, cls_weight, bn_stats, view (a
+            dfkd.config.ViewConfig), ...
 
     Attributes:
         config: the settings. record: {step: {loss: [B]}} of the last images, unweighted, as they were at that step.
@@ -88,7 +90,7 @@ class TeacherGuidance:
         every = (*losses_of(config), *losses)
         if not every:
             raise UsageError("no guidance loss", "every weight is 0", "give one a weight")
-        self._begin(config, teacher, AutogradGradient(teacher, vae, student, every, batch))
+        self._begin(config, teacher, AutogradGradient(teacher, vae, student, every, batch, config.softplus_beta))
 
     @classmethod
     def of(cls, pipeline: GuidedPipeline) -> Self:
@@ -129,10 +131,12 @@ class TeacherGuidance:
         self._labels = tuple(self._class_of(label) for label in labels)
         return self
 
-    def push(self, clean: Tensor, i: int, steps: int, clip: Clip | None = None) -> Tensor | None:
+    def push(self, clean: Tensor, i: int, steps: int, clip: Clip | None = None, noise: float = 1.0) -> Tensor | None:
         """What guidance adds to the clean estimates [B, C, h, w] at step i of `steps`; None where it does not act.
 
-        clip: bounds of the estimates, with what is added.
+        clip: bounds of the estimates, with what is added. noise: sigma of z = alpha z0 + sigma eps before the step, the
+        time of a rectified flow, by which a step is shorter with a `power`. Views are those of seed 0 and images that
+        are numbered by row: each call of the pipeline has the same.
         """
         config = self.config
         if not config.step or not config.start <= i / steps < config.stop:
@@ -144,9 +148,11 @@ class TeacherGuidance:
         with torch.inference_mode(False), torch.no_grad():  # inference mode's own tensors take no gradient
             clean = clean.clone()
             push = torch.zeros_like(clean) if clip is None else clip.push(clean, torch.zeros_like(clean))
-            for _ in range(config.repeats):
-                gradient, self.record[i] = self._gradient(clean + push, labels)
-                push = push - config.step * (unit_rms(gradient) if config.norm == "rms" else gradient)
+            length = config.step * noise**config.power
+            for repeat in range(config.repeats):
+                view = self._view(clean, i * config.repeats + repeat)
+                gradient, self.record[i] = self._gradient(clean + push, labels, view)
+                push = push - length * (unit_rms(gradient) if config.norm == "rms" else gradient)
                 push = push if clip is None else clip.push(clean, push)
         return push
 
@@ -179,12 +185,17 @@ class TeacherGuidance:
                 x, moved = before.to(wide), latents.to(wide)
                 clean = (then.S * x - now.S * moved) / (then.S * now.A - now.S * then.A)
                 place = place_of(scheduler, timestep) - (getattr(scheduler, "step_index", None) is not None)
-                if (push := self.push(clean, place, len(scheduler.timesteps))) is not None:
+                if (push := self.push(clean, place, len(scheduler.timesteps), noise=float(now.sigma))) is not None:
                     latents = (moved + then.A * push).to(latents.dtype)
             before = latents
             return {"latents": latents}
 
         return on_step_end
+
+    def _view(self, clean: Tensor, number: int) -> Tensor | None:
+        """How the images of clean latents are seen at gradient `number` of a call; None: as they are."""
+        own, ids = self.config.view, torch.arange(len(clean), device=clean.device)
+        return draw(own, 0, ids, number, self._gradient.side(clean), self.teacher.input_size) if own.acts else None
 
     def _class_of(self, label: int | str) -> int:
         names = self.teacher.class_names
@@ -258,7 +269,7 @@ def _moved(
     if clip is not None and clip.holds_z:
         clean = clean.clamp(-clip.limit, clip.limit)
         m = level.output_of(x, clean)
-    push = guidance.push(clean, place, len(scheduler.timesteps), clip)
+    push = guidance.push(clean, place, len(scheduler.timesteps), clip, float(level.sigma))
     if push is None:
         return output, sample
     x, m = level.moved(x, m, push)

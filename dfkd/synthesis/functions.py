@@ -11,6 +11,9 @@
                                                                   whose averaged moments these are
     decode_vjp      (z0, image_gradient [B,3,H,W])             -> gradient [B,C,h,w]
 
+Where the images are seen under views, each of the teacher's functions takes one input more, the last: view [B, V], of
+views.py, which makes its matrices in the graph.
+
 The last three and `decode` are the split form, for a group in several calls and for losses of a student, whose weights
 change: (dL/dz0) = (d decode/dz0)^T dL/dx, with dL/dx taken where x is. The chain rule is exact.
 """
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 
 from dfkd.compiled.functions import Function
 from dfkd.extension import described, source_digest
-from dfkd.synthesis import bn_statistics, guidance, losses
+from dfkd.synthesis import bn_statistics, guidance, losses, softplus, views
 from dfkd.synthesis.bn_statistics import Moments, by_layer, side_by_side
 from dfkd.synthesis.guidance import Decode, Guidance, identity, pulled_back
 from dfkd.synthesis.prompts import prompt_of
@@ -92,24 +95,26 @@ class Networks:
         with torch.enable_grad():
             return (pulled_back(self.guidance_decode(leaf)[0], leaf, image_gradient, narrow),)
 
-    def gradient(self, z0: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def gradient(self, z0: Tensor, labels: Tensor, view: Tensor | None = None) -> tuple[Tensor, ...]:
         assert self.guidance is not None
-        gradient, record = self.guidance.of_call(z0, labels)
+        gradient, record = self.guidance.of_call(z0, labels, view=view)
         return gradient, *record.values()
 
-    def pixel_gradient(self, image: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def pixel_gradient(self, image: Tensor, labels: Tensor, view: Tensor | None = None) -> tuple[Tensor, ...]:
         assert self.guidance is not None
-        gradient, record = self.guidance.with_(identity).of_call(image, labels)
+        gradient, record = self.guidance.with_(identity).of_call(image, labels, view=view)
         return gradient, *record.values()
 
-    def image_moments(self, image: Tensor) -> tuple[Tensor, ...]:
+    def image_moments(self, image: Tensor, view: Tensor | None = None) -> tuple[Tensor, ...]:
         assert self.guidance is not None
-        return side_by_side(self.guidance.judge(image)[1])
+        return side_by_side(self.guidance.with_(identity).moments(image, view))
 
-    def image_gradient(self, image: Tensor, labels: Tensor, mean1: Tensor, mean2: Tensor) -> tuple[Tensor, ...]:
+    def image_gradient(
+        self, image: Tensor, labels: Tensor, mean1: Tensor, mean2: Tensor, view: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         assert self.guidance is not None
         averages = by_layer(self.guidance.layers, mean1[None], mean2[None])
-        gradient, record = self.guidance.with_(identity).of_call(image, labels, averages)
+        gradient, record = self.guidance.with_(identity).of_call(image, labels, averages, view=view)
         return gradient, *record.values()
 
 
@@ -199,6 +204,7 @@ def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[Tensor
     labels = TensorSpec("labels", (None,), "int64")
     in_latents, in_pixels = replace(z0, name="gradient"), replace(image, name="gradient")
     recorded = [TensorSpec(loss.name, (None,), "float32") for loss in (n.guidance.losses if n.guidance else ())]
+    view = (TensorSpec("view", (None, views.width(own)), "float32"),) if (own := pipe.config.guidance.view).acts else ()
     means = [layer.running_mean for layer in (n.guidance.layers if n.guidance else ())]
     width = sum(mean.numel() for mean in means if mean is not None)
     if name == "unet":
@@ -214,13 +220,13 @@ def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[Tensor
     if name == "decode_vjp":
         return (z0, replace(image, name="image_gradient")), (in_latents,)
     if name == "gradient":
-        return (z0, labels), (in_latents, *recorded)
+        return (z0, labels, *view), (in_latents, *recorded)
     if name == "pixel_gradient":
-        return (image, labels), (in_pixels, *recorded)
+        return (image, labels, *view), (in_pixels, *recorded)
     if name == "image_moments":
-        return (image,), (TensorSpec("m1", (None, width), "float32"), TensorSpec("m2", (None, width), "float32"))
+        return (image, *view), (TensorSpec("m1", (None, width), "float32"), TensorSpec("m2", (None, width), "float32"))
     averages = TensorSpec("mean1", (width,), "float32"), TensorSpec("mean2", (width,), "float32")
-    return (image, labels, *averages), (in_pixels, *recorded)
+    return (image, labels, *averages, *view), (in_pixels, *recorded)
 
 
 @torch.no_grad()
@@ -239,10 +245,12 @@ def _samples(name: str, pipe: "GuidedPipeline", networks: Networks, rows: int, s
     # A decoder draws its first guess smooth; some noise makes the teacher's layers see all their range.
     images = (images + 0.1 * noise).clamp(0, 1)
     labels = (torch.arange(rows) % len(pipe.class_names)).to(pipe.device)
+    view = _given(pipe.view(seed, torch.arange(rows, device=pipe.device), 0))
     if name == "image_gradient":
-        m1, m2 = networks.image_moments(images)
-        return images, labels, m1.mean(0), m2.mean(0)
-    return {"image_moments": (images,), "gradient": (z, labels), "pixel_gradient": (images, labels)}[name]
+        m1, m2 = networks.image_moments(images, *view)
+        return images, labels, m1.mean(0), m2.mean(0), *view
+    given = {"image_moments": (images,), "gradient": (z, labels), "pixel_gradient": (images, labels)}[name]
+    return *given, *view
 
 
 def _conditions(pipe: "GuidedPipeline", rows: int) -> list[Tensor]:
@@ -280,6 +288,8 @@ def _config(name: str, pipe: "GuidedPipeline", networks: Networks, quantise: str
         found["narrow"] = pipe.guidance is not None and pipe.guidance.narrow
     if name in _OF_TEACHER and name != "image_moments" and networks.guidance:
         found["losses"] = [described(loss) for loss in networks.guidance.losses]
+    if name in _OF_TEACHER and (beta := pipe.config.guidance.softplus_beta):
+        found["softplus_beta"] = beta
     if quantise != "none":
         found["sampling"] = {key: value for key, value in pipe.config.sampling.identity().items() if key != "size"}
         found["class_names"] = list(pipe.class_names)
@@ -290,7 +300,7 @@ def _sources(name: str, pipe: "GuidedPipeline") -> list[Path]:
     """The Python files behind a function, the engine's own package apart."""
     modules = [sys.modules[__name__], guidance] if name == "decode_vjp" else [sys.modules[__name__]]
     if name in _OF_TEACHER:
-        modules += [guidance, losses, bn_statistics]
+        modules += [guidance, losses, bn_statistics, softplus, views]
         modules += [sys.modules[type(layer).__module__] for layer in [*pipe.teacher.module.modules(), pipe.teacher]]
     files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}  # type: ignore[arg-type]
     return sorted(file for file in files if Path(torch.__file__).parent not in file.parents)
@@ -331,29 +341,34 @@ class EngineGuidance(Guidance):
         self.in_pixels = self if pixels else EngineGuidance(guidance.with_(identity), engines, pixels=True)
 
     def of_call(
-        self, latents: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None, to_latent: Decode = identity
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        averages: Sequence[Moments] | None = None,
+        to_latent: Decode = identity,
+        view: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if to_latent is not identity:
-            return super().of_call(latents, labels, averages, to_latent)
-        fused = self.engines.get("pixel_gradient" if self.pixels else "gradient")
+            return super().of_call(latents, labels, averages, to_latent, view)
+        fused, views = self.engines.get("pixel_gradient" if self.pixels else "gradient"), _given(view)
         if fused is not None and averages is None:
-            return self._named(fused(latents, labels))
+            return self._named(fused(latents, labels, *views))
         if self.pixels:
             engine = self.engines.get("image_gradient")
             if engine is None or averages is None:
-                return super().of_call(latents, labels, averages)
+                return super().of_call(latents, labels, averages, view=view)
             mean1, mean2 = side_by_side(averages)
-            return self._named(engine(latents, labels, mean1[0], mean2[0]))
+            return self._named(engine(latents, labels, mean1[0], mean2[0], *views))
         if "decode_vjp" not in self.engines:
-            return super().of_call(latents, labels, averages)
-        gradient, record = self.in_pixels.of_call(self._decoded(latents), labels, averages)
+            return super().of_call(latents, labels, averages, view=view)
+        gradient, record = self.in_pixels.of_call(self._decoded(latents), labels, averages, view=view)
         return self.engines["decode_vjp"](latents, gradient)[0], record
 
-    def moments(self, latents: Tensor) -> list[Moments]:
+    def moments(self, latents: Tensor, view: Tensor | None = None) -> list[Moments]:
         engine = self.engines.get("image_moments")
         if engine is None:
-            return super().moments(latents)
-        return by_layer(self.layers, *engine(latents if self.pixels else self._decoded(latents)))
+            return super().moments(latents, view)
+        return by_layer(self.layers, *engine(latents if self.pixels else self._decoded(latents), *_given(view)))
 
     def _named(self, found: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         return found[0], dict(zip((loss.name for loss in self.losses), found[1:], strict=True))
@@ -362,3 +377,8 @@ class EngineGuidance(Guidance):
     def _decoded(self, latents: Tensor) -> Tensor:
         engine = self.engines.get(self.decoding)
         return self.decode(latents) if engine is None else engine(latents)[0]
+
+
+def _given(view: Tensor | None) -> tuple[Tensor, ...]:
+    """The last input of the teacher's functions, which they do not have without views."""
+    return () if view is None else (view,)

@@ -1,7 +1,7 @@
 """The guidance gradient: teacher and decoder (and, on the `unet` path, the denoiser) differentiated for a latent.
 
-    x = decode(z0hat)                                  images in 0..1
-    L = sum over losses of weight times loss(x)        losses.py
+    x = decode(z0hat)                                  images in 0..1, seen under a view of each where there are views
+    L = sum over losses of weight times loss(x)        losses.py; views.py
 
 Every loss is a per-image quantity and the gradient that of their sum, so an image's guidance does not depend on how
 it was batched. A loss of a whole group enters by its slopes in the group's moments, held fixed: a group that fits one
@@ -19,6 +19,7 @@ from dfkd.synthesis.batching import cuts
 from dfkd.synthesis.bn_statistics import FusedTeacher, Moments, averaged, joined, record_bn_inputs
 from dfkd.synthesis.losses import GuidanceLoss, Seen
 from dfkd.synthesis.sampler import ToLatent
+from dfkd.synthesis.views import seen
 from dfkd.teachers import Classifier
 
 Decode = Callable[[Tensor], Tensor]
@@ -101,14 +102,14 @@ class Guidance:
             logits = self.teacher.logits(images)
         return logits, moments
 
-    def moments(self, latents: Tensor) -> list[Moments]:
-        """Moments [B, C] of every BatchNorm layer for clean latents [B, C, h, w]."""
-        return self.judge(self.decode(latents))[1]
+    def moments(self, latents: Tensor, view: Tensor | None = None) -> list[Moments]:
+        """Moments [B, C] of every BatchNorm layer for clean latents [B, C, h, w]; view as of `gradient`."""
+        return self.judge(seen(self.decode(latents), view))[1]
 
     def values(self, images: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None) -> dict[str, Tensor]:
         """The unweighted losses {name: [B]} of images [B, 3, H, W]; averages as of `of_call`."""
-        seen = self.seen(images, labels, averages)
-        return {loss.name: loss(seen) for loss in self.losses}
+        found = self.seen(images, labels, averages)
+        return {loss.name: loss(found) for loss in self.losses}
 
     def seen(self, images: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None) -> Seen:
         """What the losses are functions of, for images [B, 3, H, W] of labels [B]; averages as of `of_call`."""
@@ -118,25 +119,36 @@ class Guidance:
         return Seen(images, logits, labels, moments, self.layers, averages, student, self.kernels)
 
     def of_call(
-        self, latents: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None, to_latent: Decode = identity
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        averages: Sequence[Moments] | None = None,
+        to_latent: Decode = identity,
+        view: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of one network call.
 
         latents: [B, C, h, w], a whole group (or images that do not interact); with `averages`, the moments [1, C] of
-        every layer over a whole group, some of its images. Returns the gradient, like `latents`, and the unweighted
-        losses {name: [B]}. Only tensor arithmetic, no branch on a value: compiled engines are traced from it.
+        every layer over a whole group, some of its images. view: as of `gradient`. Returns the gradient, like
+        `latents`, and the unweighted losses {name: [B]}. Only tensor arithmetic, no branch on a value: compiled engines
+        are traced from it.
         """
         leaf = latents.detach().requires_grad_()
         with torch.enable_grad():
             images = self.decode(to_latent(leaf))
-            values = self.values(images, labels, averages)
+            values = self.values(seen(images, view), labels, averages)
             total = torch.stack([loss.weight * values[loss.name] for loss in self.losses]).sum()
             (in_images,) = torch.autograd.grad(total, images)
             gradient = pulled_back(images, leaf, in_images, self.narrow)
         return gradient, {name: value.detach() for name, value in values.items()}
 
     def gradient(
-        self, latents: Tensor, labels: Tensor, batch: int, to_latent: ToLatent | None = None
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        batch: int,
+        to_latent: ToLatent | None = None,
+        view: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient of the summed loss in the latents of one whole group, or of images that do not interact.
 
@@ -145,9 +157,10 @@ class Guidance:
             labels: int64 [G].
             batch: images per network call; results do not depend on it but for rounding.
             to_latent: the denoiser's prediction on the `unet` path; None where the latents are clean.
+            view: of `views.draw`, [G, ...]: how teacher and losses see each image; None: as it is.
 
         Returns:
-            The gradient, like `latents`, and the unweighted losses {name: [G]} of the images as they were.
+            The gradient, like `latents`, and the unweighted losses {name: [G]} of the images as they were seen.
         """
         calls = list(cuts(len(latents), batch))
         images = torch.arange(len(latents), device=latents.device)
@@ -155,11 +168,14 @@ class Guidance:
         def clean(cut: slice) -> Decode:
             return identity if to_latent is None else lambda z: to_latent(z, images[cut])
 
+        views = [None if view is None else view[cut] for cut in calls]
         averages = None
         if len(calls) > 1 and "group" in self.needs:
             with torch.no_grad():
-                averages = averaged(joined([self.moments(clean(cut)(latents[cut])) for cut in calls]))
-        parts = [self.of_call(latents[cut], labels[cut], averages, clean(cut)) for cut in calls]
+                each = zip(calls, views, strict=True)
+                averages = averaged(joined([self.moments(clean(cut)(latents[cut]), own) for cut, own in each]))
+        each = zip(calls, views, strict=True)
+        parts = [self.of_call(latents[cut], labels[cut], averages, clean(cut), own) for cut, own in each]
         if len(parts) == 1:
             return parts[0]
         gradients, records = zip(*parts, strict=True)

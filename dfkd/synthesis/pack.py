@@ -54,6 +54,8 @@ class Pack:
         self.times = table.timesteps.to(device, torch.float32)
         self.noisy = [noise != 0 for noise in table.step_noise.tolist()]
         self.losses: dict[int, dict[str, Tensor]] = {}
+        self.gradients = 0  # taken so far, by which views are drawn
+        self.streams = 0  # where those of this trajectory begin, of those of an image
         self.stepped: Callable[[], object] = lambda: None  # called after every step of any kind
         self.faults = Faults(len(ids), device)
         self.plans = self._cutmix_plans(ids, labels)
@@ -63,6 +65,19 @@ class Pack:
         """z_T: the images' own noise, float32 [B, C, h, w]."""
         shape = (self.pipe.prior.latent_channels, *self.pipe.latent_size)
         return self.pipe.table.init_scale * philox_normal(self.seed, self.ids, INITIAL_NOISE, shape)
+
+    @torch.no_grad()
+    def restart(self, images: Tensor, first: int) -> Tensor:
+        """z at step `first` of another trajectory, around what images [B, 3, H, W] in 0..1 are as latents.
+
+        z = alpha encode(x) + sigma n, float32 [B, C, h, w]; its noise, and that of its steps, is new.
+        """
+        with calling("encode"):
+            z0 = torch.cat([self.pipe.prior.encode(images[cut]).float() for cut in cuts(len(images), self.batch)])
+        self.faults.see(z0, "latents", "re-encoding")
+        self.streams += 1 + len(self.cfg_rows)
+        noise = philox_normal(self.seed, self.ids, self.streams + INITIAL_NOISE, tuple(z0.shape[1:]))
+        return float(self.pipe.table.alpha[first]) * z0 + float(self.pipe.table.sigma[first]) * noise
 
     def denoise(self, z: Tensor, i: int, images: Tensor | None = None) -> Tensor:
         """The UNet's output [K, B, C, h, w] at step i, as `sampler.Denoise`: K = 2 where classifier-free guidance acts.
@@ -91,12 +106,15 @@ class Pack:
         where: the step, for people.
         """
         self.faults.see(point, "latents", where)
+        view = self.pipe.view(self.seed, self.ids, self.gradients)
+        self.gradients += 1
         size = self.pipe.group if "group" in guidance.needs else len(point)
         found = []
         with calling("gradient"):
             for cut in cuts(len(point), size):
                 way = to_latent and partial(_shifted, to_latent, cut.start)
-                found.append(guidance.gradient(point[cut], self.labels[cut], self.batch, way))
+                seen = None if view is None else view[cut]
+                found.append(guidance.gradient(point[cut], self.labels[cut], self.batch, way, seen))
         gradients, records = zip(*found, strict=True)
         gradient = torch.cat(gradients)
         losses = {name: torch.cat([record[name] for record in records]) for name in records[0]}
@@ -109,10 +127,10 @@ class Pack:
         assert self.pipe.guidance is not None
         config = self.pipe.config.guidance
         gradient, self.losses[i] = self.gradient(self.pipe.guidance, point, to_latent, self._step(i))
-        return config.step * (unit_rms(gradient) if config.norm == "rms" else gradient)
+        return self.pipe.lengths[i] * (unit_rms(gradient) if config.norm == "rms" else gradient)
 
     def noise(self, i: int) -> Noise | None:
-        return (self.seed, self.ids, 1 + i) if self.noisy[i] else None
+        return (self.seed, self.ids, self.streams + 1 + i) if self.noisy[i] else None
 
     def after(self, i: int, z: Tensor, z0: Tensor) -> tuple[Tensor, Tensor]:
         self.stepped()

@@ -33,6 +33,7 @@ from dfkd.synthesis.checks import (
     prepare_prior,
     require_guided_step,
     require_losses,
+    require_restart,
     try_teacher,
 )
 from dfkd.synthesis.functions import EngineGuidance, dtype_of, functions_of
@@ -40,9 +41,11 @@ from dfkd.synthesis.guidance import Decode, Guidance, identity
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
 from dfkd.synthesis.pack import Pack
 from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels, unread_words, unused_tokens
-from dfkd.synthesis.sampler import edit_noise, refine, sample, sample_through_unet
+from dfkd.synthesis.sampler import begun, edit_noise, refine, sample, sample_through_unet
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
+from dfkd.synthesis.softplus import softened
 from dfkd.synthesis.synthesizer import Sample, counted, label_probability
+from dfkd.synthesis.views import draw, most_shift
 from dfkd.teachers import Classifier
 from dfkd_engine.compiled import Engine
 from dfkd_engine.group_norms import group_norms
@@ -123,6 +126,9 @@ class GuidedPipeline:
         self.student, self._resting = student and copy_student(student, self.teacher), False
         self._guide()
         require_guided_step(config.guidance, len(self.table), self.guided_steps)
+        require_restart(config.guidance, len(self.table))
+        if self.guidance is not None:
+            most_shift(config.guidance.view, self.image_size, teacher.input_size)
         self.group = config.batching.group if self._images_interact() else 1
         self.call_size = config.batching.batch
         self.on_progress: Callable[[float], object] | None = None
@@ -206,8 +212,31 @@ class GuidedPipeline:
     def steps(self) -> int:
         """Steps of an image: edits of its noise, denoising, and refinements of its pixels."""
         config = self.config.guidance
-        edits, refinements = config.noise_edit_steps, config.refine_steps
-        return len(self.table) + (edits if self.statistics else 0) + (refinements if self.pixel_guidance else 0)
+        edits = config.noise_edit_steps if self.statistics else 0
+        refinements = config.refine_steps if self.pixel_guidance else 0
+        again = self.reencodings * (len(self.table) - self.restart + refinements)
+        return len(self.table) + edits + refinements + again
+
+    @property
+    def reencodings(self) -> int:
+        """Times that an image is encoded, noised and denoised again; 0 where the teacher does not guide."""
+        return self.config.guidance.reencode if self.guidance is not None else 0
+
+    @property
+    def restart(self) -> int:
+        """The number of the denoising step at which it goes on then."""
+        return len(self.table) - round(self.config.guidance.reencode_level * len(self.table))
+
+    def view(self, seed: int, ids: Tensor, number: int) -> Tensor | None:
+        """How the images `ids`, int64 [B], are seen at gradient `number` of their trajectories; None: as they are."""
+        own = self.config.guidance.view
+        return draw(own, seed, ids, number, self.image_size, self.teacher.input_size) if own.acts else None
+
+    @property
+    def lengths(self) -> list[float]:
+        """The length of a guidance step at each denoising step: falling with its noise, by --guidance-power."""
+        config = self.config.guidance
+        return [config.step * share**config.power for share in self.table.sigma.tolist()]
 
     def denoise(self, z: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """One call of the denoiser, or of the engine in its place: the prediction, like z."""
@@ -228,13 +257,11 @@ class GuidedPipeline:
 
     def _sample(self, pack: Pack) -> tuple[Tensor, list[Record]]:
         """A pack's images uint8 [B, 3, H, W] on the CPU, and their records."""
-        config = self.config.guidance
         z = self.latents(pack)
-        images = pack.decode(z)
-        if (pixels := self.pixel_guidance) is not None:
-            images = refine(
-                images, lambda x: pack.stepping(pixels, x, "a refinement"), config.refine_steps, config.refine_step
-            )
+        images = self._refined(pack, pack.decode(z))
+        for _ in range(self.reencodings):
+            z = self._again(pack, images)
+            images = self._refined(pack, pack.decode(z))
         finite = (z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)).cpu()
         if not finite.all():
             half = [name for name in ("unet", "decode") if dtype_of(name, self.prior) == "float16"]
@@ -242,6 +269,23 @@ class GuidedPipeline:
         stored = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         sure = label_probability(self.teacher, stored, pack.labels, self.call_size)
         return stored.cpu(), pack.records(sure)
+
+    def _refined(self, pack: Pack, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] after guidance on their pixels, where the settings ask for it."""
+        config, pixels = self.config.guidance, self.pixel_guidance
+        if pixels is None:
+            return images
+        own = config.refine_steps, config.refine_step, config.refine_smooth
+        return refine(images, lambda x: pack.stepping(pixels, x, "a refinement"), *own)
+
+    def _again(self, pack: Pack, images: Tensor) -> Tensor:
+        """Latents of images that are noised to the level of --reencode-level, and denoised with guidance (SDEdit, arXiv
+        2108.01073): what pixel steps drew comes back to what the prior draws. Without CutMix."""
+        z, first = pack.restart(images, self.restart), self.restart
+        rows = begun(self.table.coefficients(z, self.cfg)[first:])
+        loop = sample_through_unet if self.config.guidance.gradient == "unet" else sample
+        return loop(z, rows, pack.denoise, pack.guide, repeats=self.repeats_at, noise=pack.noise, after=pack.after,
+                    step=GUIDED_STEPS[self.kernels], clip=self.table.clip, first=first)  # fmt: skip
 
     def use_engines(self, before: Mapping[str, str] | None) -> dict[str, str]:
         """Load the engines that `config.compute` and the store come to.
@@ -348,7 +392,8 @@ class GuidedPipeline:
         if not losses:
             return
         config, narrow = self.config.guidance, self.prior.dtype == torch.float16
-        own = Guidance(self.guidance_decode, self.teacher, losses, self.student, narrow, self.kernels)
+        teacher = softened(self.teacher, config.softplus_beta)
+        own = Guidance(self.guidance_decode, teacher, losses, self.student, narrow, self.kernels)
         self.guidance = own
         if config.refine_steps:
             self.pixel_guidance = own.with_(identity)

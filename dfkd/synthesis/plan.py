@@ -115,6 +115,7 @@ def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> di
 
     unet            the denoiser, with two rows an image where classifier-free guidance acts at any step
     decode          latents -> images
+    encode          images -> latents, where images are encoded again
     gradient        the guidance gradient, through the UNet where the settings say so
     pixel_gradient  the gradient on pixels, of the refinement
     noise_edit      the gradient of L_bn on the initial noise, with the UNet in it
@@ -150,6 +151,8 @@ def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> di
         found["gradient"] = gradient
     if (pixels := pipe.pixel_guidance) is not None:
         found["pixel_gradient"] = lambda count: packs[count].gradient(pixels, points(count, (3, side, side)))
+    if pipe.reencodings:
+        found["encode"] = lambda count: packs[count].restart(points(count, (3, side, side)), pipe.restart)
     if (statistics := pipe.statistics) is not None:
         found["noise_edit"] = lambda count: packs[count].noise_gradient(rows, statistics)(points(count))
     return found
@@ -177,11 +180,13 @@ def predict(pipe: "GuidedPipeline", plan: Plan, image_format: str) -> dict[str, 
     """Seconds of a pass by network; `write` is the encoding of its images. What is between the calls is not counted."""
     own = pipe.config.guidance
     cfg_rows = pipe.pack(torch.arange(1), 0).cfg_rows
+    steps = [*range(len(cfg_rows)), *(list(range(pipe.restart, len(cfg_rows))) * pipe.reencodings)]
     counts = {
-        "unet": sum(cfg_rows) / max(cfg_rows),
-        "decode": 1,
-        "gradient": sum(pipe.repeats_at(i) for i in range(len(cfg_rows))),
-        "pixel_gradient": own.refine_steps,
+        "unet": sum(cfg_rows[i] for i in steps) / max(cfg_rows),
+        "decode": 1 + pipe.reencodings,
+        "encode": pipe.reencodings,
+        "gradient": sum(map(pipe.repeats_at, steps)),
+        "pixel_gradient": (1 + pipe.reencodings) * own.refine_steps,
         "noise_edit": own.noise_edit_steps,
     }
     engines = {choice.network: choice.key for choice in pipe.choices if choice.key}

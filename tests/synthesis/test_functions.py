@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dfkd.compiled.choose import Choice
 from dfkd.compiled.engines import engine_spec
@@ -109,6 +110,50 @@ def test_an_engine_shows_the_teacher_smaller_images_as_autograd_does(resize, tmp
     assert (resize == "published") == (engine_spec(other, "onnxruntime", "cpu test").key() == spec.key())
 
 
+RELU = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
+                     nn.Conv2d(6, 7, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(28, 3))  # fmt: skip
+VIEWS = {"guide_shift": 2, "guide_flip": True, "guide_crop": 0.6, "guide_colour": 0.3}
+OPTIONS = {**VIEWS, "softplus_beta": 3.0, "margin_discount": 0.5, "joint_temperature": 0.8, "tv_weight": 0.1}
+SEEN = ("gradient", "pixel_gradient", "image_moments", "image_gradient")
+
+
+def with_options(**own):
+    teacher = classifier().replace(module=RELU.eval().requires_grad_(False))
+    return pipeline(teacher=teacher, **{**REFINED, **OPTIONS, **own})
+
+
+def option_functions(**own):
+    found = (*with_options(**own).functions(), *with_options(**own, batch=3).functions())
+    return {function.name: function for function in found}
+
+
+def test_views_are_an_input_of_what_the_teacher_sees_and_of_nothing_else():
+    for width, own in ((16, {}), (4, {"guide_colour": 0.0})):
+        found = option_functions(**own)
+        for name, function in found.items():
+            inputs = [spec.name for spec in function.inputs]
+            assert inputs.count("view") == (name in SEEN) and (name not in SEEN or inputs[-1] == "view")
+            if name in SEEN:
+                assert function.samples(3, 0)[-1].shape == (3, width)
+    assert all("view" not in [spec.name for spec in f.inputs] for f in every_function().values())
+
+
+@pytest.mark.skipif(get("onnxruntime").unusable("cpu") is not None, reason="needs the extra onnx")
+@pytest.mark.parametrize("name", SEEN)
+def test_an_engine_makes_the_views_itself(name, tmp_path):
+    """With softplus' slopes, the tempered cross-entropy and the total variation, beside float64."""
+    function, backend = option_functions()[name], get("onnxruntime")
+    graph = trace(function.call, function.inputs, output_names=[output.name for output in function.outputs])
+    spec = engine_spec(function, "onnxruntime", "cpu test")
+    compile_graph(backend, graph, spec, tmp_path)
+    arguments = function.samples(3, 0)
+    found, exact = backend.load(tmp_path, spec, "cpu")(*arguments), function.exact()(*in64(arguments))
+    for got, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    plain = {f.name: f for f in every_function().values()}[name]
+    assert len(plain.inputs) == len(function.inputs) - 1
+
+
 def test_the_split_form_by_hand():
     """image_gradient is the gradient of weighted losses with the group's slopes held, decode_vjp autograd's own."""
     pipe = pipeline(batch=3, bn_loss="relative")
@@ -151,9 +196,13 @@ def test_an_engine_follows_from_what_is_in_it_and_nothing_else():
     for own, settings in (
         ({"prior": SmallPrior(seed=2)}, {}), ({"teacher": classifier(seed=1)}, {}), ({}, {"bn_weight": 0.2}),
         ({}, {"bn_loss": "relative"}), ({}, {"cls_weight": 0.0}), ({}, {"group": 5}),
+        ({}, {"guide_shift": 1}), ({}, {"tv_weight": 0.1}), ({}, {"margin_discount": 0.5}),
     ):  # fmt: skip
         assert key("gradient", own, **settings) != gradient
-    assert key("gradient", sampler="euler", steps=9, cfg=1.0) == gradient
+    assert key("gradient", sampler="euler", steps=9, cfg=1.0, guidance_power=1.0) == gradient
+    assert key("gradient", guide_shift=1) == key("gradient", guide_shift=2)  # which view is an input
+    net = {"teacher": classifier().replace(module=RELU.eval().requires_grad_(False))}
+    assert len({key("gradient", net, softplus_beta=beta) for beta in (0.0, 3.0, 4.0)}) == 3
     assert key("decode", batch=5) == key("decode")  # one engine serves other --batch
 
 
@@ -185,6 +234,9 @@ class Recorder(dict):
         ({**REFINED, "bn_stats": "image", "batch": 3}, WHOLE),
         ({**REFINED, "adv_weight": 1.0, "batch": 3, "noise_edit_steps": 1}, (*CUT[:3], "decode_vjp")),
         ({"guidance_step": 0.0}, ("unet", "decode")),
+        ({**REFINED, **VIEWS, "reencode": 1, "reencode_level": 0.5}, WHOLE),
+        ({**REFINED, **VIEWS, "batch": 3}, CUT),
+        ({**REFINED, **VIEWS, "adv_weight": 1.0, "adv_loss": "reference", "batch": 3}, (*CUT[:3], "decode_vjp")),
     ],
 )
 def test_engines_stand_in_for_their_functions(monkeypatch, own, called):
