@@ -110,8 +110,10 @@ def test_an_engine_shows_the_teacher_smaller_images_as_autograd_does(resize, tmp
     assert (resize == "published") == (engine_spec(other, "onnxruntime", "cpu test").key() == spec.key())
 
 
-RELU = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
-                     nn.Conv2d(6, 7, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(28, 3))  # fmt: skip
+RELU = nn.Sequential(
+    nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 7, 3), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(28, 3),
+)  # fmt: skip
 VIEWS = {"guide_shift": 2, "guide_flip": True, "guide_crop": 0.6, "guide_colour": 0.3}
 OPTIONS = {**VIEWS, "softplus_beta": 3.0, "margin_discount": 0.5, "joint_temperature": 0.8, "tv_weight": 0.1}
 SEEN = ("gradient", "pixel_gradient", "image_moments", "image_gradient")

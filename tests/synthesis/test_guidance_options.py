@@ -182,9 +182,9 @@ def test_re_encoding_by_hand():
     noise = philox_normal(SEED, pack.ids, len(table) + 1 + INITIAL_NOISE, tuple(z0.shape[1:]))
     z = float(table.alpha[2]) * z0 + float(table.sigma[2]) * noise  # half of 4 steps
     for i in (2, 3):
-        unguided = rows[i, 0] * z + rows[i, 1] * (
-            model := pack.denoise(z, i)[0] + 3 * pack.denoise(z, i).diff(dim=0)[0]
-        )
+        free, told = pack.denoise(z, i)
+        model = free + 3 * (told - free)
+        unguided = rows[i, 0] * z + rows[i, 1] * model
         gradient, _ = before.guidance.gradient(unguided, pack.labels, 7)
         push = -0.2 * unit_rms(gradient)
         z = rows[i, 2] * z + rows[i, 3] * model + rows[i, 6] * push
@@ -245,6 +245,6 @@ def test_steps_and_plan_count_every_pass():
 
 
 def test_re_encoding_that_cannot_be_is_refused():
-    with pytest.raises(UsageError, match="--reencode-level 0.1 cannot act: .* half of one of the 4 steps. use 0.25"):
+    with pytest.raises(UsageError, match=r"--reencode-level 0.1 cannot act: .* half of one of the 4 steps. use 0.25"):
         pipeline(reencode=1, reencode_level=0.1)
     assert pipeline(reencode=1, guidance_step=0.0).reencodings == 0

@@ -87,9 +87,9 @@ def test_a_view_follows_from_seed_id_and_number_alone():
 def test_a_shift_is_in_pixels_of_the_teacher():
     assert most_shift(ViewConfig(shift=2), 64, 8) == 16 and most_shift(ViewConfig(shift=4), 8, 16) == 2
     assert most_shift(ViewConfig(), 8, 8) == 0
-    with pytest.raises(UsageError, match="--guide-shift 1 moves images of 8 pixels by 0: .*16.*use 2 to 14, or 0"):
+    with pytest.raises(UsageError, match=r"--guide-shift 1 moves images of 8 pixels by 0: .*16.*use 2 to 14, or 0"):
         most_shift(ViewConfig(shift=1), 8, 16)
-    with pytest.raises(UsageError, match="--guide-shift 8 moves images of 8 pixels by 8: .*use 1 to 7, or 0"):
+    with pytest.raises(UsageError, match=r"--guide-shift 8 moves images of 8 pixels by 8: .*use 1 to 7, or 0"):
         pipeline(guide_shift=8)
 
 
