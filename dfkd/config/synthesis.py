@@ -154,8 +154,18 @@ class SamplingConfig(Config):
     only: tuple[str, ...] = option((), "synthesise these classes alone")
 
     def validate(self) -> None:
+    keep_intermediates: int = option(
+        0,
+        "clean estimates along each trajectory, at evenly spaced steps, that are images of their own beside its last",
+        unit="images",
+        low=0,
+    )
         if self.cfg_from > self.cfg_to:
             raise ValueError(f"--cfg-from {self.cfg_from} lies after --cfg-to {self.cfg_to}")
+        if self.keep_intermediates >= self.steps:
+            raise ValueError(
+                f"--keep-intermediates {self.keep_intermediates} needs more steps than --steps {self.steps}"
+            )
 
     def cfg_acts(self, step: int, cfg: float) -> bool:
         """Whether the scale `cfg` moves the prediction at denoising step `step`, counted from 0: above 1, as in

@@ -34,14 +34,17 @@ def _deepinversion(steps: int, asked: GenerateCommand) -> Mapping[str, Any]:
     return {"method": f"deepinversion(steps={steps}{without})"}
 
 
+# Of methods that do not denoise step by step: what [generate] asks of the steps.
+_WITHOUT_STEPS = {"keep-intermediates": 0}
+
 CONTROLS: Mapping[str, Control] = {
     "unguided": Control({"method": "guided", "guidance-step": 0.0, "noise-edit-steps": 0}),
     "unguided-pixels": Control(
         {"method": "guided", "guide-from": 1.0, "guide-to": 1.0, "noise-edit-steps": 0, "refine-steps": 1},
         lambda steps, asked: {"refine_steps": steps},
     ),
-    "deepinversion": Control({"method": "deepinversion"}, _deepinversion),
-    "noise": Control({"method": "noise"}),
+    "deepinversion": Control({"method": "deepinversion", **_WITHOUT_STEPS}, _deepinversion),
+    "noise": Control({"method": "noise", **_WITHOUT_STEPS}),
 }
 
 

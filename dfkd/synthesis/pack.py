@@ -3,7 +3,7 @@
 A pack is whole groups where images of a group interact, and as many of them as a call holds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,8 @@ class Pack:
     ids, labels: int64 [B], given on the CPU and held on the device; whole groups in turn where images interact.
     losses: filled by `guide`, {step: {name: [B]}}, taken before the last guidance step of each denoising step.
     plans: Latent CutMix by step, partners as positions in the pack. cutmix: these, as the sampler takes them.
-    faults: what was first not finite.
+    faults: what was first not finite. keep, kept: steps whose clean estimates [B, C, h, w] are wanted, and these, by
+    step.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Pack:
         self.gradients = 0  # taken so far, by which views are drawn
         self.streams = 0  # where those of this trajectory begin, of those of an image
         self.stepped: Callable[[], object] = lambda: None  # called after every step of any kind
+        self.keep: Collection[int] = ()
+        self.kept: dict[int, Tensor] = {}
         self.faults = Faults(len(ids), device)
         self.plans = self._cutmix_plans(ids, labels)
         self.cutmix = cutmix.LatentCutMix(pipe.config.cutmix, self.plans, table, pipe.latent_size, seed, self.ids)
@@ -139,6 +142,8 @@ class Pack:
             found = self.callback(self.pipe, i, timestep, {"latents": z, "clean": z0}) or {}
             z, z0 = found.get("latents", z), found.get("clean", z0)
         self.faults.see(z, "latents", self._step(i))
+        if i in self.keep:
+            self.kept.setdefault(i, z0)  # where the image is encoded again, step i comes again
         return z, z0
 
     def noise_gradient(self, rows: Tensor, guidance: Guidance) -> Callable[[Tensor], Tensor]:
@@ -169,12 +174,14 @@ class Pack:
         self.faults.see(images, "decode", "the end")
         return images
 
-    def records(self, probability: Tensor) -> list[Record]:
-        """What is known of each image. probability: the teacher's for the label, [B]."""
-        guided = [self.losses[i] for i in sorted(self.losses)]
+    def records(self, probability: Tensor, step: int | None = None) -> list[Record]:
+        """What is known of each image. probability: the teacher's for the label, [B]. step: of which they are the clean
+        estimates, whose losses are that step's, without a curve; None: they are finished."""
+        guided = [self.losses[i] for i in sorted(self.losses) if step is None or i <= step]
         names = list(guided[0]) if guided else []
         curves = {name: torch.stack([values[name] for values in guided], 1).tolist() for name in names}
-        last, mixup = self.plans[max(self.plans)] if self.plans else None, self.pipe.config.cutmix.mix == "mixup"
+        mixed = [self.plans[i] for i in sorted(self.plans) if step is None or i <= step]
+        last, mixup = mixed[-1] if mixed else None, self.pipe.config.cutmix.mix == "mixup"
         ids, labels, found = self.ids.tolist(), self.labels.tolist(), []
         for n, sure in enumerate(probability.tolist()):
             curve = {name: [rounded(value) for value in values[n]] for name, values in curves.items()}
@@ -189,7 +196,8 @@ class Pack:
                     box=tuple(last.box[n].tolist()) if last and not mixup else None,
                     mixup=rounded(float(last.lam[n])) if last and mixup else None,
                     losses={name: values[-1] for name, values in curve.items()},
-                    loss_curve=curve,
+                    loss_curve=curve if step is None else {},
+                    step=step,
                     teacher_probability=rounded(sure),
                 )
             )

@@ -7,7 +7,7 @@ An image follows from the run's seed and its id: label, prompt, noise and, withi
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class GuidedPipeline:
     Args:
         prior: moved to the device of `config.compute`; its dtype must be that of the settings.
         teacher: frozen and moved there.
-        config: all other settings.
+        config: all other settings. What is around a method is `dfkd.synthesis.methods.make_method`'s to add, such as
+            --keep-intermediates.
         student: of the adversarial loss, copied; must name the teacher's classes.
         losses: guidance losses beside those that the settings name.
 
@@ -153,25 +154,30 @@ class GuidedPipeline:
         helps). ShortMemory: a network call found too little memory; a smaller call_size may do. UsageError: wrong ids
         or labels.
         """
-        asked = self._checked(ids, labels)
-        self.ready_engines()
-        members = torch.arange(self.group)
-        starts = torch.tensor(list(dict.fromkeys(i // self.group for i in asked)), dtype=torch.int64) * self.group
-        every = (starts[:, None] + members).flatten()
+        asked = self.checked(ids, labels)
         images: dict[int, Tensor] = {}
         records: dict[int, Record] = {}
-        parts = list(cuts(len(every), max(self.call_size // self.group, 1) * self.group))
-        stepped = counted(len(parts) * self.steps, self.on_progress)
-        for cut in parts:
-            pack = self.pack(every[cut], seed, asked, callback_on_step_end)
-            pack.stepped = stepped
-            pixels, found = self._sample(pack)
+        for pack in self.packs(asked, seed, callback_on_step_end):
+            pixels, found = self.finished(pack)
             kept = [i for i, record in enumerate(found) if record.id in asked]
             images |= {found[i].id: pixels[i] for i in kept}
             records |= {found[i].id: found[i] for i in kept}
         ordered = tuple(records[i] for i in asked)
         stacked = torch.stack([images[i] for i in asked])
         return Sample(stacked, torch.tensor([record.label for record in ordered]), ordered)
+
+    def packs(self, asked: Mapping[int, int | None], seed: int, callback: Callback | None = None) -> Iterator[Pack]:
+        """The groups of the asked images, as many at a time as a call holds. asked: as of `checked`."""
+        self.ready_engines()
+        members = torch.arange(self.group)
+        starts = torch.tensor(list(dict.fromkeys(i // self.group for i in asked)), dtype=torch.int64) * self.group
+        every = (starts[:, None] + members).flatten()
+        parts = list(cuts(len(every), max(self.call_size // self.group, 1) * self.group))
+        stepped = counted(len(parts) * self.steps, self.on_progress)
+        for cut in parts:
+            pack = self.pack(every[cut], seed, asked, callback)
+            pack.stepped = stepped
+            yield pack
 
     def pack(
         self, ids: Tensor, seed: int, given: Mapping[int, int | None] | None = None, callback: Callback | None = None
@@ -255,20 +261,27 @@ class GuidedPipeline:
         """What the gradient of guidance goes through, by autograd: the decoder of the settings, or the prior's own."""
         return self.guidance_decoder or self.prior.decode
 
-    def _sample(self, pack: Pack) -> tuple[Tensor, list[Record]]:
+    def finished(self, pack: Pack) -> tuple[Tensor, list[Record]]:
         """A pack's images uint8 [B, 3, H, W] on the CPU, and their records."""
         z = self.latents(pack)
         images = self._refined(pack, pack.decode(z))
         for _ in range(self.reencodings):
             z = self._again(pack, images)
             images = self._refined(pack, pack.decode(z))
+        return self.stored(pack, z, images)
+
+    def stored(self, pack: Pack, z: Tensor, images: Tensor, step: int | None = None) -> tuple[Tensor, list[Record]]:
+        """Images [B, 3, H, W] in 0..1 as uint8 on the CPU, and their records.
+
+        z: their latents. step: of which they are the clean estimates; None: they are finished. Raises NotFinite.
+        """
         finite = (z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)).cpu()
         if not finite.all():
             half = [name for name in ("unet", "decode") if dtype_of(name, self.prior) == "float16"]
             raise pack.faults.error(pack.ids, finite, half)
         stored = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         sure = label_probability(self.teacher, stored, pack.labels, self.call_size)
-        return stored.cpu(), pack.records(sure)
+        return stored.cpu(), pack.records(sure, step)
 
     def _refined(self, pack: Pack, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] after guidance on their pixels, where the settings ask for it."""
@@ -372,7 +385,7 @@ class GuidedPipeline:
             lines.append(f"  where the teacher is eager: {self.guidance.fused.describe()}")
         return lines + describe_choices(self.choices)
 
-    def _checked(self, ids: Sequence[int], labels: Sequence[int] | None) -> dict[int, int | None]:
+    def checked(self, ids: Sequence[int], labels: Sequence[int] | None) -> dict[int, int | None]:
         """The asked ids in order, with their labels where they are given. Raises UsageError."""
         asked = [int(i) for i in ids]
         if not asked or len(set(asked)) < len(asked) or min(asked) < 0:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dfkd.config import GenerateConfig
 from dfkd.data import encode
 from dfkd.synthesis.batching import ShortMemory, calling, release
-from dfkd.synthesis.synthesizer import Synthesizer
+from dfkd.synthesis.synthesizer import Synthesizer, innermost, trajectories
 from dfkd_engine.memory import Footprint, footprint, halved, most_rows, shared, weight_bytes
 from dfkd_engine.store import EngineStore
 from dfkd_kernels.guided_step import clean_estimate
@@ -44,6 +44,7 @@ class Plan:
     call_size: images a network call. group: images that interact. bound: what made the call size smaller than asked,
     "" where nothing did. rows: images a call by network, and needs: what a call takes, a row being an image; {} for a
     method whose calls are not known. held: bytes of weights and of a pass' images. memory: of the device, 0 if unknown.
+    snapshots: images that come of one trajectory; where these are several, it is one of them that a call holds.
     """
 
     call_size: int
@@ -53,11 +54,17 @@ class Plan:
     needs: Mapping[str, Footprint] = field(default_factory=dict)
     held: int = 0
     memory: int = 0
+    snapshots: int = 1
+
+    @property
+    def trajectories(self) -> int:
+        """Trajectories of a pass of the sampler: whole groups."""
+        return max(self.call_size // self.group, 1) * self.group
 
     @property
     def images(self) -> int:
-        """Images of a pass of the sampler: whole groups."""
-        return max(self.call_size // self.group, 1) * self.group
+        """Images of a pass of the sampler."""
+        return self.trajectories * self.snapshots
 
     def bytes(self, network: str) -> int:
         """Memory of one call at its peak, in bytes, without weights."""
@@ -83,10 +90,10 @@ class Plan:
 
 def make_plan(synthesizer: Synthesizer, config: GenerateConfig, processes: int = 1) -> Plan:
     """The plan of a new folder, on eager networks. processes: that share the memory of a CPU."""
-    batch, group = config.batching.batch, synthesizer.group
-    if not hasattr(synthesizer, "pack"):
+    batch, group, inner = config.batching.batch, trajectories(synthesizer), innermost(synthesizer)
+    if not hasattr(inner, "pack"):
         return Plan(batch, group)
-    pipe = cast("GuidedPipeline", synthesizer)
+    pipe = cast("GuidedPipeline", inner)
     device = pipe.device
     memory = device_bytes(device) // (processes if device.type == "cpu" else 1)
     networks = [*pipe.prior.networks.values()]
@@ -107,7 +114,7 @@ def make_plan(synthesizer: Synthesizer, config: GenerateConfig, processes: int =
     if bound and most < group:
         most = shared(group, most)
     rows = {name: min(most, group) if name in in_groups else most for name in needs}
-    return Plan(most, group, bound, rows, needs, held, memory)
+    return Plan(most, group, bound, rows, needs, held, memory, 1 + pipe.config.sampling.keep_intermediates)
 
 
 def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> dict[str, Call]:
@@ -176,14 +183,18 @@ class Timing:
     source: str
 
 
-def predict(pipe: "GuidedPipeline", plan: Plan, image_format: str) -> dict[str, Timing]:
-    """Seconds of a pass by network; `write` is the encoding of its images. What is between the calls is not counted."""
+def predict(pipe: "GuidedPipeline", plan: Plan, image_format: str, made: int = 1) -> dict[str, Timing]:
+    """Seconds of a pass by network; `write` is the encoding of its images. What is between the calls is not counted.
+
+    made: images that are made for each that is kept and written.
+    """
     own = pipe.config.guidance
-    cfg_rows = pipe.pack(torch.arange(1), 0).cfg_rows
+    pack = pipe.pack(torch.arange(1), 0)
+    cfg_rows, repairs = pack.cfg_rows, list(pack.plans) * pipe.config.cutmix.repair
     steps = [*range(len(cfg_rows)), *(list(range(pipe.restart, len(cfg_rows))) * pipe.reencodings)]
     counts = {
-        "unet": sum(cfg_rows[i] for i in steps) / max(cfg_rows),
-        "decode": 1 + pipe.reencodings,
+        "unet": sum(cfg_rows[i] for i in (*steps, *repairs)) / max(cfg_rows),
+        "decode": plan.snapshots + pipe.reencodings,
         "encode": pipe.reencodings,
         "gradient": sum(map(pipe.repeats_at, steps)),
         "pixel_gradient": (1 + pipe.reencodings) * own.refine_steps,
@@ -202,7 +213,7 @@ def predict(pipe: "GuidedPipeline", plan: Plan, image_format: str) -> dict[str, 
             cut = name in _calls_of_groups(pipe) and rows < plan.group
             seconds, tried = _tried(pipe, name, few, 2 if cut else 1)
             seconds, source = seconds * rows / max(tried, 1), f"tried with {tried}"
-        found[name] = Timing(seconds, float(counts[name] * -(-plan.images // rows)), source)
+        found[name] = Timing(seconds, float(made * counts[name] * -(-plan.trajectories // rows)), source)
     return found | {"write": Timing(_write_seconds(pipe.image_size, image_format), float(plan.images), "tried with 1")}
 
 

@@ -28,7 +28,7 @@ from dfkd.runtime import Rank, cpu_threads, own_rank
 from dfkd.synthesis.batching import ShortMemory, calling, release
 from dfkd.synthesis.carried import Carried, learns, require_one_process
 from dfkd.synthesis.plan import Plan, make_plan
-from dfkd.synthesis.synthesizer import Sample, Synthesizer
+from dfkd.synthesis.synthesizer import Sample, Synthesizer, images_of_call, trajectories
 from dfkd.synthesis.watch import Progress, ShardLog, Watch
 from dfkd.teachers import Classifier
 
@@ -236,7 +236,7 @@ class Run:
         """
         group, start = self.synthesizer.group, ids.start
         while start < ids.stop:
-            images = group if self.carried else max(self.call_size // group, 1) * group
+            images = group if self.carried else images_of_call(self.synthesizer, self.call_size)
             sample = self._sampled(range(start, min(start + images, ids.stop)), watch)
             if sample is not None:
                 start += len(sample)
@@ -266,7 +266,7 @@ class Run:
 
     def _halve(self, network: str, why: str) -> None:
         """Half the call size, in whole groups; a synthesizer with a call size of its own cuts groups too."""
-        group = self.synthesizer.group
+        group = trajectories(self.synthesizer)
         least = 1 if hasattr(self.synthesizer, "call_size") else group
         if self.call_size <= least:
             what = f"a call of {network} runs out of memory with {least} image{'s' * (least > 1)}"
@@ -312,7 +312,7 @@ def shard_size(synthesizer: Synthesizer, config: GenerateConfig, out: Path, call
         raise UsageError(f"--shard-size {asked} cannot be used", why, f"give a multiple of {group}")
     if not asked and (out / MANIFEST).exists():
         return int(read_manifest(out)[0].shard_size)
-    unit = max(call_size // group, 1) * group
+    unit = images_of_call(synthesizer, call_size)
     return asked or unit * -(-SHARD_IMAGES // unit)
 
 

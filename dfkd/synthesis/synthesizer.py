@@ -46,6 +46,8 @@ class Synthesizer(Protocol):
                                     folder was begun with, {network: key}, or is None in a new folder. Returns
                                     {network: key} of those in use
         choose_engines()            raise where a new folder's `use_engines` would find none, before calls are planned
+        snapshots: int              images of one trajectory, which have consecutive ids; a call takes as many
+                                    trajectories as call_size says
         on_progress: None           is set to a callable that takes the share, in 0..1, of a call that is done
         update(student)             take a newer student, for methods that go by what it does not know yet; None: there
                                     is none yet, and what goes by one rests
@@ -114,6 +116,16 @@ def innermost(synthesizer: Synthesizer) -> Synthesizer:
     while isinstance(synthesizer, Around):
         synthesizer = synthesizer.inner
     return synthesizer
+
+
+def images_of_call(synthesizer: Synthesizer, call_size: int) -> int:
+    """Image ids that a call takes: whole groups, with all snapshots of as many trajectories as a network call holds."""
+    return max(call_size // trajectories(synthesizer), 1) * synthesizer.group
+
+
+def trajectories(synthesizer: Synthesizer) -> int:
+    """Trajectories of a group: its images, unless several are of one."""
+    return synthesizer.group // int(getattr(synthesizer, "snapshots", 1))
 
 
 def own_size(config: GenerateConfig, teacher: Classifier) -> int:

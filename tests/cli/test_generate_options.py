@@ -61,6 +61,7 @@ ACTS = {
     "noise_edit_scale": (("--noise-edit-steps", 2), 2.0),
     "refine_steps": ((), 3),
     "refine_step": (("--refine-steps", 3), 0.1),
+    "keep_intermediates": ((), 1),
     "method": ((), "noise"),
 }
 # no settings of a run's identity, but what they name is, by digest

@@ -7,6 +7,7 @@ from typing import Any
 from dfkd.config import GenerateConfig, plain
 from dfkd.errors import UsageError
 from dfkd.extension import resolve, settings_of
+from dfkd.synthesis.intermediates import Intermediates
 from dfkd.synthesis.methods.deepinversion import DeepInversion
 from dfkd.synthesis.methods.noise import Noise
 from dfkd.synthesis.pipeline import GuidedPipeline
@@ -61,8 +62,10 @@ def make_method(
                 return Sample(images, labels, records_of(ids, labels, self.class_names, seed))
 
     The settings are kept as its `method_settings`, which `dfkd.synthesis.run.identity_of` adds to the identity of a
-    method of one's own. Raises UsageError: an unknown name, settings that it does not take, or an object that is no
-    synthesizer; what the factory raises itself comes through.
+    method of one's own. Around the method comes what the settings ask for: --keep-intermediates.
+
+    Raises UsageError: an unknown name, settings that it does not take, an object that is no synthesizer, or a method
+    that cannot have around it what is asked for; what the factory raises itself comes through.
     """
     factory, settings = resolve(config.method, METHODS, "method")
     given: dict[str, Any] = settings if student is None else {"student": student, **settings}
@@ -75,4 +78,6 @@ def make_method(
         raise UsageError(what, f"it lacks {', '.join(lacking) or '__call__'}", "see dfkd/synthesis/synthesizer.py")
     if settings:
         object.__setattr__(made, "method_settings", plain(settings))  # also of a frozen dataclass
+    if kept := config.sampling.keep_intermediates:
+        made = Intermediates(made, kept)
     return made
