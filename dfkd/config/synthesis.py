@@ -152,20 +152,20 @@ class SamplingConfig(Config):
     negative_prompt: str = option("", "prompt of the unconditional rows")
     size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
     only: tuple[str, ...] = option((), "synthesise these classes alone")
-
-    def validate(self) -> None:
     keep_intermediates: int = option(
         0,
         "clean estimates along each trajectory, at evenly spaced steps, that are images of their own beside its last",
         unit="images",
         low=0,
     )
-        if self.cfg_from > self.cfg_to:
-            raise ValueError(f"--cfg-from {self.cfg_from} lies after --cfg-to {self.cfg_to}")
+
+    def validate(self) -> None:
         if self.keep_intermediates >= self.steps:
             raise ValueError(
                 f"--keep-intermediates {self.keep_intermediates} needs more steps than --steps {self.steps}"
             )
+        if self.cfg_from > self.cfg_to:
+            raise ValueError(f"--cfg-from {self.cfg_from} lies after --cfg-to {self.cfg_to}")
 
     def cfg_acts(self, step: int, cfg: float) -> bool:
         """Whether the scale `cfg` moves the prediction at denoising step `step`, counted from 0: above 1, as in
