@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
 from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, PriorTrainConfig
-from dfkd.config.synthesis import RESIZES, GenerateConfig, PriorConfig, PriorFilesConfig, TeacherConfig
+from dfkd.config.synthesis import ADVERSARIAL_METHODS, METHODS, RESIZES, GenerateConfig, PriorConfig, PriorFilesConfig, TeacherConfig
 from dfkd.config.training import DistillConfig, LoggingConfig, TeacherTrainConfig
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
@@ -148,10 +148,13 @@ class GenerateCommand(Config):
     logging: LoggingConfig = nested(LoggingConfig)
 
     def validate(self) -> None:
+        name = self.generate.method.partition("(")[0]
+        if name in ADVERSARIAL_METHODS:  # which go by a weight of their own, and refuse a student where it is 0
+            return
         adversarial = self.generate.guidance.adv_weight > 0
         if adversarial and self.student_checkpoint is None:
             raise ValueError("--adv-weight above 0 needs --student-checkpoint, the student that should disagree")
-        if self.student_checkpoint is not None and not adversarial:
+        if self.student_checkpoint is not None and not adversarial and name in METHODS:
             raise ValueError("--student-checkpoint acts only with --adv-weight above 0")
 
 

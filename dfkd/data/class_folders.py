@@ -66,6 +66,14 @@ def list_folder(root: Path, complete: bool = True) -> Listing:
     return Listing(images, labels, words_of(root, names), place=str(root), passed_over=others)
 
 
+def images_below(root: Path) -> list[Path]:
+    """Every image file below a folder, however deep, sorted. Raises UsageError where there is none."""
+    found = [file for file in _files(root) if file.suffix.lower() in SUFFIXES]
+    if not found:
+        raise UsageError(f"no image in {root}", f"wanted are files {' '.join(sorted(SUFFIXES))}", "correct the path")
+    return found
+
+
 def class_folders(root: Path) -> list[str]:
     """Names of the folders in root that stand for classes."""
     return [entry.name for entry in root.iterdir() if entry.is_dir() and not _hidden(entry.name)]

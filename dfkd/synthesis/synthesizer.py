@@ -172,13 +172,16 @@ def records_of(
     seed: int,
     probability: Tensor | None = None,
     losses: Mapping[str, Tensor] | None = None,
+    curve: Mapping[str, Tensor] | None = None,
 ) -> tuple[Record, ...]:
     """The records of images made without a prompt.
 
     labels: int64 [N]. probability: the teacher's for the label [N]. losses: the final ones by name, each [N].
+    curve: losses of some of the steps by name, each [N, points].
     """
     sure = [0.0] * len(labels) if probability is None else probability.tolist()
     final = {name: values.tolist() for name, values in (losses or {}).items()}
+    steps = {name: values.tolist() for name, values in (curve or {}).items()}
     return tuple(
         Record(
             id=int(ids[i]),
@@ -187,6 +190,7 @@ def records_of(
             seed=seed,
             prompt="",
             losses={name: rounded(values[i]) for name, values in final.items()},
+            loss_curve={name: [rounded(value) for value in values[i]] for name, values in steps.items()},
             teacher_probability=rounded(sure[i]),
         )
         for i, label in enumerate(labels.tolist())

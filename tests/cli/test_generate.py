@@ -97,7 +97,7 @@ def test_settings_given_back_are_the_same_run(call, tmp_path):
         (["--teacher", "resnet20"], ["holds a resnet8, not a resnet20"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),
         (["--kernels", "cuda"], ["kernels is 'cuda'", "one of auto, triton, torch"]),
-        (["--method", "gan"], ["method is 'gan'", "one of guided, deepinversion, noise, or FILE.py:NAME"]),
+        (["--method", "gan"], ["method is 'gan'", "one of guided, deepinversion, fast, cmi"]),
         (["--method", "noise(grey=3)"], ["method 'noise(grey=3)': grey is 3", "correct its settings"]),
         (["--method", "no.py:Such"], ["no file no.py"]),
         (["--method", "deepinversion", "--plan-only"], ["--plan-only with --method deepinversion"]),

@@ -8,7 +8,11 @@ from dfkd.config import GenerateConfig, plain
 from dfkd.errors import UsageError
 from dfkd.extension import resolve, settings_of
 from dfkd.synthesis.intermediates import Intermediates
+from dfkd.synthesis.methods.cmi import CMI
 from dfkd.synthesis.methods.deepinversion import DeepInversion
+from dfkd.synthesis.methods.fast import Fast
+from dfkd.synthesis.methods.folder import Folder
+from dfkd.synthesis.methods.generative import Generative
 from dfkd.synthesis.methods.noise import Noise
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.synthesizer import Synthesizer
@@ -18,6 +22,10 @@ from dfkd_engine.priors.prior import Prior
 METHODS: dict[str, Callable[..., Synthesizer]] = {
     "guided": GuidedPipeline,
     "deepinversion": DeepInversion,
+    "fast": Fast,
+    "cmi": CMI,
+    "generative": Generative,
+    "folder": Folder,
     "noise": Noise,
 }
 # What the run of any method goes by.
