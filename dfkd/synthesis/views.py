@@ -75,13 +75,13 @@ def seen(images: Tensor, view: Tensor | None) -> Tensor:
         return images
     view = view.to(images.dtype)
     rows, columns = (_hats(view[:, k], view[:, k + 1], images.shape[2 + k // 2]) for k in (0, 2))
-    across = images.flatten(1, 2).bmm(columns.transpose(1, 2)).unflatten(1, (3, -1))
-    moved = rows.bmm(across.transpose(1, 2).flatten(2)).unflatten(2, (3, -1)).transpose(1, 2)
+    across = torch.unflatten(images.flatten(1, 2).bmm(columns.transpose(1, 2)), 1, (3, -1))
+    moved = torch.unflatten(rows.bmm(across.transpose(1, 2).flatten(2)), 2, (3, -1)).transpose(1, 2)
     if view.shape[1] == PLACES:
         return moved
     colours = view[:, PLACES:].reshape(-1, 3, 4)
     mixed = colours[:, :, :3].bmm(moved.flatten(2)) + colours[:, :, 3:]
-    return mixed.unflatten(2, (moved.shape[2], -1))
+    return torch.unflatten(mixed, 2, (moved.shape[2], -1))
 
 
 def _hats(scale: Tensor, offset: Tensor, side: int) -> Tensor:

@@ -15,12 +15,13 @@ from diffusers import DDPMPipeline, DiffusionPipeline, DiTPipeline, StableDiffus
 from PIL import Image
 
 import dfkd
-from dfkd.config import GenerateConfig
+from dfkd.config import GenerateConfig, ViewConfig
 from dfkd.errors import UsageError
 from dfkd.synthesis import pack as pack_module
 from dfkd.synthesis.diffusers_levels import KNOWN, level_of
 from dfkd.synthesis.losses import CrossEntropy
 from dfkd.synthesis.pipeline import GuidedPipeline
+from dfkd_engine.errors import EngineError
 from dfkd_engine.priors.prior import Prior
 from dfkd_kernels.philox import philox_normal
 from tests.synthesis.small_networks import classifier
@@ -458,3 +459,60 @@ def test_it_decodes_as_the_pipeline_does(name, tiny_prior):
     expected = pipe(["a", "b"], num_inference_steps=2, output_type="pt", callback_on_step_end=keep).images
     found = dfkd.TeacherGuidance(classifier(size=SIDE), pipe.vae).decode(last["latents"])
     torch.testing.assert_close(found, expected.to(found), rtol=0, atol=1e-6)  # SDXL decodes in float32
+
+
+def drawn(steps, scheduler, guidance, tiny_prior):
+    """The images of a guided diffusers pipeline, from noise of its own."""
+    pipe = theirs(tiny_prior("sd1"), scheduler)
+    pipe.scheduler = dfkd.guided(pipe.scheduler, guidance)
+    options = {"num_inference_steps": steps, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    return pipe([f"a {name}" for name in NAMES], **options).images
+
+
+@pytest.mark.parametrize("settings", [{"power": 2.0}, {"view": ViewConfig(shift=2)}, {"tv_weight": 3.0}])
+def test_settings_of_guidance_act_in_a_pipeline(settings, tiny_prior):
+    pipe = theirs(tiny_prior("sd1"))
+    draws = [drawn(4, "DDIMScheduler", guidance_of(pipe, **own), tiny_prior) for own in ({}, settings, settings)]
+    assert not torch.equal(draws[0], draws[1]) and torch.equal(draws[1], draws[2])
+
+
+@pytest.mark.parametrize(
+    "name, scheduler, sampler",
+    [
+        ("sd1", "DDIMScheduler", "ddim"),
+        ("sd1", "EulerDiscreteScheduler", "euler"),
+        ("sd3", "FlowMatchEulerDiscreteScheduler", "euler"),
+    ],
+)
+def test_the_share_of_noise_is_our_samplers(name, scheduler, sampler, tiny_prior):
+    pipe = theirs(tiny_prior(name), scheduler)
+    guidance, shares = guidance_of(pipe, power=1.0), []
+    guidance.push = lambda clean, i, steps, clip=None, noise=1.0: shares.append(noise)
+    pipe.scheduler = dfkd.guided(pipe.scheduler, guidance)
+    pipe([f"a {label}" for label in NAMES], num_inference_steps=4, output_type="pt")
+    ours = GuidedPipeline(Prior.from_pretrained(tiny_prior(name)), classifier(size=SIDE),
+                          GenerateConfig.of(sampler=sampler, steps=4, device="cpu", backend="eager"))  # fmt: skip
+    torch.testing.assert_close(shares, ours.table.sigma.tolist(), rtol=1e-6, atol=1e-6)
+
+
+def test_softplus_of_a_teacher_without_relu_is_refused_in_a_pipeline(tiny_prior):
+    with pytest.raises(UsageError, match="--softplus-beta 3 with the teacher small: it has no ReLU"):
+        guidance_of(theirs(tiny_prior("sd1")), softplus_beta=3.0)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "pixels"])
+def test_a_prior_encodes_as_it_decodes(name, tiny_prior):
+    """The mean of the encoder's answer, shifted and scaled as denoisers take it; pixels as they are."""
+    prior = Prior.from_pretrained(tiny_prior(name), torch.float64)
+    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = prior.encode(images)
+    if name == "pixels":
+        assert torch.allclose(prior.decode(found), images, rtol=0, atol=1e-12)
+        return
+    vae = theirs(tiny_prior(name)).vae
+    mean = vae.encode(2 * images - 1).latent_dist.mean
+    want = (mean - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+    prior.vae.encoder = torch.nn.Identity()
+    with pytest.raises(EngineError, match="it has no encoder"):
+        prior.encode(images)
