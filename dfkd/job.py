@@ -13,6 +13,8 @@ from dfkd.config import (
     DistillCommand,
     EvaluateCommand,
     GenerateCommand,
+    GenerateConfig,
+    RoundsConfig,
     TeacherConfig,
     TrainTeacherCommand,
     leaves,
@@ -30,13 +32,14 @@ from dfkd.synthesis.controls import CONTROLS
 from dfkd.synthesis.prompts import chosen_classes
 from dfkd.teachers import Classifier, load_teacher
 from dfkd.training.distill import check as check_distill
+from dfkd.training.distill import warm_start
 from dfkd.training.step import check_training
 from dfkd.training.world import World
 
 C = TypeVar("C", bound=Config)
 Section = Mapping[str, Any]
 
-SECTIONS = ("description", "preset", "teacher", "generate", "distill", "evaluate", "controls", "baselines")
+SECTIONS = ("description", "preset", "teacher", "generate", "rounds", "distill", "evaluate", "controls", "baselines")
 TEACHER = set(leaves(TeacherConfig))
 # Options of a stage that follow from its place in the run.
 OWN = {
@@ -61,10 +64,43 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """How guided images and students that learn from them alternate: by phases, the rounds between two refreshes.
+
+    rounds: how many. refresh: how the student is refreshed after a phase; `refreshed` says where, and from what.
+    """
+
+    config: RoundsConfig
+    rounds: int
+    refresh: DistillCommand
+
+    @property
+    def phases(self) -> int:
+        """How many phases there are; the last one, which may be shorter, is followed by no refresh."""
+        return -(-self.rounds // self.config.refresh_every)
+
+    def ids(self, count: int) -> list[range]:
+        """The images of each phase. count: of all images."""
+        length = count // self.rounds * self.config.refresh_every
+        return [range(start, min(start + length, count)) for start in range(0, count, length)]
+
+    def against(self, phase: int) -> bool:
+        """Whether the images of a phase, counted from 0, are made against the student refreshed before it."""
+        first = self.config.adv_from
+        return first is not None and phase * self.config.refresh_every >= first
+
+    def refreshed(self, phase: int) -> DistillCommand:
+        """The refresh after a phase, counted from 0, which goes on from the student of the one before."""
+        folder = self.refresh.out / f"{phase + 1:03d}" / "student"
+        return self.refresh.replace(out=folder, **({"init": self.refreshed(phase - 1).out / "last"} if phase else {}))
+
+
+@dataclass(frozen=True)
 class Job:
     """A run whose sections are checked.
 
     teacher: its training, None where it exists. classifier: how it is loaded. evaluate: the test, None for none.
+    rounds: None where all guided images are made before a student learns.
     """
 
     out: Path
@@ -72,6 +108,7 @@ class Job:
     classifier: TeacherConfig
     variants: tuple[Variant, ...]
     evaluate: EvaluateCommand | None
+    rounds: Rounds | None = None
 
 
 def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = ()) -> Job:
@@ -86,7 +123,7 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
     except ValueError as error:
         raise UsageError(str(error)) from None
     _check_names(files)
-    layers = {name: [section(layer, name) for layer in files] for name in OWN}
+    layers = {name: [section(layer, name) for layer in files] for name in (*OWN, "rounds")}
     teacher, classifier = _teacher(layers["teacher"], layers["generate"], out, seed)
     for name in ("generate", "distill") if len(files) > 1 else ():
         layers[name][0].pop("resize", None)  # the preset's, which [teacher] of the file may have changed
@@ -98,11 +135,16 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
             baselines.setdefault(name, []).append(section({name: differing}, name))
     made = [name for name in _controls(files, controls) if name not in baselines]  # a section of that name comes first
     baselines |= {name: [section({name: CONTROLS[name].settings}, name)] for name in made}
+    rounds = _rounds(layers, {**given, "out": out / "rounds", "data": [str(out / "synthetic")]}, seed, its)
     variants = []
     for name, differing in baselines.items():
         folder, where = (out / "baselines" / name, f"baselines.{name}") if name else (out, "generate")
-        images = [*layers["generate"], *differing]
-        fixed = {**given, "out": folder / "synthetic"}
+        images, fixed = [*layers["generate"], *differing], {**given, "out": folder / "synthetic"}
+        if rounds is not None and rounds.config.adv_from is not None:
+            if name:  # made at once, before there is a student
+                images = [*layers["generate"], {"adv_weight": 0.0}, *differing]
+            else:
+                fixed["student_checkpoint"] = rounds.refreshed(rounds.phases - 2).out / "last"
         generating = _settings(GenerateCommand, where, "generate", images, fixed, seed, its)
         fixed = {**given, "out": folder / "student", "data": [str(folder / "synthetic")]}
         learning = _settings(DistillCommand, "distill", "distill", layers["distill"], fixed, seed, its)
@@ -110,7 +152,7 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
     test = None
     if any(layers["evaluate"]):
         test = _settings(EvaluateCommand, "evaluate", "evaluate", layers["evaluate"], {})
-    job = Job(out, teacher, classifier, tuple(variants), test)
+    job = Job(out, teacher, classifier, tuple(variants), test, rounds)
     _check(job)
     return job
 
@@ -167,6 +209,49 @@ def _settings(
         raise UsageError(f"[{where}] {error}", todo=f"See {_COMMANDS[stage]} --help") from None
 
 
+def _rounds(layers: Mapping[str, Sequence[Section]], fixed: Section, seed: int, its: Section) -> Rounds | None:
+    """What [rounds] says: its own options, and where a refresh differs from [distill]; None without such a section."""
+    own, learning = leaves(RoundsConfig), leaves(DistillCommand)
+    if not any(layers["rounds"]):
+        return None
+    for name in (name for layer in layers["rounds"] for name in layer if name not in {*own, *learning}):
+        what = f"[rounds] {name.replace('_', '-')}: unknown option"
+        raise UsageError(what, nearest(name, [*own, *learning]), "See docs/rounds.md, and dfkd-distill --help")
+    try:
+        asked = [{name: value for name, value in layer.items() if name in own} for layer in layers["rounds"]]
+        config = RoundsConfig.of(**merged(RoundsConfig, *asked))
+    except ValueError as error:
+        raise UsageError(f"[rounds] {error}", todo="See docs/rounds.md") from None
+    if config.rounds is None:
+        return None
+    _check_student(config, layers["generate"])
+    _settings(DistillCommand, "distill", "distill", layers["distill"], fixed, seed, its)  # its faults are told as its
+    differing = [{name: value for name, value in layer.items() if name not in own} for layer in layers["rounds"]]
+    refresh = _settings(DistillCommand, "rounds", "distill", [*layers["distill"], *differing], fixed, seed, its)
+    return Rounds(config, config.rounds, refresh)
+
+
+def _check_student(config: RoundsConfig, images: Sequence[Section]) -> None:
+    """Raise UsageError unless images go by a student where the rounds have one for them, and nowhere else."""
+    asked = merged(GenerateCommand, *images)
+    given = asked.get("student_checkpoint") not in (None, "none")
+    try:
+        own = GenerateConfig.of(**{name: value for name, value in asked.items() if name in leaves(GenerateConfig)})
+    except ValueError:  # which the stage puts into words
+        return
+    # whether another method goes by a student, it says itself
+    takes = own.takes_student if own.method == "guided" else config.adv_from is not None
+    if config.adv_from is None and takes and not given:
+        why, todo = "no student is named for it", "give [rounds] adv-from, or [generate] student-checkpoint"
+        raise UsageError("[generate] adv-weight acts against a student", why, todo)
+    if config.adv_from is not None and not takes:
+        why, todo = "nothing in [generate] goes by a student", "give adv-weight above 0 there, or leave it out"
+        raise UsageError(f"[rounds] adv-from {config.adv_from} cannot act", why, todo)
+    if config.adv_from is not None and given:
+        why, todo = "with [rounds] adv-from it is the one refreshed last", "leave out one of the two"
+        raise UsageError("[generate] student-checkpoint", why, todo)
+
+
 _COMMANDS = {name: f"dfkd-{name}" for name in OWN} | {"teacher": "dfkd-train-teacher"}
 
 
@@ -216,7 +301,11 @@ def _check(job: Job) -> None:
         config = variant.distill.distill
         teachers.check(config.student)
         check_distill(config, World(resolve_device(config.train.compute.device)))
-        synthesis.check(variant.generate)
+        if variant.distill.init is not None:
+            warm_start(variant.distill.init, config)
+        synthesis.check(variant.generate, student_comes=job.rounds is not None and not variant.name)
+    if job.rounds is not None:
+        _check_rounds(job.rounds, job.variants[0].generate)
     if (training := job.teacher) is not None and (names := class_names_of(training.data)):
         side = training.input_size or teachers.input_size(training.architecture)
         check_students(job, Classifier(nn.Identity(), names, (0.5,) * 3, (0.5,) * 3, side))  # fed as it will be
@@ -226,11 +315,30 @@ def _check(job: Job) -> None:
             chosen_classes(names, only)
 
 
+def _check_rounds(rounds: Rounds, images: GenerateCommand) -> None:
+    """Raise UsageError for images that the rounds cannot share, and settings of a refresh that cannot work."""
+    config, count = rounds.refresh.distill, images.count
+    if count % rounds.rounds:
+        todo = f"take a multiple of {rounds.rounds} as count"
+        raise UsageError(f"[rounds] rounds {rounds.rounds} with {count} images", "they do not share them evenly", todo)
+    sampling, length, group = images.generate, len(rounds.ids(count)[0]), images.generate.batching.group
+    shared = sampling.cutmix.every or (sampling.guidance.bn_stats == "group" and sampling.guidance.bn_weight)
+    if sampling.method == "guided" and shared and length % group:
+        why = f"a phase of {rounds.config.refresh_every} rounds has {length} images, and they interact within a group"
+        raise UsageError(f"[generate] group {group} with [rounds]", why, "take a group that divides a phase")
+    teachers.check(config.student)
+    check_distill(config, World(resolve_device(config.train.compute.device)))
+    if rounds.refresh.init is not None:
+        warm_start(rounds.refresh.init, config)
+
+
 def check_students(job: Job, teacher: Classifier) -> None:
-    """Raise UsageError where the student cannot be trained with a teacher of these classes and this input size."""
-    config = job.variants[0].distill.distill
+    """Raise UsageError where a student cannot be trained with a teacher of these classes and this input size."""
     count = min(variant.generate.count for variant in job.variants)
-    check_distill(config, World(resolve_device(config.train.compute.device)), teacher, count)
+    asked = [(job.variants[0].distill.distill, count)]
+    asked += [(job.rounds.refresh.distill, len(job.rounds.ids(count)[0]))] if job.rounds is not None else []
+    for config, images in asked:
+        check_distill(config, World(resolve_device(config.train.compute.device)), teacher, images)
 
 
 def _class_names(job: Job) -> tuple[str, ...]:

@@ -5,6 +5,7 @@
 
 OUT/teacher                          trained, unless the file names one that exists
 OUT/synthetic, OUT/student           the guided images and the student that learned from them
+OUT/rounds/NNN/student               with [rounds]: the student that was refreshed in between
 OUT/baselines/NAME/...               the same for every baseline
 OUT/evaluation.json, OUT/evaluation  the students' tests on real images
 OUT/report                           the page
@@ -25,12 +26,13 @@ from dfkd.evaluation.run_folder import EVALUATION
 from dfkd.evaluation.students import examine
 from dfkd.files import make_writable, save_settings, sha256
 from dfkd.job import Job, Variant, check_students, read_job
+from dfkd.rounds import make_images
 from dfkd.runtime import own_rank
 from dfkd.synthesis import command as synthesis
 from dfkd.synthesis.controls import CONTROLS, at_equal_seconds
 from dfkd.teachers import Classifier, load_teacher
 from dfkd.teachers.sources import WEIGHTS
-from dfkd.training.distill import distill
+from dfkd.training.distill import distill, warm_start
 from dfkd.training.folder import RESULT
 from dfkd.training.teacher import train_teacher
 
@@ -67,7 +69,7 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
     check_students(job, teacher)
     if job.evaluate is not None:  # the students' classes will be the teacher's
         match_classes(open_test(job.evaluate.data, job.evaluate.split, teacher.input_size), teacher.class_names)
-    students = {}
+    students, refreshes = {}, list[dict[str, Any]]()
     for variant in job.variants:
         words = f"{variant.name}: " if variant.name else ""
         if words:
@@ -75,10 +77,14 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
         generating = variant.generate
         if variant.control:
             generating = at_equal_seconds(generating, CONTROLS[variant.name], job.variants[0].generate)
-        synthesis.run(generating, say, partial(progress, f"{words}images"))
+        if job.rounds is not None and not variant.name:
+            refreshes = make_images(job.rounds, generating, teacher, progress, say)
+        else:
+            synthesis.run(generating, say, partial(progress, f"{words}images"))
         pool, asked = open_folder(generating.out), variant.distill
         watch, save = partial(progress, f"{words}student"), partial(save_settings, asked, asked.out, "dfkd-distill")
-        student = distill(pool, teacher, asked.distill, asked.out, progress=watch, say=say, on_new=save)
+        start = None if asked.init is None else warm_start(asked.init, asked.distill)
+        student = distill(pool, teacher, asked.distill, asked.out, student=start, progress=watch, say=say, on_new=save)
         students[variant.name] = student
     tests = _evaluate(job, students, teacher, partial(progress, "test"))
     page, report = _report(job, say)
@@ -89,6 +95,7 @@ def run_job(job: Job, progress: Progress | None = None, say: Say | None = None) 
         "out": job.out,
         "report": page,
         "images": job.variants[0].generate.count,
+        **({"refreshes": refreshes} if job.rounds is not None else {}),
         "baselines": {name: test["accuracy"] for name, test in tests.get("baselines", {}).items()},
         "differences": report["accuracy"]["differences"],
         "missing_controls": report["accuracy"]["missing_controls"],

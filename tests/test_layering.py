@@ -41,7 +41,7 @@ ORDER = (
     "data",
     "compiled",
 )
-ORDER += ("synthesis", "evaluation", "training", "export", "job", "run", "cli", "__main__")
+ORDER += ("synthesis", "evaluation", "training", "export", "job", "rounds", "run", "cli", "__main__")
 # The ways from noise to student. The commands and the training of teachers stand apart: they may read real images.
 DATA_FREE = ("dfkd_kernels", "dfkd_engine", "dfkd.teachers", "dfkd.data", "dfkd.compiled", "dfkd.synthesis")
 DATA_FREE += ("dfkd.training", "dfkd.cli.generate")

@@ -43,8 +43,10 @@ class _Bars(ExitStack):
 
 
 def log_of(out: Path, stage: str) -> Path:
-    """The log.jsonl of a stage: teacher, images and student, or "NAME: images" and "NAME: student" of a baseline."""
+    """The log.jsonl of a stage: teacher, images and student, "refresh 001", or "NAME: images" of a baseline."""
     name, _, part = stage.rpartition(": ")
+    if part.startswith("refresh "):
+        return out / "rounds" / part.removeprefix("refresh ") / "student" / LOG
     folder = out / "baselines" / name if name else out
     return folder / {"images": "synthetic"}.get(part, part) / LOG
 

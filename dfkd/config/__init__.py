@@ -13,6 +13,7 @@ from dfkd.config.commands import (
 )
 from dfkd.config.fields import Config, leaves, merged, nested, option, plain, presets, read_preset, section
 from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, DenoiserConfig, PriorTrainConfig
+from dfkd.config.rounds import RoundsConfig
 from dfkd.config.synthesis import (
     ADV_LOSSES,
     BACKENDS,
@@ -84,6 +85,7 @@ __all__ = [
     "PriorFilesConfig",
     "PriorTrainConfig",
     "ReportCommand",
+    "RoundsConfig",
     "RunCommand",
     "SamplingConfig",
     "ShardConfig",

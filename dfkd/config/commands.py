@@ -151,7 +151,7 @@ class GenerateCommand(Config):
         name = self.generate.method.partition("(")[0]
         if name in ADVERSARIAL_METHODS:  # which go by a weight of their own, and refuse a student where it is 0
             return
-        adversarial = self.generate.guidance.adv_weight > 0
+        adversarial = self.generate.takes_student
         if adversarial and self.student_checkpoint is None:
             raise ValueError("--adv-weight above 0 needs --student-checkpoint, the student that should disagree")
         if self.student_checkpoint is not None and not adversarial and name in METHODS:

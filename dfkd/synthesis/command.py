@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from dfkd.synthesis.methods import make_method, needs_prior, unread
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.plan import make_plan, predict, seconds_of, table
 from dfkd.synthesis.prompts import prompt_of
-from dfkd.synthesis.run import open_run, run_on_record
+from dfkd.synthesis.run import Run, Written, open_run, run_on_record
 from dfkd.synthesis.schedule import find_sampler
 from dfkd.synthesis.synthesizer import Synthesizer, innermost
 from dfkd.synthesis.watch import Progress
@@ -35,12 +35,26 @@ IMAGE_FOLDER = "imagefolder"
 Say = Callable[[str], object]
 
 
-def check(asked: GenerateCommand) -> None:
+@dataclass(frozen=True)
+class InTurn:
+    """How the images of a run are made that learns from them in between.
+
+    untrained: what its student is before, None where no image is made against one. identity: what the images follow
+    from beside the settings, in JSON's types. images: of a phase, which ends a shard. write: makes them all.
+    """
+
+    untrained: Classifier | None
+    identity: Mapping[str, Any]
+    images: int
+    write: Callable[[Run], Written]
+
+
+def check(asked: GenerateCommand, student_comes: bool = False) -> None:
     """Raise UsageError or EngineError for what is known to be wrong before a teacher is there and a network is loaded.
 
-    A prior on the hub is not fetched for that.
+    A prior on the hub is not fetched for that. student_comes: the student is not there yet.
     """
-    config, student = asked.generate, asked.student_checkpoint
+    config, student = asked.generate, None if student_comes else asked.student_checkpoint
     check_logs(asked.logging)
     choose_kernels(config.compute.kernels, resolve_device(config.compute.device, own_rank()))
     if student is not None and not student.exists():
@@ -56,18 +70,19 @@ def check(asked: GenerateCommand) -> None:
         check_decoder(config.guidance.decoder)
 
 
-def pipeline_of(asked: GenerateCommand, say: Say = lambda text: None) -> Synthesizer:
+def pipeline_of(asked: GenerateCommand, say: Say = lambda text: None, student: Classifier | None = None) -> Synthesizer:
     """The synthesizer that the settings name, its networks loaded and on their device; the first process says what the
     teacher is and what it is fed.
 
-    Raises UsageError or EngineError: a network is absent or damaged, or does not fit the others.
+    student: instead of the one that the settings name. Raises UsageError or EngineError: a network is absent or
+    damaged, or does not fit the others.
     """
     rank, config = own_rank(), asked.generate
     device = resolve_device(config.compute.device, rank)
-    teacher, student, prior = load_teacher(asked.teacher).freeze(device), None, None
+    teacher, prior = load_teacher(asked.teacher).freeze(device), None
     if rank.first:
         say(f"teacher: {teacher.described()}")
-    if asked.student_checkpoint is not None:
+    if student is None and asked.student_checkpoint is not None:
         student = Classifier.from_pretrained(asked.student_checkpoint).freeze(device)
     if needs_prior(config):
         if not (rank.first and sys.stderr.isatty()):
@@ -89,18 +104,25 @@ def quieten_libraries() -> None:
     disable_progress_bars()
 
 
-def run(asked: GenerateCommand, say: Say, progress: Progress | None = None) -> dict[str, Any] | None:
+def run(
+    asked: GenerateCommand, say: Say, progress: Progress | None = None, turns: InTurn | None = None
+) -> dict[str, Any] | None:
     """Make what is missing, write OUT/settings.json and OUT/result.json; returns what result.json holds.
 
-    Of the processes of torchrun each makes its own shards; the first alone speaks, and has a result, None in the
-    others. Raises UsageError as `generate`, and for images that are not finite.
+    turns: how, where a student learns in between. Of the processes of torchrun each makes its own shards; the first
+    alone speaks, and has a result, None in the others. Raises UsageError as `generate`, and for images that are not
+    finite.
     """
     rank = own_rank()
     check_logs(asked.logging)
     make_writable(asked.out)
-    synthesizer = pipeline_of(asked, say)
+    untrained = turns.untrained if turns else None
+    synthesizer = pipeline_of(asked, say, untrained)
+    if untrained is not None:
+        synthesizer.update(None)  # type: ignore[attr-defined]  # it takes a student: one that comes later
     names, size = synthesizer.class_names, synthesizer.image_size
-    with open_run(synthesizer, asked.out, asked.count, asked.seed, asked.generate, say, rank) as work:
+    also, part = (turns.identity, turns.images) if turns else ({}, 0)
+    with open_run(synthesizer, asked.out, asked.count, asked.seed, asked.generate, say, rank, also, part) as work:
         if rank.first:
             save_settings(asked, asked.out, COMMAND)
             for line in getattr(synthesizer, "describe", tuple)():
@@ -110,7 +132,7 @@ def run(asked: GenerateCommand, say: Say, progress: Progress | None = None) -> d
             if asked.format == "imagefolder":
                 stored = work.images(work.missing) + asked.count
                 require_space(asked.out, stored, size, asked.generate.shards.image_format)
-        written = work.write(progress, asked.logging)
+        written = turns.write(work) if turns else work.write(progress, asked.logging)
     if not rank.first:
         return None
     if asked.format == "imagefolder":

@@ -9,6 +9,7 @@ Of a method that learns from its own calls (`Synthesizer.state_dict`) a call is 
 and its state is kept beside the shards (carried.py).
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,10 +75,15 @@ class Written:
     the wait for the others included.
     """
 
-    images: int
-    shards: int
-    before: int
-    seconds: float
+    images: int = 0
+    shards: int = 0
+    before: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Written") -> "Written":
+        """Of two parts of a run."""
+        shards, before = self.shards + other.shards, self.before + other.before
+        return Written(self.images + other.images, shards, before, self.seconds + other.seconds)
 
 
 @contextmanager
@@ -90,10 +96,12 @@ def open_run(
     say: Say | None = None,
     rank: Rank | None = None,
     also: Mapping[str, Any] | None = None,
+    part: int = 0,
 ) -> Iterator["Run"]:
     """A run on its folder, which is locked, begun or taken up inside; nothing is made yet.
 
-    Arguments and errors as of `generate`. also: what else the images follow from, in JSON's types.
+    Arguments and errors as of `generate`. also: what else the images follow from, in JSON's types. part: a shard ends
+    where each part of so many images does; 0: the run is one part.
     """
     config, rank = config or getattr(synthesizer, "config", None) or GenerateConfig(), rank or own_rank()
     require_one_process(synthesizer, rank)
@@ -117,7 +125,7 @@ def open_run(
             synthesizer.image_size,
             config.shards.image_format,
             count,
-            shard_size(synthesizer, config, out, call_size),
+            shard_size(synthesizer, config, out, call_size, part),
             rank,
             facts,
         )
@@ -301,17 +309,27 @@ def run_on_record(out: Path) -> dict[str, Any]:
     return dict(read_manifest(out)[0].run) if (out / MANIFEST).exists() else {}
 
 
-def shard_size(synthesizer: Synthesizer, config: GenerateConfig, out: Path, call_size: int) -> int:
-    """Images a shard: as asked, as the folder has it, or about SHARD_IMAGES in whole calls of whole groups.
+def shard_size(synthesizer: Synthesizer, config: GenerateConfig, out: Path, call_size: int, part: int = 0) -> int:
+    """Images a shard: as asked, as the folder has it, or about SHARD_IMAGES in whole calls of whole groups; with parts
+    the most up to SHARD_IMAGES that they divide into.
 
-    Raises UsageError: what is asked is no multiple of the group.
+    Raises UsageError: what is asked, or a part, is no multiple of the group; what is asked does not divide the parts.
     """
     group, asked = synthesizer.group, config.shards.shard_size
     if asked % group:
         why = f"{synthesizer.name} makes images in groups of {group}, and a shard holds whole ones"
         raise UsageError(f"--shard-size {asked} cannot be used", why, f"give a multiple of {group}")
+    if part % group:
+        why = f"{synthesizer.name} makes images in groups of {group}, and those of one are made against one student"
+        raise UsageError(f"phases of {part} images cannot be used", why, "give a --group that divides a phase")
+    if asked and part % asked:
+        why = f"each phase has {part} images, and ends a shard"
+        raise UsageError(f"--shard-size {asked} cannot be used", why, f"give a divisor of {part}, or leave it out")
     if not asked and (out / MANIFEST).exists():
         return int(read_manifest(out)[0].shard_size)
+    if part and not asked:
+        sizes = (part // n for n in itertools.count(1) if part % (n * group) == 0)
+        return next(size for size in sizes if size <= max(SHARD_IMAGES, group))
     unit = images_of_call(synthesizer, call_size)
     return asked or unit * -(-SHARD_IMAGES // unit)
 

@@ -75,7 +75,10 @@ def distill(
     kernels = check(config, world)
     images = match_network(_opened(data, config, say), teacher.class_names, teacher.input_size)
     _check_pair(images, teacher)
-    teacher, untrained = teacher.tried(), _untrained(student, teacher, config, images.class_names).tried(training=True)
+    teacher, untrained = (
+        teacher.tried(),
+        untrained_student(student, teacher, config, images.class_names).tried(training=True),
+    )
     own = (*own_losses(config), *losses)
     identity = identity_of(images, teacher, config, own, untrained if student is not None else None)
     teacher, pupil = teacher.freeze(world.device), _pupil(untrained, config, world)
@@ -127,7 +130,7 @@ def check(
     check_training(config.train, world)
     own_losses(config)
     if teacher is not None and images is not None:
-        student = _untrained(None, teacher, config, teacher.class_names).tried(training=True)
+        student = untrained_student(None, teacher, config, teacher.class_names).tried(training=True)
         order = order_of(config.train, len(split(torch.arange(images), config.held_out)[0]), world)
         _require_checks(config, order)
         without_gradient(student.module, form_of(teacher, student.device), order.batch_size // world.size)
@@ -255,7 +258,7 @@ def _opened(data: Data, config: DistillConfig, say: Say) -> Images:
     return images
 
 
-def _untrained(
+def untrained_student(
     student: nn.Module | Classifier | None, teacher: Classifier, config: DistillConfig, class_names: Sequence[str]
 ) -> Classifier:
     """The student before training, fed what the teacher is; one that is built has weights that follow from the seed.
