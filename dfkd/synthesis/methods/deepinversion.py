@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dfkd.config import GenerateConfig, option
 from dfkd.runtime import generator
-from dfkd.synthesis.losses import BatchNormLoss, CrossEntropy, GuidanceLoss, Seen
+from dfkd.synthesis.losses import BatchNormLoss, CrossEntropy, GuidanceLoss, Seen, TotalVariation
 from dfkd.synthesis.methods.groups import GroupMethod, GroupSettings, LossCurve, Made, settings_for
 from dfkd.teachers import Classifier
 from dfkd_engine.priors.prior import Prior
@@ -44,16 +44,6 @@ class Settings(GroupSettings):
     l2_weight: float = option(0.0, "weight of the 2-norm of an image's pixels", low=0)
     shift: int = option(2, "most pixels of the random shift", low=0, unit="pixels")
     flip: bool = option(False, "mirror every second view or so; not where left and right differ, as in digits")
-
-
-@dataclass(frozen=True)
-class TotalVariation(GuidanceLoss):
-    """Mean absolute difference of neighbouring pixels, down and across."""
-
-    name = "tv"
-
-    def __call__(self, seen: Seen) -> Tensor:
-        return sum((seen.images.diff(dim=d).abs().mean((1, 2, 3)) for d in (2, 3)), seen.logits.new_zeros(()))
 
 
 @dataclass(frozen=True)
