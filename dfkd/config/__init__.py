@@ -14,6 +14,7 @@ from dfkd.config.commands import (
 from dfkd.config.fields import Config, leaves, merged, nested, option, plain, presets, read_preset, section
 from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, DenoiserConfig, PriorTrainConfig
 from dfkd.config.rounds import RoundsConfig
+from dfkd.config.selection import CandidatesConfig, FilterConfig
 from dfkd.config.synthesis import (
     ADV_LOSSES,
     BACKENDS,
@@ -65,6 +66,7 @@ __all__ = [
     "VIEWS",
     "AutoencoderConfig",
     "BatchingConfig",
+    "CandidatesConfig",
     "ComputeConfig",
     "Config",
     "CutMixConfig",
@@ -74,6 +76,7 @@ __all__ = [
     "DistillConfig",
     "EvaluateCommand",
     "ExportCommand",
+    "FilterConfig",
     "GenerateCommand",
     "GenerateConfig",
     "GuidanceConfig",

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
 from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, PriorTrainConfig
-from dfkd.config.synthesis import ADVERSARIAL_METHODS, METHODS, RESIZES, GenerateConfig, PriorConfig, PriorFilesConfig, TeacherConfig
+from dfkd.config.synthesis import (
+    ADVERSARIAL_METHODS,
+    METHODS,
+    RESIZES,
+    GenerateConfig,
+    PriorConfig,
+    PriorFilesConfig,
+    TeacherConfig,
+)
 from dfkd.config.training import DistillConfig, LoggingConfig, TeacherTrainConfig
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"
@@ -131,7 +139,7 @@ class GenerateCommand(Config):
     count: int = option(1000, "how many images", unit="images", low=1, identity=False)
     seed: int = option(0, "run seed; with the image id it fixes an image", low=0, high=2**64 - 1)
     student_checkpoint: Path | None = option(
-        None, "student of the adversarial loss: OUT/last of dfkd-distill", identity=False
+        None, "student of the adversarial loss, and of --keep learnable: OUT/last of dfkd-distill", identity=False
     )
     format: str = option(
         "webdataset",
@@ -148,14 +156,16 @@ class GenerateCommand(Config):
     logging: LoggingConfig = nested(LoggingConfig)
 
     def validate(self) -> None:
-        name = self.generate.method.partition("(")[0]
+        name, learnable = self.generate.method.partition("(")[0], self.generate.candidates.takes_student
+        if learnable and self.student_checkpoint is None:
+            raise ValueError("--keep learnable needs --student-checkpoint, the student that images are chosen for")
         if name in ADVERSARIAL_METHODS:  # which go by a weight of their own, and refuse a student where it is 0
             return
-        adversarial = self.generate.takes_student
-        if adversarial and self.student_checkpoint is None:
+        takes = self.generate.takes_student
+        if takes and self.student_checkpoint is None:
             raise ValueError("--adv-weight above 0 needs --student-checkpoint, the student that should disagree")
-        if self.student_checkpoint is not None and not adversarial and name in METHODS:
-            raise ValueError("--student-checkpoint acts only with --adv-weight above 0")
+        if self.student_checkpoint is not None and not takes and name in METHODS:
+            raise ValueError("--student-checkpoint acts only with --adv-weight above 0 or --keep learnable")
 
 
 @dataclass(frozen=True, kw_only=True)

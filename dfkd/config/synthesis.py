@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd.config.fields import Config, nested, option
+from dfkd.config.selection import CandidatesConfig, FilterConfig
 
 DTYPES = ("fp32", "bf16", "fp16")
 BACKENDS = ("inductor", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch-tensorrt")  # of engines on disk
@@ -447,6 +448,8 @@ class GenerateConfig(Config):
     sampling: SamplingConfig = nested(SamplingConfig)
     guidance: GuidanceConfig = nested(GuidanceConfig)
     cutmix: CutMixConfig = nested(CutMixConfig)
+    candidates: CandidatesConfig = nested(CandidatesConfig)
+    filter: FilterConfig = nested(FilterConfig)
     batching: BatchingConfig = nested(BatchingConfig)
     compute: ComputeConfig = nested(ComputeConfig)
     shards: ShardConfig = nested(ShardConfig)

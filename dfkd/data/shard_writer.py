@@ -141,6 +141,7 @@ class ShardFolder:
             raise ValueError(f"shard {index} holds the ids {ids.start} to {ids.stop - 1}, in that order")
         if images.shape != (len(ids), size, size, 3) or images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype} {images.shape}; want uint8 {(len(ids), size, size, 3)}")
+        dropped = [record.id for record in records if record.dropped is not None]
         file = _file_name(index)
         path = self.path / file
         with _committing(self.path):
@@ -153,6 +154,7 @@ class ShardFolder:
                 "count": len(ids),
                 "sha256": sha256(path),
                 "seconds": round(seconds, 3),
+                **({"dropped": dropped} if dropped else {}),
                 **(facts or {}),
             }
             self._write_manifest()

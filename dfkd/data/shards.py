@@ -1,7 +1,7 @@
 """Synthetic images on disk, and how they are read: WebDataset tar files and a manifest.
 
     DIR/manifest.json      version, settings, run, class_names, image_size, image_format, count, shard_size,
-                           shards: [{file, first_id, count, sha256, seconds, ...}]
+                           shards: [{file, first_id, count, sha256, seconds, ...}], with the ids that are `dropped`
     DIR/shard-00000.tar    <id:08d>.png|jpg|npy (pixels), <id:08d>.cls (label), <id:08d>.json (record), ids ascending
     DIR/shard-00000.idx    where each file of the shard begins, for DALI's readers.webdataset
 
@@ -42,6 +42,8 @@ class Record:
     final ones by name; loss_curve holds the guidance losses of every step, rounded; teacher_probability is the
     teacher's for the label. mixup: the image's own share of the last latent mixup, in the place of a box. step: the
     denoising step, counted from 0, of which the image is the clean estimate; None: the image is the finished one.
+    candidate and score: which of several images it is, and what it was kept for. agreement: share of its views that the
+    teacher reads as the label. dropped: why readers leave it out, None where they do not.
     """
 
     id: int
@@ -56,13 +58,17 @@ class Record:
     teacher_probability: float = 0.0
     mixup: float | None = None
     step: int | None = None
+    candidate: int | None = None
+    score: float | None = None
+    agreement: float | None = None
+    dropped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The record in JSON's types; mixup and step only where they are, as most images have neither."""
+        """The record in JSON's types; what most images do not have only where it is there."""
         return {name: value for name, value in asdict(self).items() if value is not None or name not in _RARE}
 
 
-_RARE = ("mixup", "step")
+_RARE = ("mixup", "step", "candidate", "score", "agreement", "dropped")
 
 
 @dataclass(frozen=True)
@@ -161,15 +167,21 @@ class Pool:
 class ShardPool:
     """The images of a folder of shards, decoded when they are read; labels and ids alone are in memory.
 
-    left_out: damaged images of the folder, which are not among these; the digest tells them too. A pool may be sent to
-    other processes; each opens the files for itself.
+    left_out: damaged images of the folder, which are not among these; the digest tells them too. dropped: ids of whole
+    images that are not among these, as their records say. A pool may be sent to other processes; each opens the files
+    for itself.
     """
 
     def __init__(
-        self, layout: Layout, samples: Sequence[tuple[Entry, int, int]], digest: str, left_out: Sequence[BadSample] = ()
+        self,
+        layout: Layout,
+        samples: Sequence[tuple[Entry, int, int]],
+        digest: str,
+        left_out: Sequence[BadSample] = (),
+        dropped: Sequence[int] = (),
     ) -> None:
         """samples: where each image lies, its id and its label."""
-        self.layout, self.digest, self.left_out = layout, digest, tuple(left_out)
+        self.layout, self.digest, self.left_out, self.dropped = layout, digest, tuple(left_out), tuple(dropped)
         self._entries, ids, labels = zip(*samples, strict=True)
         self.ids, self.labels = torch.tensor(ids), torch.tensor(labels)
         self.class_names, self.image_size, self.settings = layout.class_names, layout.image_size, layout.settings
@@ -230,7 +242,8 @@ def open_folder(path: Path, on_bad_sample: str = "fail", until: int | None = Non
     until: those of smaller ids alone, whole shards, of a folder that needs to be finished so far only.
     on_bad_sample: fail: raises UsageError for a missing or altered shard, naming it and the images in it that are
     damaged. skip: those are left out, found by decoding the images of altered shards once; what is left depends on
-    nothing but the folder. Raises UsageError where nothing is.
+    nothing but the folder. Images that their records say are dropped are never among these. Raises UsageError where
+    nothing is left.
     """
     layout, shards = read_manifest(path)
     wanted = layout.shard_count()
@@ -245,10 +258,11 @@ def open_folder(path: Path, on_bad_sample: str = "fail", until: int | None = Non
         )
     found: list[tuple[Entry, int, int]] = []
     left_out: list[BadSample] = []
+    dropped: list[int] = []
     for index, shard in enumerate(shards):
         file = path / shard["file"]
         whole = file.is_file() and sha256(file) == shard["sha256"]
-        good, bad = _samples(file, layout, layout.ids(index), check=not whole)
+        good, bad, unused = _samples(file, layout, layout.ids(index), check=not whole)
         if on_bad_sample == "fail" and (bad or not whole):
             if not file.exists():
                 raise UsageError(f"{file} is absent", "the manifest beside it lists it", REPAIR)
@@ -256,11 +270,16 @@ def open_folder(path: Path, on_bad_sample: str = "fail", until: int | None = Non
             raise UsageError(f"{file} was altered", f"its hash is not the one in the manifest; {damaged}", REPAIR)
         found += good
         left_out += bad
+        dropped += unused
+    if not found and dropped:
+        what = f"none of the {len(dropped)} images of {path} is to be used"
+        why = "the teacher reads none of them as its label under other views; the images stay where they are"
+        raise UsageError(what, why, "look at preview.png, lower --filter-agreement, or guide them more strongly")
     if not found:
         raise UsageError(f"{path} holds no image that can be read", damage_text(left_out, 1), REPAIR)
     hashes = "".join(shard["sha256"] for shard in shards) + "".join(f" {sample.id}" for sample in left_out)
     digest = hashlib.sha256(hashes.encode()).hexdigest()
-    return ShardPool(layout, found, digest, left_out)
+    return ShardPool(layout, found, digest, left_out, dropped)
 
 
 def read_folder(path: Path) -> Pool:
@@ -283,10 +302,13 @@ def index_text(shard: Path) -> str | None:
 
 def _samples(
     file: Path, layout: Layout, ids: range, check: bool
-) -> tuple[list[tuple[Entry, int, int]], list[BadSample]]:
-    """Place, id and label of the images of one shard, and its damaged ones. check: decode every image once."""
+) -> tuple[list[tuple[Entry, int, int]], list[BadSample], list[int]]:
+    """Place, id and label of the images of one shard that are to be used, its damaged ones, and the ids of the dropped.
+
+    check: decode every image once.
+    """
     entries, damage = _entries(file)
-    good, bad = [], []
+    good, bad, dropped = [], [], []
     for number in ids:
         try:
             image, text = (entries[f"{number:08d}.{extension}"] for extension in (layout.image_format, "json"))
@@ -295,12 +317,15 @@ def _samples(
                 shape = decode(image.read(), layout.image_format).shape
                 if record.id != number or shape != (layout.image_size, layout.image_size, 3):
                     raise ValueError(f"it is image {record.id} of shape {shape}")
-            good.append((image, number, record.label))
+            if record.dropped is not None:
+                dropped.append(number)
+            else:
+                good.append((image, number, record.label))
         except KeyError:
             bad.append(BadSample(file, number, f"absent: {damage or 'the shard does not hold it'}"))
         except (OSError, ValueError, TypeError) as error:
             bad.append(BadSample(file, number, str(error)))
-    return good, bad
+    return good, bad, dropped
 
 
 def _entries(file: Path) -> tuple[dict[str, Entry], str]:

@@ -137,9 +137,17 @@ def run(
         return None
     if asked.format == "imagefolder":
         export_imagefolder(asked.out, asked.out / IMAGE_FOLDER)
+    pool = open_folder(asked.out)
+    counts = torch.bincount(pool.labels, minlength=len(names)).tolist()
+    if pool.dropped:
+        say(f"filter: {len(pool.dropped)} of {asked.count} images are left out of training, and stay in their shards")
+        gone = [name for name in wanted_of(synthesizer) if not counts[names.index(name)]]
+        if gone and asked.count >= len(names):
+            say(f"WARNING: no image is left of {', '.join(gone)}: a student will not learn them from these images")
     result = {
         "out": asked.out,
         "images": asked.count,
+        "dropped": len(pool.dropped),
         "image_size": size,
         "images_written": written.images,
         "shards_written": written.shards,
@@ -152,10 +160,16 @@ def run(
         "backends": getattr(synthesizer, "backends", {}),
         "kernels": getattr(synthesizer, "kernels", None),
         "class_names": names,
-        "class_counts": torch.bincount(open_folder(asked.out).labels, minlength=len(names)).tolist(),
+        "class_counts": counts,
     }
     replace_text(asked.out / RESULT, json.dumps(plain(result), indent=1, sort_keys=True) + "\n")
     return result
+
+
+def wanted_of(synthesizer: Synthesizer) -> list[str]:
+    """Names of the classes that a synthesizer makes images of: all of them, unless it says which."""
+    names = synthesizer.class_names
+    return [names[label] for label in getattr(synthesizer, "classes", range(len(names)))]
 
 
 def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
@@ -163,7 +177,8 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
 
     Raises UsageError as `pipeline_of`, and for a method whose network calls are not known.
     """
-    pipe, missing = innermost(pipeline_of(asked, say)), asked.count
+    synthesizer, missing = pipeline_of(asked, say), asked.count
+    pipe = innermost(synthesizer)
     if not isinstance(pipe, GuidedPipeline):
         raise UsageError(f"--plan-only with --method {pipe.name}", "its network calls are not known", "leave it out")
     found = make_plan(pipe, asked.generate)
@@ -171,7 +186,7 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
         missing -= sum(int(shard["count"]) for shard in read_manifest(asked.out)[1])
     pipe.call_size = found.call_size
     pipe.use_engines(run_on_record(asked.out).get("engines"))
-    timings = predict(pipe, found, asked.generate.shards.image_format)
+    timings = predict(pipe, found, asked.generate.shards.image_format, getattr(synthesizer, "made", 1))
     for line in (*pipe.describe(), *table(found, timings, missing)):
         say(line)
     seconds = seconds_of(found, timings, missing)

@@ -29,7 +29,7 @@ from dfkd.runtime import Rank, cpu_threads, own_rank
 from dfkd.synthesis.batching import ShortMemory, calling, release
 from dfkd.synthesis.carried import Carried, learns, require_one_process
 from dfkd.synthesis.plan import Plan, make_plan
-from dfkd.synthesis.synthesizer import Sample, Synthesizer, images_of_call, trajectories
+from dfkd.synthesis.synthesizer import Sample, Synthesizer, images_of_call, innermost, trajectories
 from dfkd.synthesis.watch import Progress, ShardLog, Watch
 from dfkd.teachers import Classifier
 
@@ -105,6 +105,8 @@ def open_run(
     """
     config, rank = config or getattr(synthesizer, "config", None) or GenerateConfig(), rank or own_rank()
     require_one_process(synthesizer, rank)
+    if (available := getattr(synthesizer, "available", None)) is not None and count > available:
+        raise UsageError(f"{count} images of method {synthesizer.name}", f"there are {available}", "lower --count")
     before = run_on_record(out)
     if not before and hasattr(synthesizer, "choose_engines"):
         synthesizer.choose_engines()  # refuses before anything is measured
@@ -293,13 +295,14 @@ def identity_of(synthesizer: Synthesizer, seed: int) -> dict[str, Any]:
     A synthesizer in a file of the user's own is told by its source too, and by its plain fields where it is a
     dataclass, so that a changed line or setting makes another run.
     """
-    cls, found = type(synthesizer), {"method": synthesizer.name}
+    method = innermost(synthesizer)
+    cls, found = type(method), {"method": method.name}
     if cls.__module__.partition(".")[0] != "dfkd":
-        if is_dataclass(synthesizer):
-            values = {field.name: getattr(synthesizer, field.name) for field in fields(synthesizer)}
+        if is_dataclass(method):
+            values = {field.name: getattr(method, field.name) for field in fields(method)}
             found |= {name: v for name, v in values.items() if v is None or isinstance(v, int | float | str | tuple)}
         found["source"] = described(cls)["source"]
-        found |= {"settings": given} if (given := getattr(synthesizer, "method_settings", None)) else {}
+        found |= {"settings": given} if (given := getattr(method, "method_settings", None)) else {}
     identity: dict[str, Any] = plain({**found, **synthesizer.identity(), "seed": seed})
     return identity
 

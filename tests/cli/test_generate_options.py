@@ -61,7 +61,27 @@ ACTS = {
     "noise_edit_scale": (("--noise-edit-steps", 2), 2.0),
     "refine_steps": ((), 3),
     "refine_step": (("--refine-steps", 3), 0.1),
+    "refine_smooth": (("--refine-steps", 3), 1.5),
+    "reencode": ((), 1),
+    "reencode_level": (("--reencode", 1), 1),
+    "guidance_power": ((), 2),
+    "tv_weight": ((), 5),
+    "joint_temperature": ((), 0.3),
+    "margin_discount": ((), 0.5),
+    "softplus_beta": ((), 3),
+    "adv_loss": (("--student-checkpoint", "STUDENT", "--adv-weight", 1), "entropy"),
+    "adv_reference": (("--student-checkpoint", "STUDENT", "--adv-weight", 1, "--adv-loss", "reference"), 0.2),
+    "adv_clamp": (("--student-checkpoint", "STUDENT", "--adv-weight", 30), 1e-4),
+    "guide_shift": ((), 2),
+    "guide_flip": ((), True),
+    "guide_crop": ((), 0.5),
+    "guide_colour": ((), 0.4),
     "keep_intermediates": ((), 1),
+    "candidates": ((), 3),
+    "keep": (("--candidates", 3), "sure"),
+    "keep_weight": (("--candidates", 3, "--keep", "learnable", "--student-checkpoint", "STUDENT"), 100),
+    "filter_views": ((), 3),
+    "filter_agreement": (("--filter-views", 3), 0.1),
     "method": ((), "noise"),
 }
 # no settings of a run's identity, but what they name is, by digest
@@ -142,6 +162,11 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def given(name, value):
+    """The words of an option with its value; one that is on or off has none."""
+    return (flag(name),) if value is True else (flag(name), value)
+
+
 def test_every_option_is_here():
     tables = [ACTS.keys(), NAMED.keys(), SAME.keys(), ELSEWHERE]
     known = leaves(GenerateCommand)
@@ -153,13 +178,13 @@ def test_every_option_is_here():
 @pytest.mark.parametrize("name", ACTS)
 def test_it_acts_and_a_folder_remembers_it(generated, call, places, name, capsys):
     common, value = ACTS[name]
-    first, second = generated(*common), generated(*common, flag(name), value)
+    first, second = generated(*common), generated(*common, *given(name, value))
     one, other = read_folder(first), read_folder(second)
     same = one.images.shape == other.images.shape and torch.equal(one.images, other.images)
     assert not same or one.records != other.records
     assert read_manifest(first)[0].settings != read_manifest(second)[0].settings
     capsys.readouterr()
-    argv = [places.get(word, word) for word in (*common, flag(name), value)]
+    argv = [places.get(word, word) for word in (*common, *given(name, value))]
     assert call("--out", first, *argv) == 2
     assert f"{'losses' if name == 'loss' else name} is " in capsys.readouterr().err
 

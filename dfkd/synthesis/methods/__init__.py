@@ -4,9 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from dfkd.config import GenerateConfig, plain
+from dfkd.config import CandidatesConfig, FilterConfig, GenerateConfig, leaves, plain
 from dfkd.errors import UsageError
 from dfkd.extension import resolve, settings_of
+from dfkd.runtime import own_rank, resolve_device
+from dfkd.synthesis.candidates import Candidates
+from dfkd.synthesis.filter import Filter
 from dfkd.synthesis.intermediates import Intermediates
 from dfkd.synthesis.methods.cmi import CMI
 from dfkd.synthesis.methods.deepinversion import DeepInversion
@@ -28,8 +31,9 @@ METHODS: dict[str, Callable[..., Synthesizer]] = {
     "folder": Folder,
     "noise": Noise,
 }
+AROUND = (*leaves(CandidatesConfig), *leaves(FilterConfig))
 # What the run of any method goes by.
-COMMON = ("method", "batch", "device", "threads", "shard_size", "image_format")
+COMMON = ("method", "batch", "device", "threads", "shard_size", "image_format", *AROUND)
 
 
 def needs_prior(config: GenerateConfig) -> bool:
@@ -70,13 +74,16 @@ def make_method(
                 return Sample(images, labels, records_of(ids, labels, self.class_names, seed))
 
     The settings are kept as its `method_settings`, which `dfkd.synthesis.run.identity_of` adds to the identity of a
-    method of one's own. Around the method comes what the settings ask for: --keep-intermediates.
+    method of one's own. Around the method comes what the settings ask for: --keep-intermediates,
+    --candidates, --filter-views.
 
     Raises UsageError: an unknown name, settings that it does not take, an object that is no synthesizer, or a method
     that cannot have around it what is asked for; what the factory raises itself comes through.
     """
     factory, settings = resolve(config.method, METHODS, "method")
-    given: dict[str, Any] = settings if student is None else {"student": student, **settings}
+    chooses_alone = config.candidates.takes_student and not (config.guidance.adv_weight or settings.get("adv_weight"))
+    own = None if chooses_alone else student
+    given: dict[str, Any] = settings if own is None else {"student": own, **settings}
     with settings_of(f"method {config.method!r}"):
         inspect.signature(factory).bind(prior, teacher, config, **given)
     made = factory(prior, teacher, config, **given)
@@ -86,6 +93,17 @@ def make_method(
         raise UsageError(what, f"it lacks {', '.join(lacking) or '__call__'}", "see dfkd/synthesis/synthesizer.py")
     if settings:
         object.__setattr__(made, "method_settings", plain(settings))  # also of a frozen dataclass
+    return _around(made, config, teacher, student)
+
+
+def _around(made: Synthesizer, config: GenerateConfig, teacher: Classifier, student: Classifier | None) -> Synthesizer:
+    """A method within what the settings ask for around it."""
     if kept := config.sampling.keep_intermediates:
         made = Intermediates(made, kept)
+    if config.candidates.count > 1 or config.filter.views:
+        judge, rows = teacher.freeze(resolve_device(config.compute.device, own_rank())), config.batching.batch
+        if config.candidates.count > 1:
+            made = Candidates(made, config.candidates, judge, student, rows)
+        if config.filter.views:
+            made = Filter(made, config.filter, judge, config.guidance.view.flip, rows)
     return made
