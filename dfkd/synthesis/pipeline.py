@@ -383,7 +383,8 @@ class GuidedPipeline:
                     lines.append(f"  where the {part} is eager: {group_norms(network)}")
         if self.guidance and self.guidance.fused:
             lines.append(f"  where the teacher is eager: {self.guidance.fused.describe()}")
-        return lines + describe_choices(self.choices)
+        encoder = ["encode: eager (of an encoder there is no engine)"] if self.reencodings and self._engines else []
+        return lines + describe_choices(self.choices) + encoder
 
     def checked(self, ids: Sequence[int], labels: Sequence[int] | None) -> dict[int, int | None]:
         """The asked ids in order, with their labels where they are given. Raises UsageError."""

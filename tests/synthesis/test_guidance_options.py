@@ -248,3 +248,10 @@ def test_re_encoding_that_cannot_be_is_refused():
     with pytest.raises(UsageError, match=r"--reencode-level 0.1 cannot act: .* half of one of the 4 steps. use 0.25"):
         pipeline(reencode=1, reencode_level=0.1)
     assert pipeline(reencode=1, guidance_step=0.0).reencodings == 0
+
+
+def test_what_encodes_is_told_beside_the_engines():
+    pipe = pipeline(reencode=1)
+    assert not any("encode:" in line for line in pipe.describe())  # nothing is an engine
+    pipe._engines = {"decode": pipe.prior.decode}
+    assert pipe.describe()[-1] == "encode: eager (of an encoder there is no engine)"

@@ -408,6 +408,7 @@ def test_lower_precision_keeps_the_pipelines_dtype(tiny_prior):
     [
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, gradient="unet"), "gradient = 'unet': it acts outside the steps"),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, refine_steps=2), "refine_steps = 2"),
+        (lambda t, vae: dfkd.TeacherGuidance(t, vae, reencode=1), "reencode = 1: it acts outside the steps"),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, bn_weight=0, cls_weight=0), "no guidance loss"),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae, adv_weight=1), "the adversarial loss has no student"),
         (lambda t, vae: dfkd.TeacherGuidance(t, vae).for_labels(["zer"]), "no class 'zer': did you mean zero"),
