@@ -128,7 +128,7 @@ def test_a_control_keeps_the_steps_of_equal_seconds(done: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["demo", "cifar10", "domainnet-sketch"])
 def test_controls_are_what_the_report_takes_for_strong(preset: str, tmp_path: Path) -> None:
-    file = {"preset": preset, "teacher": {"data": "digits-on-photos"}, **_adversary(preset, tmp_path)}
+    file = {"preset": preset, "teacher": {"data": "digits-on-photos"}}
     job = read_job({**file, "controls": ["noise"]}, tmp_path / "out", controls=list(CONTROLS))
     made = {one.name: Baseline(None, None, 0.0, {"options": one.generate.flat()}) for one in job.variants[1:]}
     assert {name: strong_kind(one) for name, one in made.items()} == {
@@ -220,12 +220,16 @@ def test_a_preset_may_be_the_start(tmp_path: Path) -> None:
     "name", [name for name in presets() if section(read_preset(name), "distill")]
 )  # others: teachers
 def test_every_preset_is_a_run_once_it_has_data(name: str, tmp_path: Path) -> None:
-    job = read_job({"preset": name, "teacher": {"data": "digits-on-photos"}, **_adversary(name, tmp_path)}, tmp_path)
+    job = read_job({"preset": name, "teacher": {"data": "digits-on-photos"}}, tmp_path)
     assert job.teacher is not None and job.variants[0].generate.teacher.checkpoint == tmp_path / "teacher"
 
 
-def _adversary(name: str, student: Path) -> dict[str, Any]:
-    return {"generate": {"student-checkpoint": str(student)}} if name == "domainnet-sketch" else {}
+def test_the_published_rounds(tmp_path: Path) -> None:
+    rounds = read_job({"preset": "domainnet-sketch", "teacher": {"data": "digits-on-photos"}}, tmp_path).rounds
+    assert rounds is not None and (rounds.phases, rounds.ids(2000)[2]) == (20, range(200, 300))
+    assert [rounds.against(phase) for phase in range(4)] == [False, False, True, True]
+    train = rounds.refresh.distill.train
+    assert (train.epochs, train.optimiser.lr, train.optimiser.weight_decay) == (30, 0.1, 5e-4)
 
 
 @pytest.mark.parametrize(
