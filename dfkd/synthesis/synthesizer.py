@@ -48,6 +48,7 @@ class Synthesizer(Protocol):
         choose_engines()            raise where a new folder's `use_engines` would find none, before calls are planned
         snapshots: int              images of one trajectory, which have consecutive ids; a call takes as many
                                     trajectories as call_size says
+        available: int              how many images there are, where that is not as many as are asked for
         on_progress: None           is set to a callable that takes the share, in 0..1, of a call that is done
         update(student)             take a newer student, for methods that go by what it does not know yet; None: there
                                     is none yet, and what goes by one rests

@@ -65,7 +65,7 @@ class Folder:
             self.positions = torch.arange(len(self.labels))
 
     @property
-    def most(self) -> int:
+    def available(self) -> int:
         """How many images there are."""
         return len(self.positions)
 
@@ -77,9 +77,9 @@ class Folder:
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:
         """Raises UsageError for an id beyond the images, and for a file that cannot be read."""
         asked = [int(i) for i in ids]
-        if max(asked, default=0) >= self.most:
-            raise UsageError(f"image {max(asked)} of {self.settings.path}", f"it has {self.most}", "lower --count")
-        order = torch.randperm(self.most, generator=generator(seed, self.name, 0))
+        if max(asked, default=0) >= self.available:
+            raise UsageError(f"image {max(asked)} of {self.settings.path}", f"it has {self.available}", "lower --count")
+        order = torch.randperm(self.available, generator=generator(seed, self.name, 0))
         places = self.positions[order[asked]]
         images = resize(self.images.read(places), self.image_size)
         found = self._labels(images, places) if labels is None else torch.as_tensor(list(labels))

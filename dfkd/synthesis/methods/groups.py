@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dfkd.config import Config, GenerateConfig, option
+from dfkd.config import Config, GenerateConfig, leaves, option
 from dfkd.data import Record
 from dfkd.errors import SettingError, UsageError
 from dfkd.extension import settings_of
@@ -195,8 +195,8 @@ class GroupMethod:
 def settings_for(kind: type[S], config: GenerateConfig, given: Mapping[str, Any]) -> S:
     """The settings in a method's parentheses. Raises UsageError: one that is unknown, or a value that is refused."""
     with settings_of(f"method {config.method!r}"):
-        if unknown := sorted(given.keys() - kind.of().flat().keys()):
-            raise SettingError(f"it has no setting {unknown[0]!r}; it has {', '.join(kind.of().flat())}")
+        if unknown := sorted(given.keys() - leaves(kind).keys()):
+            raise SettingError(f"it has no setting {unknown[0]!r}; it has {', '.join(leaves(kind))}")
         return kind.of(**given)
 
 
