@@ -48,6 +48,8 @@ OWN = {
     "distill": {"data", "out", "test", "test_split", *TEACHER} - {"teacher", "classes", "resize"},
     "evaluate": {"checkpoint", "reference", "out", *TEACHER},
 }
+# Of a set of images that is made before there is a student: whatever would go by one.
+NO_STUDENT = {"adv_weight": 0.0, "candidates": 1, "keep": "medium", "keep_weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
         images, fixed = [*layers["generate"], *differing], {**given, "out": folder / "synthetic"}
         if rounds is not None and rounds.config.adv_from is not None:
             if name:  # made at once, before there is a student
-                images = [*layers["generate"], {"adv_weight": 0.0}, *differing]
+                images = [*layers["generate"], NO_STUDENT, *differing]
             else:
                 fixed["student_checkpoint"] = rounds.refreshed(rounds.phases - 2).out / "last"
         generating = _settings(GenerateCommand, where, "generate", images, fixed, seed, its)
@@ -242,10 +244,10 @@ def _check_student(config: RoundsConfig, images: Sequence[Section]) -> None:
     # whether another method goes by a student, it says itself
     takes = own.takes_student if own.method == "guided" else config.adv_from is not None
     if config.adv_from is None and takes and not given:
-        why, todo = "no student is named for it", "give [rounds] adv-from, or [generate] student-checkpoint"
-        raise UsageError("[generate] adv-weight acts against a student", why, todo)
+        why, todo = "none is named", "give [rounds] adv-from, or [generate] student-checkpoint"
+        raise UsageError("[generate] adv-weight, or keep learnable, goes by a student", why, todo)
     if config.adv_from is not None and not takes:
-        why, todo = "nothing in [generate] goes by a student", "give adv-weight above 0 there, or leave it out"
+        why, todo = "nothing in [generate] goes by a student", "give adv-weight there, or leave it out"
         raise UsageError(f"[rounds] adv-from {config.adv_from} cannot act", why, todo)
     if config.adv_from is not None and given:
         why, todo = "with [rounds] adv-from it is the one refreshed last", "leave out one of the two"

@@ -18,7 +18,7 @@ from dfkd.run import run_job
 from dfkd.teachers import Classifier
 from tests.cli.small_generate import CLASS_NAMES, last_line, save_classifier, shards_of, status_of
 from tests.synthesis.small_sd import make_small_sd
-from tests.training.small_run import equal
+from tests.training.small_run import Killed, equal
 
 ROOT = Path(__file__).parents[1]
 COUNT, ROUNDS = 24, {"rounds": 8, "refresh-every": 2, "adv-from": 4, "steps": 6, "lr": 0.05}
@@ -211,7 +211,7 @@ def test_the_command_tells_phases_and_refreshes(
         ({"generate": {"group": 4}}, r"\[generate\] group 4 with \[rounds\]: a phase of 2 rounds has 6 images"),
         ({"generate": {"shard-size": 12}}, r"--shard-size 12 cannot be used: each phase has 6 images"),
         ({"generate": {"adv-weight": 0}}, r"\[rounds\] adv-from 4 cannot act: nothing in \[generate\] goes by a"),
-        ({"rounds": {"adv-from": None}}, r"\[generate\] adv-weight acts against a student: no student is named"),
+        ({"rounds": {"adv-from": None}}, r"\[generate\] adv-weight, or keep learnable, goes by a student: none is"),
         ({"generate": {"student-checkpoint": "x"}}, r"\[generate\] student-checkpoint: with \[rounds\] adv-from"),
     ],
 )
@@ -222,6 +222,42 @@ def test_what_rounds_cannot_do_is_refused_before_work(
         made(place, tmp_path / "out", **sections)
     assert re.search(words, str(caught.value)), str(caught.value)
     assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_a_method_that_learns_hands_its_state_on_from_phase_to_phase(place: Path, tmp_path: Path) -> None:
+    """Its student comes in between; killed in the second image of a phase, and at a phase's end."""
+    small = "generative(steps=2, warmup=2, latent=5, width=4, adv_weight=5)"
+    own = {"generate": {"method": small, "adv-weight": None, "prior": None, "size": 16, "steps": None}}
+    made(place, tmp_path / "whole", **own)
+    for stage, after in (("images", 11), ("refresh 002", 4)):
+        left = [after]
+
+        def dies(name: str, done: float, total: int, stage: str = stage, left: list[int] = left) -> None:
+            left[0] -= name == stage
+            if not left[0]:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run_job(read_job(file_of(place, **own), tmp_path / "killed"), dies)
+    made(place, tmp_path / "killed", **own)
+    assert shards_of(tmp_path / "killed/synthetic") == shards_of(tmp_path / "whole/synthetic")
+    assert equal(tmp_path / "killed/student/last", tmp_path / "whole/student/last")
+    made(place, tmp_path / "alone", **own, rounds={"rounds": "none"})
+    same = [
+        mine == theirs
+        for mine, theirs in zip(
+            read_folder(tmp_path / "whole/synthetic").images,
+            read_folder(tmp_path / "alone/synthetic").images,
+            strict=True,
+        )
+    ]
+    assert [bool(one.all()) for one in same] == [i < 12 for i in range(COUNT)]  # the student acts from id 12 on
+
+
+def test_candidates_are_chosen_for_the_student_last_refreshed(place: Path, tmp_path: Path) -> None:
+    own = {"candidates": 2, "keep": "learnable", "adv-weight": None}
+    made(place, tmp_path, generate=own)
+    assert [record.candidate is not None for record in records_of(tmp_path)] == [i >= 12 for i in range(COUNT)]
 
 
 def test_baselines_are_made_at_once_and_without_a_student(place: Path, tmp_path: Path) -> None:

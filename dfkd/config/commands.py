@@ -288,6 +288,7 @@ class RunCommand(Config):
 
       [teacher]         of dfkd-train-teacher; or `checkpoint` (and `architecture`, ...) of one that exists
       [generate]        of dfkd-generate
+      [rounds]          images and a student in turn: docs/rounds.md
       [distill]         of dfkd-distill
       [evaluate]        of dfkd-evaluate: `data` of the test
       [baselines.NAME]  what differs from [generate]: other images, and a student that learns from them
@@ -295,8 +296,8 @@ class RunCommand(Config):
     `controls = ["unguided-pixels", "deepinversion"]` at its top are baselines ready made, these two with as many steps
     as take the seconds of the guided images: without them nothing is put down to guidance. Others: unguided, noise.
     `preset = "NAME"` at its top takes a preset's sections first. Started again it goes on where it was stopped, and
-    runs no stage twice. Writes OUT/teacher, OUT/synthetic, OUT/student, OUT/baselines/NAME, OUT/evaluation.json and
-    OUT/report.
+    runs no stage twice. Writes OUT/teacher, OUT/synthetic, OUT/rounds, OUT/student, OUT/baselines/NAME,
+    OUT/evaluation.json and OUT/report.
     """
 
     SECTION = "run"

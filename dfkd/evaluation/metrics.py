@@ -10,6 +10,7 @@ statistics", of 1 "about one standard deviation off"; a spread below 1 says "les
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,10 +88,15 @@ def confidence(probabilities: npt.NDArray[np.float64]) -> Confidence:
 
 
 def loss_bands(curves: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Band]:
-    """Bands by loss of one curve per image; {} where no image was guided. Raises ValueError for unequal lengths."""
+    """Bands by loss of one curve per image; {} where no image was guided.
+
+    Curves of one length alone, the commonest: the first images of a method that warms up have longer ones.
+    """
     bands = {}
     for name in sorted({name for curve in curves for name in curve}):
-        values = np.array([curve[name] for curve in curves if name in curve], np.float32)
+        own = [curve[name] for curve in curves if name in curve]
+        ((points, _),) = Counter(map(len, own)).most_common(1)
+        values = np.array([curve for curve in own if len(curve) == points], np.float32)
         low, high = np.quantile(values, (0.1, 0.9), axis=0).tolist()
         bands[name] = Band(tuple(values.mean(0, dtype=np.float64).tolist()), tuple(low), tuple(high))
     return bands

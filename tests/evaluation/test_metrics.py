@@ -37,6 +37,11 @@ def test_a_band_holds_the_middle_of_the_images() -> None:
     assert (band.mean, band.low, band.high) == ((5.0, 10.0), (1.0, 2.0), (9.0, 18.0))
 
 
+def test_a_band_is_of_the_commonest_length() -> None:
+    band = loss_bands([{"cls": [9.0, 9.0, 9.0]}, {"cls": [1.0, 2.0]}, {"cls": [1.0, 2.0]}])["cls"]
+    assert band.mean == (1.0, 2.0)
+
+
 def test_images_without_guidance_have_no_band() -> None:
     assert loss_bands([{}, {}]) == {}
 
