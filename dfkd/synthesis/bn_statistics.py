@@ -12,11 +12,11 @@ Two ways to record them: hooks on the layers as they are (`record_bn_inputs`), o
 computes batch norm, moments and a ReLU behind it in one pass over the map (`FusedTeacher`, kernels "triton").
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,33 @@ def moments_of(x: Tensor, layer: nn.BatchNorm2d) -> Moments:
     """Moments [B, C] of a layer's input x [B, C, H, W]; float32 at least."""
     assert layer.running_mean is not None
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = x - layer.running_mean.to(x)[None, :, None, None]
-    return Moments(x.mean((2, 3)), x.square().mean((2, 3)))
+    return moments_about(x, layer.running_mean.to(x))
+
+
+def moments_about(x: Tensor, mean: Tensor) -> Moments:
+    """Moments [B, C] of x [B, C, H, W] about a mean [C], in the dtype of x."""
+    moments: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _Moments.apply
+    return Moments(*moments(x, mean))
+
+
+class _Moments(torch.autograd.Function):
+    """The same, with the gradient g1 / n + 2 g2 / n (x - r), n = H W, as two operations.
+
+    Autograd takes five, some of them on maps of other strides than those of x: the same bits in several times the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        x = x - mean[None, :, None, None]
+        ctx.save_for_backward(x)
+        return x.mean((2, 3)), x.square().mean((2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, in_m1: Tensor, in_m2: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        pixels = x.shape[2] * x.shape[3]
+        slope, offset = (2 * (in_m2 / pixels))[:, :, None, None], (in_m1 / pixels)[:, :, None, None]
+        return x * slope + offset, None
 
 
 @contextmanager

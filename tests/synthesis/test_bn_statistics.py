@@ -14,6 +14,7 @@ from dfkd.synthesis.bn_statistics import (
     Moments,
     bn_distance,
     by_layer,
+    moments_about,
     record_bn_inputs,
     side_by_side,
 )
@@ -99,6 +100,19 @@ def test_a_perfect_match_has_a_finite_gradient(distance):
     value = BatchNormLoss(1.0, "group", distance)(seen)
     assert abs(value) < 1e-5
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value.sum(), x))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradient_of_moments_is_autograds_own(layout):
+    """Bit for bit, in the strides of the map."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 7, 6, generator=random).to(memory_format=layout).requires_grad_()
+    mean, given = torch.randn(5, generator=random), torch.randn(2, 3, 5, generator=random)
+    found, d = moments_about(x, mean), x - mean[None, :, None, None]
+    wanted = d.mean((2, 3)), d.square().mean((2, 3))
+    assert all(map(torch.equal, found, wanted))
+    (got,), (want,) = (torch.autograd.grad(of, x, tuple(given)) for of in (found, wanted))
+    assert torch.equal(got, want) and got.stride() == x.stride()
 
 
 def test_moments_side_by_side_and_back(teacher):
