@@ -156,6 +156,8 @@ def test_a_student_changes_the_images_once_it_is_there(teacher, text):
     assert "adv" not in rounds(range(GROUP), seed=5).records[0].losses
     with pytest.raises(UsageError, match=r"its adv_weight is 0.*adv_weight=1"):
         method(teacher, with_(text, adv_weight=0), classifier(seed=3))
+    with pytest.raises(UsageError, match="its adv_weight is 0"):
+        method(teacher, with_(text, adv_weight=0)).update(classifier(seed=3))
 
 
 def test_the_adversarial_loss_of_fast_waits_for_its_warmup(teacher):

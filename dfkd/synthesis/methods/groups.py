@@ -109,10 +109,7 @@ class GroupMethod:
         if settings.bn_weight and not teacher.batch_norms():
             what = f"method {self.name}: teacher {teacher.architecture} has no BatchNorm layer"
             raise UsageError(what, "its bn_weight is of their statistics", f"use {self.name}(bn_weight=0)")
-        if student is not None and not settings.adv_weight:
-            what = f"method {self.name} has a student"
-            raise UsageError(what, "its adv_weight is 0", f"use {self.name}(adv_weight=1), or leave the student out")
-        self.student = student and copy_student(student, teacher)
+        self.student = self._taken(student)
         self.student_digest = self.student.digest() if self.student else None
         self._guidance: Guidance | None = None
         self._fused: FusedTeacher | None = None
@@ -136,9 +133,16 @@ class GroupMethod:
         return []
 
     def update(self, student: Classifier | None) -> None:
-        """Replace the student of the adversarial loss. Raises UsageError where its classes are not the teacher's."""
-        self.student = student and copy_student(student, self.teacher)
+        """Replace the student of the adversarial loss. Raises UsageError where its classes are not the teacher's, and
+        where adv_weight is 0."""
+        self.student = self._taken(student)
         self.losses_change()
+
+    def _taken(self, student: Classifier | None) -> Classifier | None:
+        if student is not None and not self.own_settings.adv_weight:
+            what = f"method {self.name} has a student"
+            raise UsageError(what, "its adv_weight is 0", f"use {self.name}(adv_weight=1), or leave the student out")
+        return student and copy_student(student, self.teacher)
 
     def identity(self) -> Mapping[str, Any]:
         """Settings, size, classes, the teacher, and the student that was there first."""
