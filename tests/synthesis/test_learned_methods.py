@@ -93,6 +93,20 @@ def test_a_group_in_several_calls_is_the_same_but_for_rounding(teacher, text, ba
     assert ((whole.images.int() - cut.images.int()).abs() > 2).float().mean() < 0.02
 
 
+@pytest.mark.parametrize("text", METHODS)
+def test_triton_sees_the_same_losses(teacher, text):
+    """BatchNorm with its moments and the adversarial loss by kernels, over a group in several calls."""
+    student = classifier(seed=3)
+    text = with_(merged(text, "steps=1"), adv_weight=1, **({"warmup": 0} if text == FAST else {}))
+    eager, fused = (
+        method(teacher, text, student, kernels=kernels, batch=4)(range(GROUP), seed=5).records[0].loss_curve
+        for kernels in ("torch", "triton")
+    )
+    assert eager.keys() == fused.keys() >= {"bn", "adv", "cls"}
+    for name, values in eager.items():  # of the first step, before Adam magnifies rounding
+        assert fused[name][0] == pytest.approx(values[0], rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "text, loss",
     [
