@@ -85,7 +85,10 @@ def test_phases_lie_in_one_folder_and_end_shards(place: Path, whole: Path) -> No
     refreshes = [(one["images"], one["steps"], one["ended_by"]) for one in result["refreshes"]]
     assert refreshes == [(6, 6, "length"), (12, 6, "length"), (18, 6, "length")]
     assert all(0 <= one["agreement"] <= 1 for one in result["refreshes"])
-    assert (whole / "report/report.html").exists() and (whole / "student/result.json").exists()
+    report = json.loads((whole / "report/report.json").read_text())
+    assert [one["agreement"] for one in report["refreshes"]] == [one["agreement"] for one in result["refreshes"]]
+    assert report["seconds"]["refreshes"] > 0
+    assert "Refreshed between rounds" in (whole / "report/report.html").read_text()
 
 
 def test_the_adversarial_loss_acts_from_its_round_on(place: Path, whole: Path) -> None:

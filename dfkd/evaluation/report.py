@@ -1,7 +1,7 @@
 """The report as data: everything that report.json holds and the page shows, measured from a run's folders."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,15 @@ class StudentFacts:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """A student between rounds of images; agreement: with the teacher on held-out ones. None for what is unknown."""
+
+    steps: int | None
+    seconds: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """answers: to what a reader wants to know first. costs: of "teacher" and "student", as far as they were loaded.
 
@@ -81,6 +90,7 @@ class Report:
     teacher_architecture: str | None
     teacher_views: dict[str, TeacherView]
     student: StudentFacts | None
+    refreshes: tuple[Refresh, ...]
     seconds: dict[str, float]
     settings: dict[str, Mapping[str, Any]]
 
@@ -108,6 +118,7 @@ def measure(run: RunFolder, teacher: Classifier | None, judged: int, student: Cl
         teacher_architecture=teacher.architecture if teacher else None,
         teacher_views=_views(run, ranking, teacher, judged) if teacher and judged else {},
         student=_student(run),
+        refreshes=tuple(Refresh(*(one.result.get(f.name) for f in fields(Refresh))) for one in run.refreshes),
         seconds=_seconds(run),
         settings={
             part: found.settings
@@ -198,4 +209,5 @@ def _seconds(run: RunFolder) -> dict[str, float]:
     trained = [base.student.result.get("seconds") or 0 for base in run.baselines.values() if base.student]
     parts |= {f"images of {name}": base.seconds for name, base in run.baselines.items()}
     parts["baselines' students"] = sum(trained)
+    parts["refreshes"] = sum(one.result.get("seconds") or 0 for one in run.refreshes)
     return {stage: float(value) for stage, value in parts.items() if value}

@@ -94,7 +94,8 @@ class RunFolder:
     evaluation: the tests of evaluation.json, {} without one. right: which of its test images "student", "teacher" and
     "baselines/NAME" have right, bool [N] each, {} where that was not kept. mistakes: thumbnails of the mistakes that it
     names, in their order. guide: how the teacher that guided the images is loaded, None where nothing says so.
-    missing: the parts that are not there, and what would supply each.
+    missing: the parts that are not there, and what would supply each. refreshes: of the student, between rounds of
+    images, in their order.
     """
 
     title: str
@@ -107,12 +108,13 @@ class RunFolder:
     mistakes: tuple[Image.Image, ...]
     guide: TeacherConfig | None
     missing: Mapping[str, str]
+    refreshes: tuple[Trained, ...] = ()
 
 
 def read_run(
     run: Path | None, synthetic: Path | None = None, student: Path | None = None, teacher: Path | None = None
 ) -> RunFolder:
-    """Read run/{synthetic,student,teacher,baselines,evaluation.json}; folders named one by one take their place.
+    """Read run/{synthetic,student,teacher,baselines,rounds,evaluation.json}; folders named one by one take their place.
 
     Only the images are needed. Raises UsageError for a named folder that is not there, images that are absent or
     damaged, a file that is not JSON, and parts whose classes disagree.
@@ -157,7 +159,9 @@ def read_run(
     title = (run or images.parent).resolve().name
     teacher_found, student_found = parts["teacher"], parts["student"]
     tests = (evaluation, right, mistakes)
-    return RunFolder(title, found, teacher_found, student_found, baselines, *tests, guide, missing)
+    refreshed = [_read_trained(path) for path in sorted(run.glob("rounds/*/student"))] if run else []
+    refreshes = tuple(one for one in refreshed if one is not None)
+    return RunFolder(title, found, teacher_found, student_found, baselines, *tests, guide, missing, refreshes)
 
 
 def _right(path: Path, images: int) -> dict[str, npt.NDArray[np.bool_]]:
@@ -214,9 +218,10 @@ def _read_synthetic(path: Path) -> Synthetic:
 
 
 def _seconds(images: Path) -> float:
-    """Seconds that all shards took; 0 where one does not say."""
-    seconds = [float(shard["seconds"]) for shard in read_manifest(images)[1]]
-    return sum(seconds) if all(seconds) else 0.0
+    """Seconds that all shards took, and what was found out before the first; 0 where one does not say."""
+    layout, shards = read_manifest(images)
+    seconds = [float(shard["seconds"]) for shard in shards]
+    return sum(seconds) + float(layout.run.get("prepared_seconds", 0)) if all(seconds) else 0.0
 
 
 def _read_trained(path: Path | None) -> Trained | None:
