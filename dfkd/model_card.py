@@ -78,9 +78,11 @@ def read_facts(folder: Path, network: Mapping[str, Any] | None = None) -> Facts:
         return Facts(network, training=training, tests=found, tested_on=tested)
     training.pop("data", None)  # a digest
     manifest = _read(home.parent / "synthetic" / MANIFEST)
-    made = manifest.get("settings", {})
+    made, found = manifest.get("settings", {}), manifest.get("run", {})
+    if "guidance_step" in found:  # by --step-trials
+        made = {**made, "guidance_step": found["guidance_step"]}
     images = {name: made[name] for name in IMAGES if made.get(name) not in (None, "")}
-    prior = str(manifest.get("run", {}).get("prior") or NOT_STATED) if "prior_digests" in made else "none"
+    prior = str(found.get("prior") or NOT_STATED) if "prior_digests" in made else "none"
     tests, tested_on = _tests(result, _read(home.parent / EVALUATION), of_last=folder.name != "best")
     return Facts(
         network,

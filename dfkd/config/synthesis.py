@@ -216,6 +216,14 @@ class GuidanceConfig(Config):
         low=0,
         flag="guidance_step",
     )
+    step_trials: int = option(
+        0,
+        "lengths tried on a few images before a run, each twice the one before, --guidance-step in their middle; taken"
+        " is the one whose images the teacher reads best under other views; 0: --guidance-step as it is",
+        unit="trials",
+        low=0,
+        high=20,
+    )
     power: float = option(
         0.0,
         "length times (noise share)^it; the share is sigma of z = alpha z0 + sigma eps, the time of a rectified flow",
@@ -299,6 +307,8 @@ class GuidanceConfig(Config):
         ):
             if changed and not acts:
                 raise ValueError(f"{flag} needs {needed}: it does not act otherwise")
+        if self.step_trials == 1:
+            raise ValueError("--step-trials 1 has nothing to choose from: use 3 or 5, or leave it out")
         if self.noise_edit_steps and not self.step:
             raise ValueError("--noise-edit-steps needs guidance: --guidance-step above 0")
 

@@ -5,7 +5,7 @@ import json
 import shutil
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -119,6 +119,12 @@ class ShardFolder:
             time.sleep(WAIT)
             self._read_manifest()
             pending = [index for index in pending if not self._whole(index)]
+
+    def wait_for_record(self, names: Collection[str]) -> None:
+        """Return when `run` has these facts on record, which the first process finds out."""
+        while not set(names) <= self.run.keys():
+            time.sleep(WAIT)
+            self._read_manifest()
 
     def entry(self, index: int) -> Mapping[str, Any]:
         """What the manifest has on record of one shard; {} of one that was not written yet."""

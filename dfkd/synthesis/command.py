@@ -23,6 +23,7 @@ from dfkd.synthesis.prompts import prompt_of
 from dfkd.synthesis.run import Run, Written, open_run, run_on_record
 from dfkd.synthesis.schedule import find_sampler
 from dfkd.synthesis.synthesizer import Synthesizer, innermost
+from dfkd.synthesis.trials import images_of
 from dfkd.synthesis.watch import Progress
 from dfkd.teachers import Classifier, load_teacher
 from dfkd_engine.priors.guidance_decoder import check_decoder
@@ -185,11 +186,17 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
     if (asked.out / MANIFEST).exists():
         missing -= sum(int(shard["count"]) for shard in read_manifest(asked.out)[1])
     pipe.call_size = found.call_size
-    pipe.use_engines(run_on_record(asked.out).get("engines"))
-    timings = predict(pipe, found, asked.generate.shards.image_format, getattr(synthesizer, "made", 1))
-    for line in (*pipe.describe(), *table(found, timings, missing)):
+    known = run_on_record(asked.out)
+    pipe.use_engines(known.get("engines"))
+    made = getattr(synthesizer, "made", 1)
+    timings = predict(pipe, found, asked.generate.shards.image_format, made)
+    trials = 0 if set(pipe.prepares) <= known.keys() else asked.generate.guidance.step_trials * images_of(pipe)
+    taking = missing + -(-trials // made)
+    for line in (*pipe.describe(), *table(found, timings, taking)):
         say(line)
-    seconds = seconds_of(found, timings, missing)
+    if trials:
+        say(f"of these images {taking - missing} stand for those of --step-trials, which come before")
+    seconds = seconds_of(found, timings, taking)
     forecast = {
         "images": missing,
         "timings": {name: asdict(timing) for name, timing in timings.items()},

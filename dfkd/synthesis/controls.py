@@ -34,6 +34,10 @@ def _deepinversion(steps: int, asked: GenerateCommand) -> Mapping[str, Any]:
     return {"method": f"deepinversion(steps={steps}{without})"}
 
 
+# What a trial goes without: it is for the seconds of a call.
+_TRIAL = {"shard_size": 0, "format": "webdataset", "step_trials": 0, "filter_views": 0, "filter_agreement": 0.5}
+# Noise as it is: a teacher that reads it all as one class would leave none of the others.
+_UNCHOSEN = {"candidates": 1, "keep": "medium", "keep-weight": 1.0, "filter-views": 0, "filter-agreement": 0.5}
 # Of methods that do not denoise step by step: what [generate] asks of the steps.
 _WITHOUT_STEPS = {"keep-intermediates": 0}
 
@@ -44,7 +48,7 @@ CONTROLS: Mapping[str, Control] = {
         lambda steps, asked: {"refine_steps": steps},
     ),
     "deepinversion": Control({"method": "deepinversion", **_WITHOUT_STEPS}, _deepinversion),
-    "noise": Control({"method": "noise", **_WITHOUT_STEPS}),
+    "noise": Control({"method": "noise", **_WITHOUT_STEPS, **_UNCHOSEN}),
 }
 
 
@@ -93,5 +97,5 @@ def trial(asked: GenerateCommand) -> float:
     images = min(asked.count, max(batching.batch // batching.group, 1) * batching.group)
     with tempfile.TemporaryDirectory(prefix="dfkd-") as folder:
         out = Path(folder)
-        command.run(asked.replace(out=out, count=images, shard_size=0, format="webdataset"), lambda line: None)
+        command.run(asked.replace(out=out, count=images, **_TRIAL), lambda line: None)
         return sum(float(shard["seconds"]) for shard in read_manifest(out)[1])

@@ -42,7 +42,7 @@ from dfkd.teachers import Classifier
 Scheduler = TypeVar("Scheduler")
 
 # Settings of GuidanceConfig that act elsewhere than at a scheduler's step, and the values that leave them off.
-_ELSEWHERE = {"gradient": "latent", "noise_edit_steps": 0, "refine_steps": 0, "reencode": 0}
+_ELSEWHERE = {"step_trials": 0, "gradient": "latent", "noise_edit_steps": 0, "refine_steps": 0, "reencode": 0}
 
 
 class TeacherGuidance:

@@ -45,6 +45,7 @@ from dfkd.synthesis.sampler import begun, edit_noise, refine, sample, sample_thr
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
 from dfkd.synthesis.softplus import softened
 from dfkd.synthesis.synthesizer import Sample, counted, label_probability
+from dfkd.synthesis.trials import try_steps
 from dfkd.synthesis.views import draw, most_shift
 from dfkd.teachers import Classifier
 from dfkd_engine.compiled import Engine
@@ -73,6 +74,7 @@ class GuidedPipeline:
         prompt, cfg: template and scale of classifier-free guidance, of the settings or else of the prior.
         group: images that interact, 1 where they do not; image i belongs to group i // group.
         call_size: images per network call, `--batch` at first; may be set between calls.
+        guidance_step: length of a guidance step, that of the settings until `prepare` has found or taken up another.
         on_progress: called after every step with the share, in 0..1, of a call's steps that are done; None: nobody.
         guidance: of latents, None where no teacher guides; pixel_guidance: of the refinement; statistics: of noise
             editing, L_bn alone; None without these.
@@ -132,6 +134,7 @@ class GuidedPipeline:
             most_shift(config.guidance.view, self.image_size, teacher.input_size)
         self.group = config.batching.group if self._images_interact() else 1
         self.call_size = config.batching.batch
+        self.guidance_step = config.guidance.step
         self.on_progress: Callable[[float], object] | None = None
         try_teacher(self.teacher, self.guidance, self.image_size)
 
@@ -239,10 +242,23 @@ class GuidedPipeline:
         return draw(own, seed, ids, number, self.image_size, self.teacher.input_size) if own.acts else None
 
     @property
+    def prepares(self) -> tuple[str, ...]:
+        """What a folder has on record once `prepare` is through; () where the settings ask for nothing."""
+        return ("guidance_step",) if self.config.guidance.step_trials and self.guided_steps else ()
+
+    def prepare(self, known: Mapping[str, Any], seed: int, say: Callable[[str], object]) -> dict[str, Any]:
+        """Take up what a folder has on record of a run's preparations, and find out the rest, which is returned."""
+        if "guidance_step" in self.prepares and "guidance_step" in known:
+            self.guidance_step = float(known["guidance_step"])
+        elif "guidance_step" in self.prepares:
+            return try_steps(self, seed, say)
+        return {}
+
+    @property
     def lengths(self) -> list[float]:
         """The length of a guidance step at each denoising step: falling with its noise, by --guidance-power."""
         config = self.config.guidance
-        return [config.step * share**config.power for share in self.table.sigma.tolist()]
+        return [self.guidance_step * share**config.power for share in self.table.sigma.tolist()]
 
     def denoise(self, z: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """One call of the denoiser, or of the engine in its place: the prediction, like z."""

@@ -132,7 +132,25 @@ def open_run(
             facts,
         )
         with folder, threads(int(folder.run["threads"])):
-            yield Run(synthesizer, seed, folder, plan, say if say is not None and rank.first else _silent)
+            said = say if say is not None and rank.first else _silent
+            prepared = _prepare(synthesizer, folder, seed, said)
+            yield Run(synthesizer, seed, folder, plan, said, prepared)
+
+
+def _prepare(synthesizer: Synthesizer, folder: ShardFolder, seed: int, say: Say) -> float:
+    """Have a synthesizer find out what it needs to know before its first image, or take it up where the folder has it
+    on record; returns the seconds that this took."""
+    started, wanted = time.perf_counter(), getattr(synthesizer, "prepares", ())
+    if not wanted:
+        return 0.0
+    if not folder.rank.first:
+        folder.wait_for_record(wanted)
+    found = synthesizer.prepare(folder.run, seed, say)  # type: ignore[attr-defined]
+    seconds = time.perf_counter() - started
+    if found:
+        spent = float(folder.run.get("prepared_seconds", 0))
+        folder.record(**found, prepared_seconds=round(spent + seconds, 3))
+    return seconds
 
 
 class Run:
@@ -140,11 +158,20 @@ class Run:
 
     plan: of a new folder, None of one that is continued. own: this process's shards that are to be made, and whole:
     images of its others; missing: shards of all processes, where this is the first. call_size: images per call, fewer
-    once memory was short.
+    once memory was short. prepared: seconds spent before the first image.
     """
 
-    def __init__(self, synthesizer: Synthesizer, seed: int, folder: ShardFolder, plan: Plan | None, say: Say) -> None:
+    def __init__(
+        self,
+        synthesizer: Synthesizer,
+        seed: int,
+        folder: ShardFolder,
+        plan: Plan | None,
+        say: Say,
+        prepared: float = 0.0,
+    ) -> None:
         self.synthesizer, self.seed, self.folder, self.plan, self.say = synthesizer, seed, folder, plan, say
+        self._prepared = prepared
         self.call_size = int(folder.run["call_size"])
         self.carried = Carried(synthesizer, folder) if learns(synthesizer) else None
         self.own = folder.missing() if self.carried is None else self.carried.to_make(folder.missing())
@@ -211,7 +238,8 @@ class Run:
             self.folder.wait_for_others()
         made = [index for index in self.missing if layout.ids(index).start in part]
         whole = -(-len(part) // layout.shard_size) - len(made)
-        return Written(self.images(made), len(made), whole, time.perf_counter() - started)
+        seconds, self._prepared = time.perf_counter() - started + self._prepared, 0.0
+        return Written(self.images(made), len(made), whole, seconds)
 
     def _take_up(self) -> None:
         """Put a method that learns into the state before the first shard to be made, once."""

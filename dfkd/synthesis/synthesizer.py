@@ -49,6 +49,9 @@ class Synthesizer(Protocol):
         snapshots: int              images of one trajectory, which have consecutive ids; a call takes as many
                                     trajectories as call_size says
         available: int              how many images there are, where that is not as many as are asked for
+        prepares: tuple[str, ...]   what a folder is to have on record before the first image
+        prepare(known, seed, say)   find that out, or take it up from what a folder has on record, `known`; returns what
+                                    is new, in JSON's types. In a new folder the first process does so, and says lines
         on_progress: None           is set to a callable that takes the share, in 0..1, of a call that is done
         update(student)             take a newer student, for methods that go by what it does not know yet; None: there
                                     is none yet, and what goes by one rests
