@@ -328,6 +328,9 @@ def _check_rounds(rounds: Rounds, images: GenerateCommand) -> None:
     if sampling.method == "guided" and shared and length % group:
         why = f"a phase of {rounds.config.refresh_every} rounds has {length} images, and they interact within a group"
         raise UsageError(f"[generate] group {group} with [rounds]", why, "take a group that divides a phase")
+    if (shard := sampling.shards.shard_size) and length % shard:
+        why = f"each phase has {length} images, and ends a shard"
+        raise UsageError(f"[generate] shard-size {shard} with [rounds]", why, f"give a divisor of {length}, or none")
     teachers.check(config.student)
     check_distill(config, World(resolve_device(config.train.compute.device)))
     if rounds.refresh.init is not None:
@@ -338,7 +341,8 @@ def check_students(job: Job, teacher: Classifier) -> None:
     """Raise UsageError where a student cannot be trained with a teacher of these classes and this input size."""
     count = min(variant.generate.count for variant in job.variants)
     asked = [(job.variants[0].distill.distill, count)]
-    asked += [(job.rounds.refresh.distill, len(job.rounds.ids(count)[0]))] if job.rounds is not None else []
+    if job.rounds is not None:
+        asked.append((job.rounds.refresh.distill, len(job.rounds.ids(job.variants[0].generate.count)[0])))
     for config, images in asked:
         check_distill(config, World(resolve_device(config.train.compute.device)), teacher, images)
 

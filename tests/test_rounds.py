@@ -212,7 +212,7 @@ def test_the_command_tells_phases_and_refreshes(
         ({"distill": {"batch-size": 1}}, r"\[distill\] batch_size is 1"),
         ({"generate": {"count": 20}}, r"\[rounds\] rounds 8 with 20 images: they do not share them evenly"),
         ({"generate": {"group": 4}}, r"\[generate\] group 4 with \[rounds\]: a phase of 2 rounds has 6 images"),
-        ({"generate": {"shard-size": 12}}, r"--shard-size 12 cannot be used: each phase has 6 images"),
+        ({"generate": {"shard-size": 12}}, r"\[generate\] shard-size 12 with \[rounds\]: each phase has 6 images"),
         ({"generate": {"adv-weight": 0}}, r"\[rounds\] adv-from 4 cannot act: nothing in \[generate\] goes by a"),
         ({"rounds": {"adv-from": None}}, r"\[generate\] adv-weight, or keep learnable, goes by a student: none is"),
         ({"generate": {"student-checkpoint": "x"}}, r"\[generate\] student-checkpoint: with \[rounds\] adv-from"),
@@ -261,6 +261,20 @@ def test_candidates_are_chosen_for_the_student_last_refreshed(place: Path, tmp_p
     own = {"candidates": 2, "keep": "learnable", "adv-weight": None}
     made(place, tmp_path, generate=own)
     assert [record.candidate is not None for record in records_of(tmp_path)] == [i >= 12 for i in range(COUNT)]
+
+
+def test_snapshots_of_a_trajectory_lie_in_one_phase(place: Path, tmp_path: Path) -> None:
+    made(place, tmp_path, generate={"keep-intermediates": 1, "filter-views": 2})
+    finished = [record for record in records_of(tmp_path) if record.id % 2]  # of each two; the filter dropped some
+    assert {"adv" in record.losses for record in finished} == {False, True}
+    assert all(("adv" in record.losses) == (record.id >= 12) for record in finished)
+
+
+def test_a_control_is_granted_the_seconds_of_images_against_the_last_student(place: Path, whole: Path) -> None:
+    run_job(read_job({**file_of(place), "controls": ["unguided-pixels"]}, whole))
+    steps = json.loads((whole / "baselines/unguided-pixels/equal-seconds.json").read_text())["steps"]
+    settings = json.loads((whole / "baselines/unguided-pixels/synthetic/settings.json").read_text())["options"]
+    assert (settings["refine_steps"], settings["student_checkpoint"]) == (steps, None)
 
 
 def test_baselines_are_made_at_once_and_without_a_student(place: Path, tmp_path: Path) -> None:
