@@ -9,7 +9,9 @@ from dfkd.config import GenerateConfig
 from dfkd.errors import UsageError
 from dfkd.runtime import generator
 from dfkd.synthesis.finite import NotFinite
+from dfkd.synthesis.losses import Seen
 from dfkd.synthesis.methods import METHODS, make_method, needs_prior, unread
+from dfkd.synthesis.methods.deepinversion import Competition
 from dfkd.synthesis.run import identity_of
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd_engine.errors import EngineError
@@ -98,6 +100,30 @@ def test_deepinversion_makes_the_teacher_sure_and_meets_its_statistics(teacher):
     sure = method(teacher, "deepinversion(steps=60, lr=0.05, bn_weight=0, tv_weight=0)")(range(GROUP))
     assert sure.records[0].losses.keys() == {"cls"}
     assert (probabilities(sure) > probabilities(method(teacher, "noise")(range(GROUP))) + 0.05).all()
+
+
+@pytest.mark.parametrize("more", ["schedule=cosine", "l2_weight=2", "cls_weight=0", "shift=0", "flip=True"])
+def test_each_setting_of_deepinversion_acts(teacher, more):
+    plain, other = (method(teacher, f"deepinversion(steps=8, lr=0.05{text})") for text in ("", ", " + more))
+    name = more.partition("=")[0]
+    assert {key for key, value in other.identity().items() if plain.identity()[key] != value} == {name}
+    assert not torch.equal(plain(range(GROUP)).images, other(range(GROUP)).images)
+
+
+def test_a_cosine_schedule_comes_to_rest(teacher):
+    text = "deepinversion(steps=40, lr=0.05, shift=0, schedule=cosine)"
+    curve = method(teacher, text)(range(GROUP)).records[0].loss_curve["tv"]
+    early, late = curve[:3], curve[-3:]
+    assert len(curve) == 20 and max(late) - min(late) < 0.1 * (max(early) - min(early))
+
+
+def test_competition_is_the_published_divergence():
+    teacher, student = torch.tensor([[1.0, 0.0, -9.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+    p, q = (torch.softmax(logits / 3, 1) for logits in (teacher, student))
+    m, p, q = (x.clamp(0.01, 0.99) for x in ((p + q) / 2, p, q))
+    wanted = (F.kl_div(p.log(), m, reduction="batchmean") + F.kl_div(q.log(), m, reduction="batchmean")) / 2
+    seen = Seen(teacher, teacher, torch.zeros(1), student_logits=student)
+    torch.testing.assert_close(Competition(1.0)(seen)[0], -wanted)
 
 
 def test_deepinversion_tells_the_share_of_its_steps(teacher):
