@@ -255,6 +255,24 @@ def test_engines_stand_in_for_their_functions(monkeypatch, own, called):
     assert engines.called == set(called)
 
 
+def test_engines_stay_while_a_student_comes_and_goes(monkeypatch):
+    own, student = {**REFINED, "batch": 3}, classifier(seed=9)
+    plain = pipeline(**own)(range(7), seed=SEED).images
+    pipe = pipeline(student=student, adv_weight=1.0, **own)
+    pipe.update(None)
+    engines = Recorder(pipe.functions())
+    chosen = tuple(Choice(name, "recorder", f"key of {name}", "for the test") for name in engines)
+    monkeypatch.setattr("dfkd.synthesis.pipeline.choose", lambda *_: chosen)
+    monkeypatch.setattr("dfkd.synthesis.pipeline.load_engines", lambda *_: engines)
+    pipe.use_engines({})
+    for now in (None, student):
+        pipe.update(now)
+        wanted = pipeline(student=now, adv_weight=1.0, **own)(range(7), seed=SEED).images if now else plain
+        engines.called.clear()
+        assert (pipe(range(7), seed=SEED).images.int() - wanted.int()).abs().max() <= 1  # as above
+        assert engines.called == {*CUT[:3], "decode_vjp"}
+
+
 def test_functions_without_an_engine_stay_with_autograd():
     pipe = pipeline()
     z = torch.randn(7, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
