@@ -170,6 +170,18 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, manifest: str
     assert "delete" not in str(refusal.value)
 
 
+def test_the_first_images_of_an_unfinished_folder_are_read(tmp_path: Path) -> None:
+    with open_for_writing(tmp_path) as folder:  # ten images in shards of four
+        for index in (0, 1):
+            folder.write(index, *sample(folder.layout.ids(index), folder.layout.image_size), facts={"student": "s"})
+        assert (folder.entry(1)["student"], folder.entry(2)) == ("s", {})
+    four, eight = open_folder(tmp_path, until=4), open_folder(tmp_path, until=8)
+    assert four.ids.tolist() == list(range(4)) and eight.ids.tolist() == list(range(8))
+    assert four.digest != eight.digest and four.digest == open_folder(make(tmp_path / "four", count=4)).digest
+    with pytest.raises(UsageError, match="it holds 2 of 3 shards"):
+        open_folder(tmp_path, until=10)
+
+
 def test_an_unfinished_folder_and_none_at_all_are_refused(tmp_path: Path) -> None:
     with open_for_writing(tmp_path) as folder:
         folder.write(0, *sample(range(4), 8))

@@ -16,7 +16,7 @@ import dfkd
 from dfkd.config import GenerateConfig, LoggingConfig
 from dfkd.data import Record, read_folder
 from dfkd.errors import UsageError
-from dfkd.synthesis.run import generate, identity_of
+from dfkd.synthesis.run import generate, identity_of, shard_size
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd.synthesis.watch import measured
 from tests.synthesis.tinted import Tinted
@@ -74,6 +74,18 @@ def test_calls_hold_whole_groups_and_end_with_their_shard(tmp_path, group, batch
 def test_a_shard_holds_about_256_images_in_whole_calls(tmp_path, group, batch, shard):
     made(tmp_path, 2, config=GenerateConfig.of(batch=batch, group=group), synthesizer=Tinted(group))
     assert json.loads((tmp_path / "manifest.json").read_text())["shard_size"] == shard
+
+
+@pytest.mark.parametrize("group, part, shard", [(4, 100, 100), (4, 600, 200), (7, 7 * 331, 7), (300, 600, 300)])
+def test_a_shard_ends_with_a_part(tmp_path, group, part, shard):
+    assert shard_size(Tinted(group), GenerateConfig(), tmp_path, 64, part) == shard
+
+
+def test_parts_that_hold_no_whole_groups_or_shards_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="phases of 10 images cannot be used: tinted makes images in groups of 4"):
+        shard_size(Tinted(4), GenerateConfig(), tmp_path, 64, 10)
+    with pytest.raises(UsageError, match="--shard-size 16 cannot be used: each phase has 24 images"):
+        shard_size(Tinted(4), CONFIG, tmp_path, 64, 24)
 
 
 def test_started_again_it_makes_what_is_missing_or_damaged(tmp_path):
