@@ -33,13 +33,13 @@ def test_every_key_is_an_option_and_every_value_passes_its_checks(name: str, cls
     parse(cls, ["--out", "x", "--preset", name, *COMMANDS[cls], *student], "dfkd-it")
 
 
-# DiffDFKD's and FedCADO's tables: loss weights (bn, cls, adv), CFG, steps, images.
+# DiffDFKD's and FedCADO's programs: loss weights (bn, cls, adv), CFG, steps, prompt, images of a trajectory, images.
 PUBLISHED = {
-    "cifar10": ((0.1, 1.0, 0.0), 3.0, 50, 50_000),
-    "cifar10-label": ((0.0, 1.0, 0.0), 3.0, 10, 5_000 * 10),
-    "domainnet-sketch": ((0.1, 1.0, 1.0), 7.0, 70, 200 * 10),
-    "domainnet-quickdraw": ((0.1, 1.0, 0.0), 3.0, 70, 4_500 * 10),
-    "fedcado": ((0.1, 1.0, 0.0), 3.0, 50, None),
+    "cifar10": ((0.1, 1.0, 0.0), 3.0, 50, "A realistic photo.", 5, 50_000),
+    "cifar10-label": ((0.0, 1.0, 0.0), 3.0, 10, "A realistic photo of {label}", 5, 5 * 5_000 * 10),
+    "domainnet-sketch": ((0.1, 1.0, 1.0), 7.0, 70, "an image.", 5, 5 * 200 * 10),
+    "domainnet-quickdraw": ((0.1, 1.0, 0.0), 3.0, 70, "an image.", 5, 4_500 * 10),
+    "fedcado": ((0.1, 1.0, 0.0), 3.0, 50, "an image of {label}", 1, None),
 }
 
 
@@ -47,11 +47,23 @@ PUBLISHED = {
 def test_published_numbers(name: str) -> None:
     asked = GenerateConfig.preset(name)
     weights = tuple(getattr(asked.guidance, key) for key in ("bn_weight", "cls_weight", "adv_weight"))
+    own, guidance = asked.sampling, asked.guidance
     count = presets()[name]["generate"].get("count")
-    assert (weights, asked.sampling.cfg, asked.sampling.steps, count) == PUBLISHED[name]
-    assert (asked.sampling.sampler, asked.sampling.size) == ("ddpm", 512)
+    assert (weights, own.cfg, own.steps, own.prompt, 1 + own.keep_intermediates, count) == PUBLISHED[name]
+    assert (own.sampler, own.size) == ("ddpm", 512)
+    assert (guidance.gradient, guidance.norm, guidance.step, guidance.repeats) == ("unet", "none", 1.0, 1)
+    assert (guidance.bn_stats, guidance.bn_loss, guidance.start, guidance.stop) == ("image", "norm", 0.0, 1.0)
     if name.startswith("domainnet") or name == "cifar10":
-        assert asked.cutmix.every * 5 == asked.sampling.steps
+        assert asked.cutmix.every * 5 == own.steps and asked.cutmix.form == "code"
+
+
+@pytest.mark.parametrize("name", ["cifar10-fast", "domainnet-fast"])
+def test_a_fast_preset_calls_the_network_once_a_guided_step(name: str) -> None:
+    asked = GenerateConfig.preset(name)
+    own, guidance = asked.sampling, asked.guidance
+    assert (guidance.gradient, guidance.norm, guidance.bn_stats) == ("latent", "rms", "group")
+    assert own.cfg_to == guidance.start and own.keep_intermediates == 0
+    assert DistillConfig.preset(name).student == {"cifar10-fast": "resnet8"}.get(name, "resnet18_imagenet")
 
 
 @pytest.mark.parametrize(

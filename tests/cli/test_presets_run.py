@@ -21,12 +21,12 @@ from dfkd_engine.priors.prior import Prior
 from tests.cli.small_generate import last_line, save_classifier, status_of
 
 DIGITS = tuple(str(digit) for digit in range(10))
-SMALL = ("--count", 4, "--group", 4, "--batch", 4, "--shard-size", 4, "--steps", 3, "--size", 16, "--device", "cpu")
+SMALL = ("--group", 4, "--batch", 4, "--size", 16, "--device", "cpu")
 SHORT = ("--steps", 2, "--batch-size", 3, "--device", "cpu")
 # Where a preset leaves the networks open.
 TEACHERS = {"demo": "resnet8_half", "fedcado": "resnet8"}
 STUDENTS = {"fedcado": "resnet8"}
-LARGE = ("domainnet-sketch", "domainnet-quickdraw")  # of 224 pixels
+LARGE = ("domainnet-sketch", "domainnet-quickdraw", "domainnet-fast")  # of 224 pixels
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,22 @@ def test_a_preset_runs(
     teacher = save_classifier(tmp_path / "teacher", 0, names, side, architecture)
     guide = save_classifier(tmp_path / "guide", 0, names, 64, architecture) if name in LARGE else teacher
     argv = ["--preset", name, "--teacher-checkpoint", guide, "--prior", small_prior, "--out", tmp_path / "data", *SMALL]
+    each, mixed = 1 + int(asked.get("keep_intermediates", 0)), bool(asked.get("cutmix_every"))
+    argv += ["--count", 4 * each, "--shard-size", 4 * each, "--steps", 6 if each > 1 else 3]
+    argv += ["--cutmix-every", 2] if mixed else []
     if asked.get("adv_weight"):
         adversary = save_classifier(tmp_path / "adversary", 0, names, 64, str(learns["student"]))
         argv += ["--student-checkpoint", adversary]
     assert status_of(generate.main, *argv) == 0, capsys.readouterr().err
     made = last_line(capsys.readouterr().out)
-    mixed = bool(asked.get("cutmix_every"))  # then an image has a partner
-    assert made["images_written"] == 4 and [n for n in made["class_counts"] if n] == ([2, 2] if mixed else [1] * 4)
-    assert_used(
-        tmp_path / "data", asked, "bn_weight", "cls_weight", "adv_weight", "cfg", "prompt", "sampler", "bn_stats"
-    )
-    assert open_folder(tmp_path / "data").class_names == names
+    classes = [2, 2] if mixed else [1] * 4  # of the trajectories: where they are mixed each has a partner
+    assert made["images_written"] == 4 * each and [n for n in made["class_counts"] if n] == [n * each for n in classes]
+    own = ("bn_weight", "cls_weight", "adv_weight", "cfg", "prompt", "sampler", "bn_stats", "gradient", "guidance_norm")
+    assert_used(tmp_path / "data", asked, *own, "guidance_step", "keep_intermediates", "cutmix_as")
+    pool = open_folder(tmp_path / "data")
+    assert pool.class_names == names
+    last = [record for record in pool.records() if record.step is None]
+    assert len(last) == 4 and all((record.partner is None) != mixed for record in last)
 
     argv = ["--data", tmp_path / "data", "--teacher-checkpoint", teacher, "--out", tmp_path / "student"]
     argv += ["--preset", name] if learns else ["--student", STUDENTS[name]]
