@@ -13,6 +13,7 @@ import argparse
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from PIL import Image
 from benchmarks import ablation
 from benchmarks.ablation import Ablation, Row
 from benchmarks.machine import describe
-from benchmarks.recording import RESULTS, finish, table, taken_on
+from benchmarks.recording import RESULTS, finish, not_measured, table, taken_on
 from dfkd.data import open_folder
 from dfkd.files import replace_text
 from dfkd.runtime import resolve_device
@@ -68,7 +69,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f" {100 * ranked[0]['teacher_accuracy'][0]:.1f} %. "
     )
     lines = table(["method", "student's accuracy %", "images", "core s", "settings"], cells)
-    return "\n".join([*lines, "", under + taken_on(result["machine"], "python -m benchmarks.methods")])
+    lines += ["", under + taken_on(result["machine"], "python -m benchmarks.methods")]
+    return "\n".join(lines + not_measured(result["failed"].items()))
 
 
 def images_of(made: Ablation, row: Row, seed: int, columns: int) -> Image.Image:
@@ -127,6 +129,7 @@ def main() -> None:
     result = {**ablation.run(made, range(a.seeds), a.workers), "machine": machine}
     result["steps"] = made.job(made.rows[0], 0).variants[0].distill.distill.train.steps
     images = RESULTS if a.record else a.out
+    made = replace(made, rows=tuple(row for row in made.rows if row.name in result["rows"]))
     picture(made, 0).save(images / f"{NAME}-images.png", optimize=True)
     draw_losses(made, 0, images / f"{NAME}-losses.png")
     if a.record:

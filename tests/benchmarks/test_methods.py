@@ -31,9 +31,12 @@ def test_the_table_has_the_best_first():
 
     rows = {DEFAULT: row(0.5), "fast": row(0.75, generate={"method": "fast(steps=2)"})}
     machine = {"device": "CPU", "threads": 1, "versions": {"torch": "2"}, "date": "today"}
-    text = methods.markdown({"rows": rows, "split": "test", "steps": 260, "machine": machine})
+    text = methods.markdown(
+        {"rows": rows, "split": "test", "steps": 260, "machine": machine, "failed": {"cmi": "slow"}}
+    )
     lines = text.splitlines()
     assert lines[2] == "| of 0.75 | 75.0 | 8 | 2 | `fast(steps=2)` |" and lines[3].endswith("| `guided` |")
+    assert text.endswith("- cmi: slow")
     assert "260 steps each, real images of the test split, teacher 96.2 %" in text
 
 
