@@ -321,7 +321,7 @@ def _check_rounds(rounds: Rounds, images: GenerateCommand) -> None:
     """Raise UsageError for images that the rounds cannot share, and settings of a refresh that cannot work."""
     config, count = rounds.refresh.distill, images.count
     if count % rounds.rounds:
-        todo = f"take a multiple of {rounds.rounds} as count"
+        todo = f"take a multiple of {rounds.rounds} as count, or other rounds"
         raise UsageError(f"[rounds] rounds {rounds.rounds} with {count} images", "they do not share them evenly", todo)
     sampling, length, group = images.generate, len(rounds.ids(count)[0]), images.generate.batching.group
     shared = sampling.cutmix.every or (sampling.guidance.bn_stats == "group" and sampling.guidance.bn_weight)
