@@ -98,6 +98,10 @@ class TeacherConfig(Config):
     checkpoint: Path | None = option(
         None, "folder of dfkd-train-teacher, timm or transformers, or a weight file", flag="teacher_checkpoint"
     )
+    clients: tuple[str, ...] = option(
+        (),
+        "several teachers instead: FOLDER[:WEIGHT] of each, as --teacher-checkpoint; their classes are matched by name",
+    )
     normalisation: str | None = option(
         None, "mean and standard deviation for a teacher file that states none", choices=tuple(NORMALISATIONS)
     )
@@ -132,8 +136,26 @@ class TeacherConfig(Config):
                 raise ValueError(f"teacher_{name} has {len(values)} numbers: it must be three, one a channel")
             if values is not None and self.normalisation is not None:
                 raise ValueError(f"teacher_{name} and normalisation are both given: leave one out")
+        alone = ("teacher", "teacher_checkpoint", "normalisation", "teacher_mean", "teacher_std", "teacher_input_size")
+        if self.clients and (given := [name for name in (*alone, "classes") if name in self.changed()]):
+            flag = "--" + given[0].replace("_", "-")
+            raise ValueError(f"{flag} is of one teacher, and --clients names several: leave one of the two out")
+        for text in self.clients:
+            self.client(text)
         if (fault := channel_fault(self.mean or (), self.std or ())) is not None:
             raise ValueError(f"teacher_{fault} is not of images in 0..1: divide those of 0..255 by 255")
+
+    @staticmethod
+    def client(text: str) -> tuple[str, float]:
+        """Source and weight of a client, 1 where none is given. Raises ValueError: a weight that is none."""
+        source, _, weight = text.rpartition(":")
+        try:
+            found = float(weight)
+        except ValueError:
+            return text, 1.0
+        if not source or not 0 < found < float("inf"):
+            raise ValueError(f"--clients {text}: FOLDER or FOLDER:WEIGHT is wanted, with a weight above 0")
+        return source, found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +177,13 @@ class SamplingConfig(Config):
     negative_prompt: str = option("", "prompt of the unconditional rows")
     size: int = option(0, "height and width; 0: the prior's own", unit="pixels", low=0)
     only: tuple[str, ...] = option((), "synthesise these classes alone")
+    class_words: int = option(
+        0,
+        "gradient steps of the teacher's losses in which a word is learned for each class before the first image, to"
+        " stand for {label}; 0: the classes' names",
+        unit="steps",
+        low=0,
+    )
     keep_intermediates: int = option(
         0,
         "clean estimates along each trajectory, at evenly spaced steps, that are images of their own beside its last",
@@ -163,6 +192,8 @@ class SamplingConfig(Config):
     )
 
     def validate(self) -> None:
+        if self.class_words and self.prompt is not None and "{label}" not in self.prompt:
+            raise ValueError(f"--class-words {self.class_words} with --prompt {self.prompt!r}: it names no {{label}}")
         if self.keep_intermediates >= self.steps:
             raise ValueError(
                 f"--keep-intermediates {self.keep_intermediates} needs more steps than --steps {self.steps}"
@@ -205,6 +236,12 @@ class GuidanceConfig(Config):
 
     EXAMPLE = "--guidance-step 0.12 --bn-weight 10 --bn-loss relative --guide-from 0.66"
 
+    teaching: str = option(
+        "joint",
+        "of several --clients, joint: an image is guided by all that know its class, weighted; each: by one, the groups"
+        " in turn, about its own classes (FedCADO)",
+        choices=("joint", "each"),
+    )
     gradient: str = option(
         "latent",
         "latent: the gradient stops at the clean latent, one UNet call a step; unet: it goes through the UNet, two"

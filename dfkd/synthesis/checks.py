@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dfkd.config import RESIZES, GenerateConfig, GuidanceConfig, SamplingConfig
+from dfkd.config import RESIZES, CandidatesConfig, FilterConfig, GenerateConfig, GuidanceConfig, SamplingConfig, leaves
 from dfkd.errors import UsageError
 from dfkd.extension import running
 from dfkd.files import read_object
@@ -20,7 +20,9 @@ from dfkd_engine.group_norms import set_group_norms
 from dfkd_engine.priors.guidance_decoder import Decoder
 from dfkd_engine.priors.prior import DTYPES, Prior
 
-_LOCAL = ("backend", "engines", "shard_size", "image_format")  # settings that no engine follows from
+# Settings that no engine follows from.
+_LOCAL = ("backend", "engines", "shard_size", "image_format", "class_words", "step_trials")
+_LOCAL += (*leaves(CandidatesConfig), *leaves(FilterConfig))
 
 
 def prepare_prior(prior: Prior, config: GenerateConfig, device: torch.device, kernels: str) -> Prior:
@@ -181,6 +183,11 @@ def try_teacher(teacher: Classifier, guidance: Guidance | None, side: int) -> No
     if guidance is None:
         return
     grey = torch.full((2, 3, side, side), 0.5, device=teacher.device)
+    for own in guidance.of_teachers:
+        _try_losses(own, grey)
+
+
+def _try_losses(guidance: Guidance, grey: torch.Tensor) -> None:
     seen = guidance.seen(grey, guidance.judge(grey)[0].argmax(1))
     for loss in guidance.losses:
         with running(f"the guidance loss {loss.name}"):

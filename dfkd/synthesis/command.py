@@ -188,6 +188,9 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
     pipe.call_size = found.call_size
     known = run_on_record(asked.out)
     pipe.use_engines(known.get("engines"))
+    if "class_words" in set(pipe.prepares) - known.keys():
+        what, why = f"--plan-only with --class-words {asked.generate.sampling.class_words}", "its seconds are not known"
+        raise UsageError(what, f"{why} before the words are learned", "plan without it; then start the run")
     made = getattr(synthesizer, "made", 1)
     timings = predict(pipe, found, asked.generate.shards.image_format, made)
     trials = 0 if set(pipe.prepares) <= known.keys() else asked.generate.guidance.step_trials * images_of(pipe)

@@ -35,14 +35,21 @@ def _deepinversion(steps: int, asked: GenerateCommand) -> Mapping[str, Any]:
 
 
 # What a trial goes without: it is for the seconds of a call.
-_TRIAL = {"shard_size": 0, "format": "webdataset", "step_trials": 0, "filter_views": 0, "filter_agreement": 0.5}
+_TRIAL = {
+    "shard_size": 0,
+    "format": "webdataset",
+    "step_trials": 0,
+    "class_words": 0,
+    "filter_views": 0,
+    "filter_agreement": 0.5,
+}
 # Noise as it is: a teacher that reads it all as one class would leave none of the others.
 _UNCHOSEN = {"candidates": 1, "keep": "medium", "keep-weight": 1.0, "filter-views": 0, "filter-agreement": 0.5}
 # Of methods that do not denoise step by step: what [generate] asks of the steps.
 _WITHOUT_STEPS = {"keep-intermediates": 0}
 
 CONTROLS: Mapping[str, Control] = {
-    "unguided": Control({"method": "guided", "guidance-step": 0.0, "noise-edit-steps": 0}),
+    "unguided": Control({"method": "guided", "guidance-step": 0.0, "noise-edit-steps": 0, "class-words": 0}),
     "unguided-pixels": Control(
         {"method": "guided", "guide-from": 1.0, "guide-to": 1.0, "noise-edit-steps": 0, "refine-steps": 1},
         lambda steps, asked: {"refine_steps": steps},

@@ -8,6 +8,7 @@ An image follows from the run's seed and its id: label, prompt, noise and, withi
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dfkd.data import Record
 from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
+from dfkd.synthesis import class_words
 from dfkd.synthesis.batching import cuts
 from dfkd.synthesis.checks import (
     build_command,
@@ -38,12 +40,12 @@ from dfkd.synthesis.checks import (
 )
 from dfkd.synthesis.functions import EngineGuidance, dtype_of, functions_of
 from dfkd.synthesis.guidance import Decode, Guidance, identity
+from dfkd.synthesis.joint import JointGuidance, guide_by
 from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, losses_of
 from dfkd.synthesis.pack import Pack
 from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown_labels, unread_words, unused_tokens
 from dfkd.synthesis.sampler import begun, edit_noise, refine, sample, sample_through_unet
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
-from dfkd.synthesis.softplus import softened
 from dfkd.synthesis.synthesizer import Sample, counted, label_probability
 from dfkd.synthesis.trials import try_steps
 from dfkd.synthesis.views import draw, most_shift
@@ -75,6 +77,7 @@ class GuidedPipeline:
         group: images that interact, 1 where they do not; image i belongs to group i // group.
         call_size: images per network call, `--batch` at first; may be set between calls.
         guidance_step: length of a guidance step, that of the settings until `prepare` has found or taken up another.
+        words: what stands for {label}, by label: the classes' names, or the words that `prepare` has learned.
         on_progress: called after every step with the share, in 0..1, of a call's steps that are done; None: nobody.
         guidance: of latents, None where no teacher guides; pixel_guidance: of the refinement; statistics: of noise
             editing, L_bn alone; None without these.
@@ -84,6 +87,7 @@ class GuidedPipeline:
     """
 
     name = "guided"
+    takes_clients = True
     guidance: Guidance | None
     pixel_guidance: Guidance | None
     statistics: Guidance | None
@@ -134,7 +138,9 @@ class GuidedPipeline:
             most_shift(config.guidance.view, self.image_size, teacher.input_size)
         self.group = config.batching.group if self._images_interact() else 1
         self.call_size = config.batching.batch
-        self.guidance_step = config.guidance.step
+        self.guidance_step, self.words = config.guidance.step, list(self.class_names)
+        if sampling.class_words:
+            class_words.require_words(self)
         self.on_progress: Callable[[float], object] | None = None
         try_teacher(self.teacher, self.guidance, self.image_size)
 
@@ -190,7 +196,7 @@ class GuidedPipeline:
         for place, image in enumerate(ids.tolist()):
             if (label := (given or {}).get(image)) is not None:
                 labels[place] = label
-        prompts = [prompt_of(self.prompt, self.class_names[label]) for label in labels.tolist()]
+        prompts = [prompt_of(self.prompt, self.words[label]) for label in labels.tolist()]
         return Pack(self, ids, labels, prompts, seed, callback)
 
     def latents(self, pack: Pack) -> Tensor:
@@ -244,15 +250,28 @@ class GuidedPipeline:
     @property
     def prepares(self) -> tuple[str, ...]:
         """What a folder has on record once `prepare` is through; () where the settings ask for nothing."""
-        return ("guidance_step",) if self.config.guidance.step_trials and self.guided_steps else ()
+        tries = self.config.guidance.step_trials and self.guided_steps
+        asked = {"class_words": self.config.sampling.class_words, "guidance_step": tries}
+        return tuple(name for name, given in asked.items() if given)
 
-    def prepare(self, known: Mapping[str, Any], seed: int, say: Callable[[str], object]) -> dict[str, Any]:
-        """Take up what a folder has on record of a run's preparations, and find out the rest, which is returned."""
+    def prepare(self, out: Path, known: Mapping[str, Any], seed: int, say: Callable[[str], object]) -> dict[str, Any]:
+        """Take up what the folder `out` has on record of a run's preparations; find out and return the rest.
+
+        Raises UsageError, ShortMemory and NotFinite as `class_words` and `trials` do.
+        """
+        found: dict[str, Any] = {}
+        if "class_words" in self.prepares:
+            engines, self._engines = self._engines, {}  # which have no gradient in the prompt
+            if "class_words" in known:
+                class_words.take_up(self, out, str(known["class_words"]))
+            else:
+                found |= class_words.learn(self, out, seed, say)
+            self._engines = engines
         if "guidance_step" in self.prepares and "guidance_step" in known:
             self.guidance_step = float(known["guidance_step"])
         elif "guidance_step" in self.prepares:
-            return try_steps(self, seed, say)
-        return {}
+            found |= try_steps(self, seed, say)
+        return found
 
     @property
     def lengths(self) -> list[float]:
@@ -422,8 +441,8 @@ class GuidedPipeline:
         if not losses:
             return
         config, narrow = self.config.guidance, self.prior.dtype == torch.float16
-        teacher = softened(self.teacher, config.softplus_beta)
-        own = Guidance(self.guidance_decode, teacher, losses, self.student, narrow, self.kernels)
+        beta = config.softplus_beta
+        own = guide_by(self.guidance_decode, self.teacher, losses, self.student, narrow, self.kernels, beta)
         self.guidance = own
         if config.refine_steps:
             self.pixel_guidance = own.with_(identity)
@@ -432,6 +451,9 @@ class GuidedPipeline:
             self.statistics = own.with_(self.guidance_decode, (statistics,))
         if self._engines:
             decoding = "decode" if self.guidance_decoder is None else "guidance_decode"
+            if isinstance(own, JointGuidance):
+                self.guidance = own.by(self._engines, decoding)
+                return
             by_engines = EngineGuidance(own, self._engines, decoding=decoding)
             self.guidance, self.pixel_guidance = by_engines, self.pixel_guidance and by_engines.in_pixels
 

@@ -145,7 +145,7 @@ def _prepare(synthesizer: Synthesizer, folder: ShardFolder, seed: int, say: Say)
         return 0.0
     if not folder.rank.first:
         folder.wait_for_record(wanted)
-    found = synthesizer.prepare(folder.run, seed, say)  # type: ignore[attr-defined]
+    found = synthesizer.prepare(folder.path, folder.run, seed, say)  # type: ignore[attr-defined]
     seconds = time.perf_counter() - started
     if found:
         spent = float(folder.run.get("prepared_seconds", 0))

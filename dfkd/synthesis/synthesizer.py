@@ -50,8 +50,8 @@ class Synthesizer(Protocol):
                                     trajectories as call_size says
         available: int              how many images there are, where that is not as many as are asked for
         prepares: tuple[str, ...]   what a folder is to have on record before the first image
-        prepare(known, seed, say)   find that out, or take it up from what a folder has on record, `known`; returns what
-                                    is new, in JSON's types. In a new folder the first process does so, and says lines
+        prepare(out, known, seed, say)  find that out, or take it up from what the folder `out` has on record, `known`;
+                                    returns what is new, in JSON's types. In a new folder the first process does so
         on_progress: None           is set to a callable that takes the share, in 0..1, of a call that is done
         update(student)             take a newer student, for methods that go by what it does not know yet; None: there
                                     is none yet, and what goes by one rests
@@ -157,11 +157,9 @@ def label_probability(teacher: Classifier, images: Tensor, labels: Tensor, batch
 
     images: uint8 [N, 3, H, W]. labels: int64 [N]. batch: images per call.
     """
-    device = teacher.device
-    parts = [
-        teacher.logits(part.to(device).float() / 255).float().softmax(1).cpu() for part in torch.split(images, batch)
-    ]
-    return torch.cat(parts).gather(1, labels.cpu()[:, None])[:, 0]
+    device, labels = teacher.device, labels.to(teacher.device)
+    pairs = zip(torch.split(images, batch), torch.split(labels, batch), strict=True)
+    return torch.cat([teacher.label_probability(part.to(device).float() / 255, own).cpu() for part, own in pairs])
 
 
 def rounded(value: float) -> float:

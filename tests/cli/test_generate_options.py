@@ -77,6 +77,7 @@ ACTS = {
     "guide_crop": ((), 0.5),
     "guide_colour": ((), 0.4),
     "keep_intermediates": ((), 1),
+    "class_words": ((), 2),
     "step_trials": ((), 3),
     "candidates": ((), 3),
     "keep": (("--candidates", 3), "sure"),

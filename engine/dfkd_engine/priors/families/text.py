@@ -1,6 +1,6 @@
 """Text encoders: a prompt's tokens, and the hidden states that they become."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,12 +60,16 @@ class TextEncoder:
     def __call__(self, prompt: str) -> tuple[Tensor, ...]:
         """What is picked of the outputs for one prompt, padded or cut to `length`; each tensor [1, ...]."""
         if prompt not in self._encoded:
-            tokens = self.padded(prompt).to(self.network.device)
-            mask = tokens.attention_mask if self.masked else None
-            outputs = self.network(tokens.input_ids, attention_mask=mask, output_hidden_states=True)
             # Not on the device: of a thousand classes those of Stable Diffusion 3 are gigabytes.
-            self._encoded[prompt] = tuple(tensor.cpu() for tensor in self.pick(outputs))
+            self._encoded[prompt] = tuple(tensor.cpu() for tensor in self.encode([prompt]))
         return tuple(tensor.to(self.network.device) for tensor in self._encoded[prompt])
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What is picked of the outputs for B prompts, each tensor [B, ...]; differentiable, and nothing is kept."""
+        padded = [self.padded(prompt).to(self.network.device) for prompt in prompts]
+        mask = torch.cat([tokens.attention_mask for tokens in padded]) if self.masked else None
+        ids = torch.cat([tokens.input_ids for tokens in padded])
+        return self.pick(self.network(ids, attention_mask=mask, output_hidden_states=True))
 
     def _written(self, prompt: str) -> str:
         """The prompt with every embedding of a word that textual inversion gave several; diffusers' own conversion."""
