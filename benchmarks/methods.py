@@ -74,11 +74,11 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def images_of(made: Ablation, row: Row, seed: int, columns: int) -> Image.Image:
-    """A line of the first images of every class, one a class as long as there are columns; grey where one has none."""
+    """A line of the newest image of each class, by which a method has learned most; grey where there is none."""
     pool = open_folder(made.job(row, seed).variants[0].generate.out)
     tiles = []
     for label in range(columns):
-        found = (pool.labels == label).nonzero()[:1, 0]
+        found = (pool.labels == label).nonzero()[-1:, 0]
         tile = pool.read(found)[0] if len(found) else torch.full((3, pool.image_size, pool.image_size), 128).byte()
         tiles.append(tile.permute(1, 2, 0).numpy())
     line = Image.fromarray(np.concatenate(tiles, 1))
