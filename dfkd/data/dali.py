@@ -9,6 +9,7 @@ normalise, cast, channels last. It reads nothing and draws nothing by itself: ev
     matrix   warp_affine. DALI repeats the border where we reflect it, so the reflected border is laid around the image
              first. Equal but for the rounding of positions (below 0.01 of a level at 32x32)
     colour   arithmetic on what was warped
+    hole     erased behind the normalisation, with what mid-grey is there
     decoding has the bits of Pillow for PNG and, on the CPU, JPEG of 8-bit grey or RGB (libjpeg-turbo, accurate DCT,
              fancy upsampling); nvJPEG on a GPU differs by a few levels. What is anything else reaches DALI as a PNG
              of what Pillow reads (ImageFiles.encoded)
@@ -44,6 +45,8 @@ INPUTS = {
     "mirror": ("INT32", 0, ""),
     "matrix": ("FLOAT", 2, ""),
     "colour": ("FLOAT", 1, ""),
+    "place": ("FLOAT", 1, ""),
+    "extent": ("FLOAT", 1, ""),
 }
 
 
@@ -210,7 +213,8 @@ def _inputs_of(kind: str) -> tuple[str, ...]:
     """Names of the pipeline's inputs beside the images for views of this kind, in the order of _arguments."""
     views = draw(kind, 1, 8, 8, torch.Generator())
     window = ("corner", "mirror") if views.window is not None else ()
-    return (*window, *(name for name in ("matrix", "colour") if getattr(views, name) is not None))
+    hole = ("place", "extent") if views.hole is not None else ()
+    return (*window, *(name for name in ("matrix", "colour") if getattr(views, name) is not None), *hole)
 
 
 def _arguments(views: Views, size: int, border: int) -> Iterator[NDArray[Any]]:
@@ -222,6 +226,9 @@ def _arguments(views: Views, size: int, border: int) -> Iterator[NDArray[Any]]:
         yield _in_pixels(views.matrix, size, border).numpy()
     if views.colour is not None:
         yield views.colour.numpy()
+    if views.hole is not None:
+        yield views.hole[:, :2].float().numpy()
+        yield views.hole[:, 2:].float().numpy()
 
 
 def _in_pixels(matrix: Tensor, size: int, border: int) -> Tensor:
@@ -282,14 +289,20 @@ def _viewed(images: Any, views: dict[str, Any], form: Form, feed: _Feed) -> Any:
         )
     if "colour" in views:
         images = _coloured(images, views["colour"].gpu() if form.device.type == "cuda" else views["colour"])
-    return fn.crop_mirror_normalize(
+    dtype = types.FLOAT16 if form.dtype == torch.float16 else types.FLOAT
+    images = fn.crop_mirror_normalize(
         images,
         mirror=mirror,
         mean=[255 * value for value in form.mean],
         std=[255 * value for value in form.std],
-        dtype=types.FLOAT16 if form.dtype == torch.float16 else types.FLOAT,
+        dtype=types.FLOAT if "place" in views else dtype,
         output_layout="HWC",
     )
+    if "place" not in views:
+        return images
+    grey = [(0.5 - mean) / std for mean, std in zip(form.mean, form.std, strict=True)]
+    hole = {"anchor": views["place"], "shape": views["extent"], "axis_names": "HW"}
+    return fn.cast(fn.erase(images, fill_value=grey, **hole), dtype=dtype)
 
 
 def _between_mirrors(pixels: NDArray[np.uint8], border: int, axis: int) -> NDArray[np.uint8]:

@@ -25,6 +25,7 @@ BRIGHTNESS = 0.2
 CHANNEL_GAIN = (0.8, 1.2)
 # How far outside the image an affine view looks, in parts of a side: a corner, moved, turned and scaled.
 REACH = ((1 + 2 * SHIFT) * (math.cos(ROTATION) + math.sin(ROTATION)) / SCALE[0] - 1) / 2
+CUTOUT = 16 / 32  # side of the square; of CIFAR-10 in arXiv 1708.04552
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -36,15 +37,18 @@ class Views:
     window  int64 [B, 3]: top and left in the image padded with zeros by padding(H, W), and 1 where it is mirrored
     matrix  float32 [B, 2, 3]: output to input positions, both in -1..1; bilinear, reflected at the border
     colour  float32 [B, 5]: contrast, brightness and a gain for each channel
+    hole    int64 [B, 4]: top, left, height and width of what becomes mid-grey
     """
 
     window: Tensor | None = None
     matrix: Tensor | None = None
     colour: Tensor | None = None
+    hole: Tensor | None = None
 
     def rows(self, rows: slice) -> "Views":
         """Views of some of the images."""
-        return Views(*(None if part is None else part[rows] for part in (self.window, self.matrix, self.colour)))
+        parts = (self.window, self.matrix, self.colour, self.hole)
+        return Views(*(None if part is None else part[rows] for part in parts))
 
     def mirror(self, flip: Tensor) -> "Views":
         """A copy whose windows are mirrored where `flip` (bool [B]) is true, and not elsewhere."""
@@ -59,11 +63,15 @@ def draw(kind: str, batch: int, height: int, width: int, generator: Generator) -
     Order.mirrored knows what is mirrored in which epoch); shift (without the flip);
     affine (rotation of +-15 degrees, scale .85 to 1.15, shift of +-3 pixels, reflected at the border, no flip);
     affine-colour (affine, then contrast, brightness and channel gains); rrc-flip (a random part of 8 to 100 % of the
-    area and of ratio 3/4 to 4/3, enlarged to the full size, and a flip).
+    area and of ratio 3/4 to 4/3, enlarged to the full size, and a flip); crop-flip-cutout and affine-colour-cutout
+    (then a square of half the side becomes grey, its centre anywhere in the image, arXiv 1708.04552).
     Raises UsageError for another kind.
     """
     if kind == "none":
         return Views()
+    if kind in ("crop-flip-cutout", "affine-colour-cutout"):
+        views = draw(kind.removesuffix("-cutout"), batch, height, width, generator)
+        return replace(views, hole=_holes(batch, height, width, generator))
     if kind == "flip":
         middle = torch.tensor(padding(height, width)).expand(batch, 2)
         return Views(window=torch.cat((middle, coin(batch, generator).long()[:, None]), dim=1))
@@ -93,7 +101,16 @@ def apply_views(images: Tensor, views: Views) -> Tensor:
     if views.colour is not None:
         contrast, brightness, gain = torch.split(views.colour.view(-1, 5, 1, 1), [1, 1, 3], dim=1)
         images = colour(images, contrast, brightness, gain)
-    return images
+    return images if views.hole is None else cut_out(images, views.hole)
+
+
+def cut_out(images: Tensor, hole: Tensor) -> Tensor:
+    """The images with mid-grey in their holes, int64 [B, 4] of `Views`."""
+    top, left, high, wide = hole.to(images.device)[:, :, None].unbind(1)
+    row, column = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+    rows, columns = (row >= top) & (row < top + high), (column >= left) & (column < left + wide)
+    inside = rows[:, :, None] & columns[:, None, :]
+    return images.masked_fill(inside[:, None], 0.5)
 
 
 def padding(height: int, width: int) -> tuple[int, int]:
@@ -163,6 +180,17 @@ def _crop_matrix(batch: int, generator: Generator) -> Tensor:
     mirrored = torch.where(coin(batch, generator), -wide, wide)
     zero = torch.zeros(batch)
     return torch.stack((mirrored, zero, centre_x, zero, high, centre_y), dim=1).view(-1, 2, 3)
+
+
+def _holes(batch: int, height: int, width: int, generator: Generator) -> Tensor:
+    """int64 [B, 4] of `Views`: squares around any pixel, cut at the border."""
+    found = []
+    for side in (height, width):
+        size = max(1, round(side * CUTOUT))
+        start = torch.randint(0, side, (batch,), generator=generator) - size // 2
+        found.append((start.clamp(min=0), (start + size).clamp(max=side) - start.clamp(min=0)))
+    (top, high), (left, wide) = found
+    return torch.stack((top, left, high, wide), dim=1)
 
 
 def _colour_change(batch: int, generator: Generator) -> Tensor:

@@ -21,7 +21,7 @@ from dfkd_engine.priors.guidance_decoder import Decoder
 from dfkd_engine.priors.prior import DTYPES, Prior
 
 # Settings that no engine follows from.
-_LOCAL = ("backend", "engines", "shard_size", "image_format", "class_words", "step_trials")
+_LOCAL: tuple[str, ...] = ("backend", "engines", "shard_size", "image_format", "class_words", "step_trials")
 _LOCAL += (*leaves(CandidatesConfig), *leaves(FilterConfig))
 
 

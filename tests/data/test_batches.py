@@ -183,3 +183,19 @@ def test_colour_is_its_formula() -> None:
     mean = before.mean((1, 2, 3), keepdim=True)
     wanted = (((before - mean) * contrast + mean + brightness) * gain).clamp(0, 1)
     assert torch.allclose(colour(before, contrast, brightness, gain), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["crop-flip-cutout", "affine-colour-cutout"])
+def test_a_square_of_half_the_side_becomes_grey_and_the_rest_is_as_without_it(kind: str) -> None:
+    """Around any pixel, so that it may lie partly outside; views before it are those of the kind without it."""
+    before = images(400)
+    views, plain = draw(kind, 400, 32, 32, seeded()), draw(kind.removesuffix("-cutout"), 400, 32, 32, seeded())
+    assert views.hole is not None
+    after, without = apply_views(before, views), apply_views(before, plain)
+    grey = torch.zeros(400, 32, 32, dtype=torch.bool)
+    for i, (top, left, high, wide) in enumerate(views.hole.tolist()):
+        assert top >= 0 and top + high <= 32 and left >= 0 and left + wide <= 32 and min(high, wide) >= 8
+        grey[i, top : top + high, left : left + wide] = True
+    assert (after[grey[:, None].expand_as(after)] == 0.5).all()
+    assert torch.equal(after[~grey[:, None].expand_as(after)], without[~grey[:, None].expand_as(after)])
+    assert views.hole[:, 2:].max() == 16 and grey.any(0).all()
