@@ -69,7 +69,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f" {100 * ranked[0]['teacher_accuracy'][0]:.1f} %. "
     )
     lines = table(["method", "student's accuracy %", "images", "core s", "settings"], cells)
-    lines += ["", under + taken_on(result["machine"], "python -m benchmarks.methods")]
+    lines += ["", under + taken_on(result["machine"], f"python -m benchmarks.methods --split {result['split']}")]
     return "\n".join(lines + not_measured(result["failed"].items()))
 
 

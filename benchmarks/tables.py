@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver, priors, quality, sd15_engines
+from benchmarks import driver, methods, priors, quality, sd15_engines
 from benchmarks.recording import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {  # by ma
     "suite-table": ("docs/benchmarks.md", "suite-cpu.json", driver.markdown),
     "sampling-table": ("docs/benchmarks.md", "sampling-demo-cpu.json", driver.markdown),
     "distill-table": ("docs/benchmarks.md", "distill-cpu.json", driver.markdown),
+    "methods-table": ("docs/methods.md", "methods-demo-cpu.json", methods.markdown),
     "priors-kinds": ("docs/priors.md", "priors-cpu.json", priors.kinds),
     "priors-table": ("docs/priors.md", "priors-cpu.json", priors.markdown),
     "guidance-decoder-table": ("docs/own-prior.md", "guidance_decoder-cpu.json", driver.markdown),
