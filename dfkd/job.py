@@ -128,7 +128,8 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
     layers = {name: [section(layer, name) for layer in files] for name in (*OWN, "rounds")}
     teacher, classifier = _teacher(layers["teacher"], layers["generate"], out, seed)
     for name in ("generate", "distill") if len(files) > 1 else ():
-        layers[name][0].pop("resize", None)  # the preset's, which [teacher] of the file may have changed
+        for its_own in ("teacher", "resize"):  # the preset's, which [teacher] of the file may have changed
+            layers[name][0].pop(its_own, None)
     given = classifier.flat()
     its = {"teacher": teacher.architecture if teacher else classifier.teacher, "resize": classifier.resize}
     baselines: dict[str, list[dict[str, Any]]] = {"": []}
