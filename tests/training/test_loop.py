@@ -52,6 +52,7 @@ BOTH = [pytest.param(student_run, "last", id="student"), pytest.param(teacher_ru
 RICH: list[tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = [
     (student_run, {"ema": 0.9, "mix": "both", "warmup": 2, "augment": "affine-colour"}),
     (student_run, {"ce_weight": 1.0, "amp": "bf16", "clip_norm": 1.0, "augment": "rrc-flip"}),
+    (student_run, {"optimiser": "muon", "ema": 0.9, "augment": "crop-flip-cutout", "schedule": "cosine"}),
     (teacher_run, {"optimiser": "muon", "augment": "crop-altflip", "schedule": "constant", "checkpoint_every": 3}),
     (teacher_run, {"schedule": "onecycle", "amp": "bf16", "ema": 0.9, "label_smoothing": 0.1, "nesterov": True}),
 ]
