@@ -264,7 +264,7 @@ def _teacher(
     """The teacher's training, or None, and how the teacher is loaded; classes and resize may stand in [generate]."""
     generate, own, whole = merged(GenerateCommand, *images), layers[-1], merged(TrainTeacherCommand, *layers)
     classes, resize = generate.get("classes", ()), whole.get("resize") or generate.get("resize")
-    if "data" in whole and "checkpoint" not in own:
+    if "data" in whole and "checkpoint" not in own and "clients" not in own:
         training = _settings(TrainTeacherCommand, "teacher", "teacher", layers, {"out": out / "teacher"}, seed)
         return training, TeacherConfig.of(teacher_checkpoint=out / "teacher", classes=classes, resize=resize)
     names = {leaf.path[-1]: name for name, leaf in leaves(TeacherConfig).items()} | {"architecture": "teacher"}
@@ -272,10 +272,11 @@ def _teacher(
         known = "known of a teacher that exists are " + ", ".join(names)
         raise UsageError(f"[teacher] {unknown[0].replace('_', '-')}", known, "give `data` to train one")
     values = {names[name]: value for name, value in own.items()}
-    if not Path(str(own.get("checkpoint"))).is_dir():  # such a folder knows its architecture
+    if "clients" not in own and not Path(str(own.get("checkpoint"))).is_dir():  # a folder knows its architecture
         values.setdefault("teacher", whole.get("architecture"))
-    if "checkpoint" not in own and ":" not in str(values["teacher"]):
-        why, todo = "it is trained on `data`, or it exists as `checkpoint`", "give one of the two"
+    if not {"checkpoint", "clients"} & own.keys() and ":" not in str(values["teacher"]):
+        why = "it is trained on `data`, or it exists as `checkpoint`, or several as `clients`"
+        todo = "give one of these"
         raise UsageError("[teacher] says neither how it is trained nor where it is", why, todo)
     try:
         return None, TeacherConfig.of(**{"classes": classes, "resize": resize, **values})
@@ -352,4 +353,5 @@ def _class_names(job: Job) -> tuple[str, ...]:
     """The teacher's classes; () where they are not known before it is trained or fetched."""
     if job.teacher is not None:
         return class_names_of(job.teacher.data)
-    return job.classifier.classes or (load_teacher(job.classifier).class_names if job.classifier.checkpoint else ())
+    there = job.classifier.checkpoint or job.classifier.clients
+    return job.classifier.classes or (load_teacher(job.classifier).class_names if there else ())

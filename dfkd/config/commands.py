@@ -156,6 +156,8 @@ class GenerateCommand(Config):
     logging: LoggingConfig = nested(LoggingConfig)
 
     def validate(self) -> None:
+        if self.generate.guidance.teaching != "joint" and not self.teacher.clients:
+            raise ValueError("--teaching each is of several teachers: name them as --clients, or leave it out")
         name, learnable = self.generate.method.partition("(")[0], self.generate.candidates.takes_student
         if learnable and self.student_checkpoint is None:
             raise ValueError("--keep learnable needs --student-checkpoint, the student that images are chosen for")
@@ -194,6 +196,13 @@ class DistillCommand(Config):
     )
     teacher: TeacherConfig = nested(TeacherConfig)
     distill: DistillConfig = nested(DistillConfig)
+
+    def validate(self) -> None:
+        if self.distill.taught_by != "own" and not self.teacher.clients:
+            raise ValueError("--taught-by all is of several teachers: name them as --clients, or leave it out")
+        if self.teacher.clients and self.distill.taught_by == "own" and self.distill.mix != "none":
+            why = "a mixture of two images may have no teacher that knows both classes"
+            raise ValueError(f"--mix {self.distill.mix} with --clients: {why}; use --mix none, or --taught-by all")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,8 @@ class Record:
     teacher's for the label. mixup: the image's own share of the last latent mixup, in the place of a box. step: the
     denoising step, counted from 0, of which the image is the clean estimate; None: the image is the finished one.
     candidate and score: which of several images it is, and what it was kept for. agreement: share of its views that the
-    teacher reads as the label. dropped: why readers leave it out, None where they do not.
+    teacher reads as the label. dropped: why readers leave it out, None where they do not. teachers: of several, those
+    that guided it, by name.
     """
 
     id: int
@@ -62,13 +63,14 @@ class Record:
     score: float | None = None
     agreement: float | None = None
     dropped: str | None = None
+    teachers: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record in JSON's types; what most images do not have only where it is there."""
         return {name: value for name, value in asdict(self).items() if value is not None or name not in _RARE}
 
 
-_RARE = ("mixup", "step", "candidate", "score", "agreement", "dropped")
+_RARE = ("mixup", "step", "candidate", "score", "agreement", "dropped", "teachers")
 
 
 @dataclass(frozen=True)

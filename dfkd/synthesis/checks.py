@@ -13,6 +13,7 @@ from dfkd.extension import running
 from dfkd.files import read_object
 from dfkd.synthesis.guidance import Guidance
 from dfkd.teachers import Classifier
+from dfkd.teachers.committee import Committee
 from dfkd.teachers.sources import config_of
 from dfkd_engine.attention import choose_attention, set_attention
 from dfkd_engine.errors import EngineError
@@ -230,6 +231,8 @@ def _resize_words(teacher: Classifier) -> list[str]:
 def _teacher_words(teacher: Classifier) -> list[str]:
     """The flags that load a teacher again; TEACHER stands for one that was made from a module in Python, and FILE for a
     file of names that hold commas."""
+    if isinstance(teacher, Committee):
+        return ["--clients", *(f"{member.name}:{member.weight:g}" for member in teacher.members)]
     if not teacher.source or ":" in teacher.source.partition("/")[0]:
         return ["--teacher", teacher.source] if teacher.source else ["--teacher-checkpoint", "TEACHER"]
     words = ["--teacher-checkpoint", teacher.source]

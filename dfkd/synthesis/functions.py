@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from dfkd.extension import described, source_digest
 from dfkd.synthesis import bn_statistics, guidance, losses, softplus, views
 from dfkd.synthesis.bn_statistics import Moments, by_layer, side_by_side
 from dfkd.synthesis.guidance import Decode, Guidance, identity, pulled_back
+from dfkd.synthesis.joint import JointGuidance
 from dfkd.synthesis.prompts import prompt_of
 from dfkd_engine.priors.guidance_decoder import Decoder
 from dfkd_engine.priors.prior import Prior
@@ -130,7 +132,9 @@ def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
         return ()
     else:
         cut = "group" in pipe.guidance.needs and pipe.group > pipe.call_size
-        if pipe.needs_student:
+        if isinstance(pipe.guidance, JointGuidance):
+            names = ("unet", "decode", "decode_vjp")
+        elif pipe.needs_student:
             names = ("unet", "decode", *(("image_moments",) if cut else ()), "decode_vjp")
         elif cut:
             names = ("unet", "decode", "image_moments", "image_gradient", "decode_vjp")
@@ -139,7 +143,9 @@ def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
         if pipe.guidance_decoder is not None and "decode_vjp" in names:
             names = (*names[:2], "guidance_decode", *names[2:])
     own = pipe.guidance
-    if own is not None:  # as it is by autograd, whatever runs in its place
+    if isinstance(own, JointGuidance):  # of which no function here has a teacher in it
+        own = Guidance(pipe.guidance_decode, own.teacher, (), None, own.narrow)
+    elif own is not None:  # as it is by autograd, whatever runs in its place
         losses = [loss for loss in own.losses if "student" not in loss.needs]
         own = Guidance(pipe.guidance_decode, own.teacher, losses, None, own.narrow, own.kernels, own.fused)
     networks = Networks(pipe.prior, own, pipe.guidance_decoder)
@@ -193,7 +199,8 @@ def dtype_of(name: str, prior: Prior, decoder: Decoder | None = None) -> str:
     if decoder is not None and name in _OF_DECODER:
         return str(decoder.network.dtype).removeprefix("torch.")
     network = prior.networks.get("vae", prior.denoiser) if name != "unet" else prior.denoiser
-    return str(next(network.parameters()).dtype).removeprefix("torch.")
+    tensor = next(chain(network.parameters(), network.buffers()))  # patches of pixels have no weights
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _specs(name: str, pipe: "GuidedPipeline", n: Networks) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

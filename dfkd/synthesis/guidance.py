@@ -94,6 +94,11 @@ class Guidance:
         own = (self.student, narrow, self.kernels, self.fused)
         return Guidance(decode, self.teacher, self.losses if losses is None else losses, *own)
 
+    @property
+    def of_teachers(self) -> Sequence["Guidance"]:
+        """The guidance by each teacher: itself, where it is by one."""
+        return (self,)
+
     def judge(self, images: Tensor) -> tuple[Tensor, list[Moments]]:
         """Images [B, 3, H, W] in 0..1 -> the teacher's logits and, where needed, moments of every BatchNorm layer."""
         if self.fused is not None:

@@ -165,6 +165,15 @@ class Classifier:
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
         return (images - mean) / std
 
+    def label_probability(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The probability [B] of each label, int64 [B], for images [B, 3, H, W] in 0..1; all on its device."""
+        return self.logits(images).float().softmax(1).gather(1, labels[:, None])[:, 0]
+
+    def answers(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Logits float32 [B, C] of images uint8 [B, 3, H, W] whose labels, int64 [B], are known, on its device: several
+        teachers answer by those that know the label."""
+        return self(images).float()
+
     @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU for a network without any."""

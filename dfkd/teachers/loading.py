@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dfkd.config import NORMALISATIONS, TeacherConfig
 from dfkd.errors import UsageError
 from dfkd.teachers.classifier import Classifier
+from dfkd.teachers.committee import Committee
 from dfkd.teachers.sources import own_names, read_source
 
 
@@ -15,9 +16,13 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str] = ()) -> Clas
     Raises UsageError: nothing is given, what `Classifier.from_pretrained` raises, or --classes that a folder of dfkd
     contradicts: its order of logits is its own.
     """
+    if config.clients:
+        named = [config.client(text) for text in config.clients]
+        classifiers = [Classifier.from_pretrained(source, resize=config.resize) for source, _ in named]
+        return Committee.of(classifiers, [weight for _, weight in named])
     source = config.checkpoint or config.teacher
     if source is None:
-        todo = "give --teacher-checkpoint FOLDER, or --teacher timm:NAME"
+        todo = "give --teacher-checkpoint FOLDER, --clients FOLDER FOLDER, or --teacher timm:NAME"
         raise UsageError("no teacher is given", "labels come from it", todo)
     own = own_names(config.checkpoint)
     if own is not None and config.classes and config.classes != own:

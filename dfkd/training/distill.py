@@ -19,9 +19,18 @@ from dfkd.errors import UsageError
 from dfkd.extension import described
 from dfkd.runtime import KernelChoice, choose_kernels, derived_seed, resolve_device, seed_global
 from dfkd.teachers import Classifier
+from dfkd.teachers.committee import Committee
 from dfkd.training.folder import WEIGHTS, finished, run_folder, write_result
 from dfkd.training.loop import Progress, Say, Training, check_steps, fit, never, order_of
-from dfkd.training.losses import CrossEntropy, DistillLoss, KullbackLeibler, Objective, kl_at_temperature, own_losses
+from dfkd.training.losses import (
+    CrossEntropy,
+    DistillLoss,
+    KullbackLeibler,
+    Objective,
+    OwnTeachers,
+    kl_at_temperature,
+    own_losses,
+)
 from dfkd.training.mixing import mix
 from dfkd.training.msarc import Msarc
 from dfkd.training.state import State
@@ -201,7 +210,8 @@ class HeldOut:
         self._pupil, self._temperature, self._out = pupil, config.temperature, out
         self._plateau = config.plateau
         self._images = read_all(images, positions, teacher.input_size, teacher.resize) if len(positions) else None
-        self._wanted = None if self._images is None else logits_of(teacher, self._images)
+        labels = images.labels[positions] if by_own_teachers(teacher, config) else None
+        self._wanted = None if self._images is None else logits_of(teacher, self._images, labels)
 
     def __call__(self, state: State) -> dict[str, float]:
         """Agreement and KL loss; the student becomes OUT/best where none was better. Leaves it in evaluation mode."""
@@ -234,10 +244,21 @@ class HeldOut:
         return {"agreement": kept["last"][0], "best_agreement": kept["best"][0], "best_step": kept["best_step"]}
 
 
+def by_own_teachers(teacher: Classifier, config: DistillConfig) -> bool:
+    """Whether an image is learned from those of several teachers that know its class."""
+    return isinstance(teacher, Committee) and config.taught_by == "own"
+
+
 @torch.no_grad()
-def logits_of(classifier: Classifier, images: Tensor) -> Tensor:
-    """Logits float32 [N, C] of images uint8 [N, 3, H, W], on the device of the network, which is in eval mode."""
-    return torch.cat([classifier(part).float() for part in torch.split(images, ROWS)])
+def logits_of(classifier: Classifier, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Logits float32 [N, C] of images uint8 [N, 3, H, W], on the device of the network, which is in eval mode.
+
+    labels: int64 [N], where they decide which of several teachers answer.
+    """
+    if labels is None:
+        return torch.cat([classifier(part).float() for part in torch.split(images, ROWS)])
+    pairs = zip(torch.split(images, ROWS), torch.split(labels, ROWS), strict=True)
+    return torch.cat([classifier.answers(part, own) for part, own in pairs])
 
 
 def score(student: Tensor, teacher: Tensor, temperature: float) -> tuple[float, float]:
@@ -317,6 +338,11 @@ def _losses(
 ) -> list[DistillLoss]:
     """Every loss of the settings, made for the two networks."""
     losses: list[DistillLoss] = [KullbackLeibler(temperature=config.temperature, kernels=kernels.name)]
+    if isinstance(teacher, Committee) and by_own_teachers(teacher, config):
+        if config.mix != "none":
+            why = "a mixture of two images may have no teacher that knows both classes"
+            raise UsageError(f"--mix {config.mix} with several teachers", why, "use --mix none, or --taught-by all")
+        losses = [OwnTeachers(temperature=config.temperature, committee=teacher)]
     losses += [CrossEntropy(config.ce_weight)] if config.ce_weight else []
     losses += [Msarc.of(config.msarc)] if config.msarc.weight else []
     bound = [loss.bind(teacher.module, pupil.module, teacher.input_size) for loss in (*losses, *own)]

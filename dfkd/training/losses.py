@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dfkd.config import DistillConfig
 from dfkd.errors import UsageError
 from dfkd.extension import make
+from dfkd.teachers.committee import Committee
 from dfkd_kernels.soft_kl import divergence, soft_kl
 
 Network = Callable[..., Tensor]  # of images, or of what else a training gives its network
@@ -104,6 +105,30 @@ class KullbackLeibler(DistillLoss):
         if self.kernels == "triton":
             return soft_kl(seen.student, seen.teacher, self.temperature).mean()
         return kl_at_temperature(seen.student, seen.teacher, self.temperature)
+
+
+@dataclass(frozen=True)
+class OwnTeachers(DistillLoss):
+    """T^2 KL(p || softmax(s / T)), mean over the batch, with p of those teachers alone that know the image's class.
+
+    p is `Committee.told`, softened by T: 0 for classes that none of them knows, which the student unlearns there
+    (FedCADO's specific teachers, arXiv 2311.08870).
+    """
+
+    name = "kl_own_teachers"
+    temperature: float = 4.0
+    committee: Committee | None = None
+
+    @property
+    def teacher_layers(self) -> tuple[str, ...]:
+        return tuple(f"members.{k}" for k in range(len(self.committee.members if self.committee else ())))
+
+    def __call__(self, seen: Seen) -> Tensor:
+        assert self.committee is not None
+        logits = [wide(seen.teacher_maps[name]) for name in self.teacher_layers]
+        wanted = self.committee.told(logits, seen.labels, self.temperature)
+        answers = (wide(seen.student) / self.temperature).log_softmax(1)
+        return self.temperature**2 * (torch.xlogy(wanted, wanted) - wanted * answers).sum() / len(answers)
 
 
 @dataclass(frozen=True)

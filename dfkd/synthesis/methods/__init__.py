@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dfkd.config import CandidatesConfig, FilterConfig, GenerateConfig, leaves, plain
@@ -9,6 +10,7 @@ from dfkd.errors import UsageError
 from dfkd.extension import resolve, settings_of
 from dfkd.runtime import own_rank, resolve_device
 from dfkd.synthesis.candidates import Candidates
+from dfkd.synthesis.each import EachTeacher
 from dfkd.synthesis.filter import Filter
 from dfkd.synthesis.intermediates import Intermediates
 from dfkd.synthesis.methods.cmi import CMI
@@ -20,6 +22,7 @@ from dfkd.synthesis.methods.noise import Noise
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.synthesizer import Synthesizer
 from dfkd.teachers import Classifier
+from dfkd.teachers.committee import Committee
 from dfkd_engine.priors.prior import Prior
 
 METHODS: dict[str, Callable[..., Synthesizer]] = {
@@ -86,7 +89,14 @@ def make_method(
     given: dict[str, Any] = settings if own is None else {"student": own, **settings}
     with settings_of(f"method {config.method!r}"):
         inspect.signature(factory).bind(prior, teacher, config, **given)
-    made = factory(prior, teacher, config, **given)
+    if isinstance(teacher, Committee) and not getattr(factory, "takes_clients", False):
+        what, todo = f"method {config.method!r} with several --clients", "use guided, noise or folder, or one teacher"
+        raise UsageError(what, "it goes by one teacher", todo)
+    made: Any
+    if isinstance(teacher, Committee) and config.guidance.teaching == "each" and factory is GuidedPipeline:
+        made = EachTeacher(partial(_guided, prior), config, teacher, own)
+    else:
+        made = factory(prior, teacher, config, **given)
     if not isinstance(made, Synthesizer):
         lacking = [name for name in (*Synthesizer.__annotations__, "identity") if not hasattr(made, name)]
         what = f"method {config.method!r} makes a {type(made).__name__}, which is no synthesizer"
@@ -96,9 +106,15 @@ def make_method(
     return _around(made, config, teacher, student)
 
 
+def _guided(prior: Any, config: GenerateConfig, teacher: Classifier, student: Classifier | None) -> Synthesizer:
+    """Guided diffusion by one of several teachers."""
+    made = GuidedPipeline(prior, teacher, config, student)
+    return Intermediates(made, kept) if (kept := config.sampling.keep_intermediates) else made
+
+
 def _around(made: Synthesizer, config: GenerateConfig, teacher: Classifier, student: Classifier | None) -> Synthesizer:
     """A method within what the settings ask for around it."""
-    if kept := config.sampling.keep_intermediates:
+    if (kept := config.sampling.keep_intermediates) and not isinstance(made, EachTeacher):
         made = Intermediates(made, kept)
     if config.candidates.count > 1 or config.filter.views:
         judge, rows = teacher.freeze(resolve_device(config.compute.device, own_rank())), config.batching.batch

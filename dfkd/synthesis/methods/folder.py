@@ -43,7 +43,7 @@ class Settings(Config):
 class Folder:
     """Synthesizer of the images of a folder. Raises UsageError: there is none, or classes are not the teacher's."""
 
-    name, group, needs_prior = "folder", 1, False
+    name, group, needs_prior, takes_clients = "folder", 1, False, True
     reads = ("size", "only")
 
     def __init__(self, prior: Prior | None, teacher: Classifier, config: GenerateConfig, **settings: Any) -> None:

@@ -21,6 +21,7 @@ class Noise:
     """Pixels uniform in 0..1: independent in each channel, or the same in all, in a share `grey` of the images."""
 
     name = "noise"
+    takes_clients = True
     group = 1
     needs_prior = False
     reads = ("size", "only")
