@@ -48,11 +48,12 @@ class Intermediates(Around):
                 ids_of = [t * self.snapshots + place for t in pack.ids.tolist()]
                 if asked.keys().isdisjoint(ids_of):
                     continue
-                images, records = finished if place == len(self.kept) else self._kept(pack, self.kept[place])
-                records = [self._renamed(record, place) for record in records]
-                found |= {record.id: (images[n], record) for n, record in enumerate(records) if record.id in asked}
-        images, records = zip(*(found[i] for i in asked), strict=True)
-        return Sample(torch.stack(images), torch.tensor([record.label for record in records]), records)
+                drawn, records = finished if place == len(self.kept) else self._kept(pack, self.kept[place])
+                named = [self._renamed(record, place) for record in records]
+                found |= {record.id: (drawn[n], record) for n, record in enumerate(named) if record.id in asked}
+        images = torch.stack([found[i][0] for i in asked])
+        ordered = tuple(found[i][1] for i in asked)
+        return Sample(images, torch.tensor([record.label for record in ordered]), ordered)
 
     def _kept(self, pack: Pack, step: int) -> tuple[Tensor, list[Record]]:
         """Images uint8 [B, 3, H, W] of the estimates behind a step, on the CPU, and their records."""

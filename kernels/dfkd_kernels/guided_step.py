@@ -44,7 +44,8 @@ def inside(box: Tensor, height: int, width: int) -> Tensor:
     """Which cells a box [G, 4] (y0, x0, y1, x1, ends exclusive) holds: bool [G, 1, height, width]."""
     y, x = torch.arange(height, device=box.device)[:, None], torch.arange(width, device=box.device)
     y0, x0, y1, x1 = box.T[:, :, None, None]
-    return ((y >= y0) & (y < y1) & (x >= x0) & (x < x1))[:, None]
+    held: Tensor = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+    return held[:, None]
 
 
 def paste(z: Tensor, partner: Tensor, box: Tensor) -> Tensor:
