@@ -1,6 +1,7 @@
 """Latent CutMix in the sampler's loops: where it is taken, mixup, and the repair of boxes."""
 
 import os
+from typing import ClassVar
 
 import pytest
 import torch
@@ -98,10 +99,23 @@ def test_a_repair_is_the_loop_of_repaint(monkeypatch, sampler, form):
     torch.testing.assert_close(seen[4], z, rtol=1e-9, atol=1e-9)
 
 
-def test_noise_of_a_repair_brings_the_level_back(monkeypatch):
+class FlowPrior(SmallPrior):
+    """Rectified flow instead of a variance-preserving schedule."""
+
+    scheduler_config: ClassVar = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+    }
+
+
+@pytest.mark.parametrize("prior, sampler", [(SmallPrior, "ddpm"), (FlowPrior, "euler")])
+def test_noise_of_a_repair_brings_the_level_back(prior, sampler):
     """ratio z' + spread n of z' = a' z0 + s' eps has the noise of the level before: a z0 and variance s^2."""
-    _, _, pack = run(monkeypatch, **MIXED, cutmix_repair=1)
-    again, table = pack.cutmix.repair(1), pack.pipe.table
+    pipe = pipeline(prior(), sampler=sampler, **MIXED, cutmix_repair=1)
+    pack = pipe.pack(IDS, SEED)
+    again, table = pack.cutmix.repair(1), pipe.table
+    assert again.spread > 0 and pipe.latents(pack).isfinite().all()
     assert again.ratio * float(table.alpha[2]) == pytest.approx(float(table.alpha[1]))
     assert (again.ratio * table.sigma[2]) ** 2 + again.spread**2 == pytest.approx(float(table.sigma[1] ** 2))
     assert pack.cutmix.repair(0) is None
