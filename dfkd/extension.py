@@ -34,7 +34,8 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         assert isinstance(call, ast.Call) and not call.args and all(word.arg for word in call.keywords)
         return name, {str(word.arg): _value(word.value) for word in call.keywords}
     except (SyntaxError, AssertionError, ValueError):
-        raise UsageError(f"{text!r} cannot be read", "wanted is NAME or NAME(setting=value, ...)") from None
+        why = "wanted is NAME or NAME(setting=value, ...), with quotes around paths"
+        raise UsageError(f"{text!r} cannot be read", why) from None
 
 
 def resolve(text: str, known: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:

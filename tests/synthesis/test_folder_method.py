@@ -123,6 +123,7 @@ def test_what_cannot_be_is_refused_in_words(teacher, pool, tmp_path):
     for text, words in (
         ("folder", "path is missing: give the folder"),
         ("folder(path=absent)", "no folder absent"),
+        ("folder(path=/absent)", "with quotes around paths"),
         ("folder(path=absent, labels=mine)", "one of teacher, folder"),
         (f"folder(path={str(tmp_path)!r})", "no image in"),
     ):

@@ -54,6 +54,13 @@ def test_images_follow_from_seed_group_and_state(teacher, text):
     assert not torch.equal(method(teacher, text)(range(GROUP), seed=6).images, first.images)
 
 
+@pytest.mark.parametrize("text", [*METHODS, "deepinversion(steps=2)"])
+def test_images_are_the_same_where_gradients_are_off(teacher, text):
+    wanted = method(teacher, text)(range(GROUP), seed=5)
+    with torch.no_grad():
+        assert torch.equal(method(teacher, text)(range(GROUP), seed=5).images, wanted.images)
+
+
 @pytest.mark.parametrize("text", METHODS)
 def test_the_state_is_taken_up_bit_for_bit(teacher, text):
     made = method(teacher, text)
@@ -194,7 +201,7 @@ def test_generative_labels_are_the_teachers(teacher):
     chosen = method(teacher, GENERATIVE, only="two,zero")(range(GROUP), seed=5)
     logits = teacher.logits(chosen.images.float() / 255)
     assert chosen.labels.tolist() == [2 if row[2] > row[0] else 0 for row in logits.tolist()]
-    with pytest.raises(UsageError, match="it chooses none"):
+    with pytest.raises(UsageError, match="the class that the teacher sees"):
         method(teacher, GENERATIVE)([0], labels=[1])
 
 

@@ -143,7 +143,7 @@ class CMI(GroupMethod):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from there; from the beginning where it is {}."""
-        self.head = Projection(self.channels, self.settings.head).to(self.device)
+        self.head = Projection(max(self.channels, 1), self.settings.head).to(self.device)  # 1: unused, without layers
         self.adam = torch.optim.Adam(self.head.parameters(), self.settings.lr)
         self.bank = torch.zeros(0, 2 * self.channels, device=self.device)
         self.groups = int(state.get("groups", 0))

@@ -180,7 +180,8 @@ class Generative(GroupMethod):
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:
         """As of any group method. Raises UsageError for labels: its images have those that the teacher sees."""
         if labels is not None:
-            raise UsageError("method generative was given labels", "it chooses none", "use another method")
+            why, todo = "its images have the class that the teacher sees", "use another method, or no --candidates"
+            raise UsageError("method generative was given labels", why, todo)
         return super().__call__(ids, None, seed)
 
     def make(self, ids: Tensor, labels: Tensor, seed: int, stepped: Callable[[], None]) -> Made:

@@ -185,7 +185,8 @@ class GroupMethod:
             targets = labels_of(members, self.classes)
             for place, image in enumerate(members.tolist()):
                 targets[place] = given.get(image, targets[place])
-            made = self.make(members, targets, seed, stepped)
+            with torch.enable_grad():  # whoever asks for images may have turned gradients off
+                made = self.make(members, targets, seed, stepped)
             self.require_finite(made.images, members)
             images = (made.images * 255).round().to(torch.uint8).cpu()
             sure = label_probability(self.teacher, images, made.labels, self.call_size)
