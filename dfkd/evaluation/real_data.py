@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from dfkd.data import ImageFiles, Images, Listing, Pool
 from dfkd.errors import UsageError
 from dfkd.evaluation.digits_on_photos import CLASS_NAMES, digits_on_photos
-from dfkd.evaluation.sources import DIGITS, WHOLE, Source
+from dfkd.evaluation.sources import DIGITS, WHOLE, Source, classes_in
 from dfkd.evaluation.split import SPLITS
 from dfkd.files import read_object
 
@@ -42,8 +42,8 @@ def open_splits(name: str, size: int, splits: Sequence[str] = SPLITS, least_clas
     Raises UsageError: a name or split that is not there, fewer classes, a class without images to learn from,
     images of classes that train has not, a split without images, a file that is no image.
     """
-    if name == DIGITS:
-        return {split: _digits(split, size) for split in splits}
+    if is_digits(name):
+        return {split: _digits(split, size, classes_in(name)) for split in splits}
     source = Source.of(name)
     for split in splits:
         source.check(split)
@@ -67,8 +67,8 @@ def open_images(name: str, split: str, size: int) -> Images:
     """
     if split not in (*SPLITS, WHOLE):
         raise UsageError(f"unknown split '{split}'", todo=f"choose one of {', '.join(SPLITS)}, {WHOLE}")
-    if name == DIGITS:
-        return _digits(split, size)
+    if is_digits(name):
+        return _digits(split, size, classes_in(name))
     return _opened(Source.of(name).listing(split), split, name, size)
 
 
@@ -78,7 +78,7 @@ def open_test(name: str, split: str, size: int, learned: Iterable[str] = ()) -> 
     learned: names of what the networks were trained on; where `name` is one of them, the test is the fifth that their
     training left out. Raises UsageError as open_images does.
     """
-    if split == "test" and name != DIGITS:
+    if split == "test" and not is_digits(name):
         source = Source.of(name)
         if WHOLE in source.places and not any(source.same(other) for other in learned):
             split = WHOLE
@@ -104,7 +104,7 @@ def _entry(file: Path, key: str) -> Any:
 def check_data(option: str, name: str, split: str = "train") -> None:
     """Raise UsageError for a data set whose name, path or split is wrong, without reading any; `option` names it."""
     try:
-        if name != DIGITS:
+        if not is_digits(name):
             Source.of(name).check(split)
         elif split == WHOLE:
             _digits(split, 32)
@@ -114,7 +114,7 @@ def check_data(option: str, name: str, split: str = "train") -> None:
 
 def class_names_of(name: str) -> tuple[str, ...]:
     """The classes of a data set, without decoding an image; () where they cannot be known without reading all of it."""
-    return CLASS_NAMES if name == DIGITS else Source.of(name).class_names()
+    return (classes_in(name) or CLASS_NAMES) if is_digits(name) else Source.of(name).class_names()
 
 
 def described(images: Images) -> str:
@@ -130,11 +130,23 @@ def _opened(listing: Listing, split: str, name: str, size: int) -> ImageFiles:
     return ImageFiles(listing.check(), size)
 
 
-def _digits(split: str, size: int) -> Pool:
+def is_digits(name: str) -> bool:
+    """Whether the images are the demo's world, or some classes of it."""
+    return name.partition("?")[0] == DIGITS
+
+
+def _digits(split: str, size: int, only: Sequence[str] = ()) -> Pool:
+    """only: of the classes, in that order; () for all."""
     if split == WHOLE:
         raise UsageError(f"{DIGITS} has no split '{WHOLE}'", todo=f"choose one of {', '.join(SPLITS)}")
+    if unknown := [name for name in only if name not in CLASS_NAMES]:
+        raise UsageError(f"{DIGITS} has no class {unknown[0]!r}", f"it has {', '.join(CLASS_NAMES)}")
     pixels, labels, class_names = digits_on_photos(split)
-    images = torch.from_numpy(pixels)
+    images, numbers = torch.from_numpy(pixels), torch.from_numpy(labels)
+    if only:
+        places = torch.tensor([only.index(name) if name in only else -1 for name in class_names])
+        rows = places[numbers] >= 0
+        images, numbers, class_names = images[rows], places[numbers][rows], tuple(only)
     if size != images.shape[-1]:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-    return Pool(images, torch.from_numpy(labels), torch.arange(len(labels)), class_names)
+    return Pool(images, numbers, torch.arange(len(numbers)), class_names)

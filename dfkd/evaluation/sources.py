@@ -133,6 +133,11 @@ def known() -> list[str]:
     return [DIGITS, *(f"{kind}:PATH" for kind in READERS)]
 
 
+def classes_in(name: str) -> tuple[str, ...]:
+    """The classes that a name chooses, () where it chooses none. Raises UsageError."""
+    return _chosen(name, name.partition("?")[2])
+
+
 def _chosen(name: str, words: str) -> tuple[str, ...]:
     if not words:
         return ()
