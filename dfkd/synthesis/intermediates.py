@@ -42,7 +42,7 @@ class Intermediates(Around):
         asked = self.pipe.checked(ids, labels)
         found: dict[int, tuple[Tensor, Record]] = {}
         for pack in self.pipe.packs(self._trajectories(asked), seed):
-            pack.keep = frozenset(self.kept)
+            pack.keep, pack.named = frozenset(self.kept), pack.ids * self.snapshots + len(self.kept)
             finished = self.pipe.finished(pack)
             for place in range(self.snapshots):
                 ids_of = [t * self.snapshots + place for t in pack.ids.tolist()]

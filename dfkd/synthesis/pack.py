@@ -32,8 +32,8 @@ class Pack:
     ids, labels: int64 [B], given on the CPU and held on the device; whole groups in turn where images interact.
     losses: filled by `guide`, {step: {name: [B]}}, taken before the last guidance step of each denoising step.
     plans: Latent CutMix by step, partners as positions in the pack. cutmix: these, as the sampler takes them.
-    faults: what was first not finite. keep, kept: steps whose clean estimates [B, C, h, w] are wanted, and these, by
-    step.
+    faults: what was first not finite. named: the ids by which an error names the images.
+    keep, kept: steps whose clean estimates [B, C, h, w] are wanted, and these, by step.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Pack:
         self.stepped: Callable[[], object] = lambda: None  # called after every step of any kind
         self.keep: Collection[int] = ()
         self.kept: dict[int, Tensor] = {}
-        self.faults = Faults(len(ids), device)
+        self.faults, self.named = Faults(len(ids), device), self.ids
         self.plans = self._cutmix_plans(ids, labels)
         self.cutmix = cutmix.LatentCutMix(pipe.config.cutmix, self.plans, table, pipe.latent_size, seed, self.ids)
 

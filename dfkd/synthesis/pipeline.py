@@ -313,7 +313,7 @@ class GuidedPipeline:
         finite = (z.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)).cpu()
         if not finite.all():
             half = [name for name in ("unet", "decode") if dtype_of(name, self.prior) == "float16"]
-            raise pack.faults.error(pack.ids, finite, half)
+            raise pack.faults.error(pack.named, finite, half)
         stored = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         sure = label_probability(self.teacher, stored, pack.labels, self.call_size)
         return stored.cpu(), pack.records(sure, step)

@@ -128,6 +128,25 @@ def test_a_plan_counts_the_decoding_of_all_snapshots():
     assert calls["unet"].calls == once["unet"].calls and calls["gradient"].calls == once["gradient"].calls
 
 
+def test_an_image_that_is_not_finite_goes_by_its_own_id(monkeypatch):
+    """And not by that of its trajectory."""
+    made = around(bn_stats="image", guidance_step=0)
+    own = made.pipe.prior.decode
+    spoilt = torch.tensor([1.0, float("nan"), 1.0])[:, None, None, None]
+    monkeypatch.setattr(made.pipe.prior, "decode", lambda z: own(z) * spoilt)
+    with pytest.raises(UsageError, match=r"the images \[5\] are not finite"):
+        made(range(3 * EACH), seed=SEED)
+
+
+def test_the_best_of_several_trajectories_has_its_own_estimates():
+    """--candidates around --keep-intermediates: an image is chosen among those of its own step and label."""
+    own = {"bn_stats": "image", "guidance_step": 0, "candidates": 2, "keep": "sure"}
+    plain, chosen = around(bn_stats="image", guidance_step=0), around(**own)
+    once, best = plain(range(4 * EACH), seed=SEED), chosen(range(4 * EACH), seed=SEED)
+    assert [record.step for record in best.records] == [record.step for record in once.records]
+    assert torch.equal(best.labels, once.labels) and not torch.equal(best.images, once.images)
+
+
 def test_progress_reaches_the_end_once():
     made, told = around(bn_stats="image", batch=2), []
     made.on_progress = told.append
