@@ -50,9 +50,10 @@ def read(out: Path, split: str = "validation", rehearse: bool = False) -> Ablati
 
 
 def _shortened(row: Row) -> str:
-    """A row's method in two steps."""
+    """A row's method in two steps, of a small generator where it has one."""
     name = row.differs["generate"]["method"].partition("(")[0]
-    return f"{name}(steps=2, warmup=2)" if name == "generative" else f"{name}(steps=2)"
+    more = {"deepinversion": "", "generative": ", width=4, warmup=2"}.get(name, ", width=4")
+    return f"{name}(steps=2{more})"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
