@@ -38,7 +38,7 @@ class EachTeacher:
         self.pipes: list[Any] = []
         for member in self.members:
             only = tuple(committee.class_names[c] for c in member.classes if c in asked)
-            own = config.replace(only=only if config.sampling.only else ())
+            own = config.replace(only=only if config.sampling.only else (), teaching="joint")  # alone, it is one of one
             self.pipes.append(make(own, member.classifier, about(student, member)))
         first = self.pipes[0]
         self.class_names, self.image_size = committee.class_names, int(first.image_size)
@@ -62,7 +62,8 @@ class EachTeacher:
 
     def identity(self) -> Mapping[str, Any]:
         """What the images follow from: a pipeline's, with all the teachers."""
-        return {**self.pipes[0].identity(), "teacher_digest": self.committee.digest(), "only": self._only()}
+        own = {"teacher_digest": self.committee.digest(), "only": self._only(), "teaching": "each"}
+        return {**self.pipes[0].identity(), **own}
 
     def choose_engines(self) -> None:
         """Raise where no engines would be found for one of the teachers."""
@@ -73,14 +74,18 @@ class EachTeacher:
         """Load each teacher's engines: {"K/network": key}, K its place. Arguments and errors as of GuidedPipeline."""
         found: dict[str, str] = {}
         for k, pipe in enumerate(self.pipes):
-            own = None if before is None else {n[2:]: v for n, v in before.items() if n.startswith(f"{k}/")}
-            found |= {f"{k}/{network}": key for network, key in pipe.use_engines(own).items()}
+            place, own = f"{k}/", None
+            if before is not None:
+                own = {name.removeprefix(place): key for name, key in before.items() if name.startswith(place)}
+            found |= {f"{place}{network}": key for network, key in pipe.use_engines(own).items()}
         return found
 
     def describe(self) -> list[str]:
         """Lines for people."""
         lines = [f"teachers in turn, a group each: {', '.join(member.name for member in self.members)}"]
-        return lines + list(self.pipes[0].describe())
+        for pipe in self.pipes:  # what is the same for all is said once
+            lines += [line for line in pipe.describe() if line not in lines]
+        return lines
 
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:
         """The images `ids`, in that order; labels: of them, each of a class that the image's teacher knows."""

@@ -111,7 +111,7 @@ def test_a_student_of_all_classes_disagrees_with_each_about_its_own():
     student = teachers.replace(module=module.eval())
     z0 = torch.randn(7, 2, 4, 4, dtype=torch.float64)
     plain = JointGuidance(prior.decode, teachers, losses()).gradient(z0, LABELS, 7)[0]
-    adversarial = (*losses(), Adversarial(1.0))
+    adversarial = (*losses(), Adversarial(1.0, "entropy"))  # which acts also where no class is agreed on
     found, values = JointGuidance(prior.decode, teachers, adversarial, student).gradient(z0, LABELS, 7)
     assert values["adv"].shape == (7,) and not torch.allclose(found, plain)
 
@@ -164,3 +164,32 @@ def test_one_teacher_each_with_snapshots_and_some_classes():
 def test_a_method_of_one_teacher_is_refused(method):
     with pytest.raises(UsageError, match="with several --clients"):
         make_method(config(method=method, size=8), None, committee(torch.float32))
+
+
+def test_what_is_found_before_the_first_image_is_of_one_teacher():
+    with pytest.raises(UsageError, match="--step-trials with several --clients"):
+        make_method(config(step_trials=3), SmallPrior(), committee(torch.float32))
+
+
+def test_who_teaches_whom_is_of_the_identity():
+    ways = [make_method(config(teaching=way), SmallPrior(), committee(torch.float32)) for way in ("joint", "each")]
+    joint, each = (way.identity() for way in ways)
+    assert (joint["teaching"], each["teaching"]) == ("joint", "each")
+    assert joint["teacher_digest"] == each["teacher_digest"]
+
+
+def test_engines_are_each_teachers_own(monkeypatch):
+    """Twelve teachers: names of engines with the places 1 and 11 are told apart."""
+    given: list[dict[str, str] | None] = []
+
+    def use_engines(pipe, before):
+        given.append(before)
+        return {"gradient": f"key {len(given)}"}
+
+    monkeypatch.setattr(GuidedPipeline, "use_engines", use_engines)
+    teachers = Committee.of([classifier(seed) for seed in range(12)])
+    made = make_method(config(teaching="each"), SmallPrior(), teachers)
+    keys = made.use_engines(None)
+    assert list(keys) == [f"{k}/gradient" for k in range(12)]
+    made.use_engines(keys)
+    assert given[12:] == [{"gradient": f"key {k + 1}"} for k in range(12)]

@@ -89,9 +89,8 @@ def make_method(
     given: dict[str, Any] = settings if own is None else {"student": own, **settings}
     with settings_of(f"method {config.method!r}"):
         inspect.signature(factory).bind(prior, teacher, config, **given)
-    if isinstance(teacher, Committee) and not getattr(factory, "takes_clients", False):
-        what, todo = f"method {config.method!r} with several --clients", "use guided, noise or folder, or one teacher"
-        raise UsageError(what, "it goes by one teacher", todo)
+    if isinstance(teacher, Committee):
+        _check_several(config, getattr(factory, "takes_clients", False))
     made: Any
     if isinstance(teacher, Committee) and config.guidance.teaching == "each" and factory is GuidedPipeline:
         made = EachTeacher(partial(_guided, prior), config, teacher, own)
@@ -104,6 +103,18 @@ def make_method(
     if settings:
         object.__setattr__(made, "method_settings", plain(settings))  # also of a frozen dataclass
     return _around(made, config, teacher, student)
+
+
+def _check_several(config: GenerateConfig, takes_clients: bool) -> None:
+    """Raise UsageError for what goes by one teacher. takes_clients: whether the method goes by several."""
+    if not takes_clients:
+        what, todo = f"method {config.method!r} with several --clients", "use guided, noise or folder, or"
+        raise UsageError(what, "it goes by one teacher", f"{todo} give one --teacher-checkpoint")
+    trials, words = config.guidance.step_trials, config.sampling.class_words
+    for flag, given in (("--step-trials", trials), ("--class-words", words)):
+        if given:
+            why = "what it finds before the first image is of one teacher"
+            raise UsageError(f"{flag} with several --clients", why, "leave it out, or find it with each teacher alone")
 
 
 def _guided(prior: Any, config: GenerateConfig, teacher: Classifier, student: Classifier | None) -> Synthesizer:
