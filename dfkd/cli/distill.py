@@ -90,7 +90,7 @@ def _test_images(asked: DistillCommand, size: int) -> "Images":
     from dfkd.evaluation import learned_from, open_test
 
     assert asked.test is not None
-    return open_test(asked.test, asked.test_split, size, learned_from(asked.teacher.checkpoint))
+    return open_test(asked.test, asked.test_split, size, learned_from(*asked.teacher.sources))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

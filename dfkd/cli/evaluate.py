@@ -24,11 +24,11 @@ def run(asked: EvaluateCommand) -> dict[str, Any]:
     from dfkd.teachers import Classifier, load_teacher
 
     given = asked.classifier.replace(teacher_checkpoint=asked.checkpoint or asked.classifier.checkpoint)
-    if given.checkpoint is None and given.teacher is None:
-        todo = "give --checkpoint FOLDER, or --teacher timm:NAME"
+    if given.checkpoint is None and given.teacher is None and not given.clients:
+        todo = "give --checkpoint FOLDER, --clients FOLDER FOLDER, or --teacher timm:NAME"
         raise UsageError("no classifier is given", "it is what is tested", todo)
     device = resolve_device(asked.device)
-    learned = learned_from(given.checkpoint, asked.reference)
+    learned = learned_from(*given.sources, asked.reference)
     images = open_test(asked.data, asked.split, SIZE, learned)
     bare = given.checkpoint is not None and given.checkpoint.is_file()
     named = (class_names_of(asked.data) if bare else ()) or images.class_names  # a test may lack some
@@ -39,7 +39,8 @@ def run(asked: EvaluateCommand) -> dict[str, Any]:
     say(f"testing {classifier.described()}, on {described(images)}")
     with progress("testing", "img") as watch:
         found = evaluate(classifier, images, teacher, asked.split, asked.limit, watch)
-    facts = {"checkpoint": given.checkpoint or given.teacher, "architecture": classifier.architecture}
+    tested = given.checkpoint or given.teacher or ", ".join(given.clients)
+    facts = {"checkpoint": tested, "architecture": classifier.architecture}
     result = {**facts, "data": asked.data, "split": asked.split, "source": described(images), **asdict(found)}
     result["accuracy"] = result.pop("accuracy")  # last, where one looks first
     if asked.out is not None:

@@ -145,6 +145,12 @@ class TeacherConfig(Config):
         if (fault := channel_fault(self.mean or (), self.std or ())) is not None:
             raise ValueError(f"teacher_{fault} is not of images in 0..1: divide those of 0..255 by 255")
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the teacher, or each of several, lies; () where it has no weights of its own."""
+        own = () if self.checkpoint is None else (str(self.checkpoint),)
+        return own + tuple(self.client(text)[0] for text in self.clients)
+
     @staticmethod
     def client(text: str) -> tuple[str, float]:
         """Source and weight of a client, 1 where none is given. Raises ValueError: a weight that is none."""

@@ -47,7 +47,7 @@ def ask(
     judges = [judge.eval().tried() for judge in (classifier, teacher) if judge is not None]
     images = data
     if isinstance(images, str):
-        learned = learned_from(*(judge.source for judge in judges))
+        learned = learned_from(*(source for judge in judges for source in judge.sources))
         images = open_test(images, split, classifier.input_size, learned)
     # Each sees the images resized from the file to its own size.
     sizes = {judge.input_size for judge in judges}

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dfkd.config import TeacherConfig
 from dfkd.data import ImageFiles, Images, Listing, Pool
 from dfkd.errors import UsageError
 from dfkd.evaluation.digits_on_photos import CLASS_NAMES, digits_on_photos
@@ -93,7 +94,8 @@ def learned_from(*checkpoints: str | Path | None) -> list[str]:
         folder = path if path.is_dir() else path.parent
         found.append(_entry(folder / "config.json", "data"))
         if (options := _entry(folder.parent / "settings.json", "options")) and folder.name in ("last", "best"):
-            found += learned_from(options.get("teacher_checkpoint"))
+            clients = [TeacherConfig.client(text)[0] for text in options.get("clients") or ()]
+            found += learned_from(options.get("teacher_checkpoint"), *clients)
     return [name for name in found if isinstance(name, str)]
 
 

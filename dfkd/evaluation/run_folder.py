@@ -208,7 +208,7 @@ def _guide(options: Mapping[str, Any], teacher: Trained | None) -> TeacherConfig
         described = {name: value for name, value in given.items() if name in kept}
         return TeacherConfig.of(**described | {"teacher_checkpoint": teacher.path})
     config = TeacherConfig.of(**given)
-    there = config.checkpoint.exists() if config.checkpoint else config.teacher is not None
+    there = all(Path(source).exists() for source in config.sources) if config.sources else config.teacher is not None
     return config if there else None
 
 

@@ -60,7 +60,7 @@ def examine(
         return known
     device = resolve_device(asked.device)
     teacher.freeze(device)
-    images = open_test(asked.data, asked.split, teacher.input_size, learned_from(teacher.source))
+    images = open_test(asked.data, asked.split, teacher.input_size, learned_from(*teacher.sources))
     answers = {
         name: ask(student.freeze(device), images, teacher, asked.split, asked.limit, progress)
         for name, student in students.items()

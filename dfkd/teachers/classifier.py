@@ -228,6 +228,11 @@ class Classifier:
         )
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """What it, or each of several, was loaded from."""
+        return (self.source,)
+
+    @property
     def _name(self) -> str:
         return self.architecture or type(self.module).__name__
 

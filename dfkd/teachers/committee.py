@@ -81,6 +81,10 @@ class Committee(Classifier):
         side = max(one.input_size for one in classifiers)
         return cls(Voices(members, len(union)), union, (0.0,) * 3, (1.0,) * 3, side, "committee", members=members)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(member.classifier.source for member in self.members)
+
     def knowing(self, label: int) -> tuple[Member, ...]:
         """The members that know a class."""
         return tuple(member for member in self.members if label in member.classes)
