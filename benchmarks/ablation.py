@@ -3,10 +3,10 @@
     python -m benchmarks.quality ablation --seeds 3 --record benchmarks/results/ablation-demo-cpu.json
 
 benchmarks/ablation.toml names a default and its rows, each by what differs from it. A row makes as many images as take
-the seconds of the default's: core seconds of one process with one thread, in which networks are opened, words learned
-and lengths tried. Its student has the default's steps and views, unless the row is about these. Students are judged on
-validation images, since defaults are chosen by this table; the test images stay for the end. Stopped and started again
-it goes on.
+the seconds of the default's: core seconds of one process with one thread, in which networks are opened, words learned,
+lengths tried and students refreshed. Its student has the default's steps and views, unless the row is about these.
+Students are judged on validation images, since defaults are chosen by this table; the test images stay for the end.
+Stopped and started again it goes on.
 """
 
 import json
@@ -15,9 +15,8 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from multiprocessing import get_context
@@ -27,13 +26,14 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.recording import table, taken_on
-from dfkd.config import GenerateCommand
+from dfkd.config import read_preset, section
 from dfkd.data import open_folder
 from dfkd.evaluation import evaluate
 from dfkd.files import replace_text
 from dfkd.job import Job, read_job
-from dfkd.synthesis.command import pipeline_of, quieten_libraries
-from dfkd.synthesis.run import open_run
+from dfkd.rounds import make_images
+from dfkd.synthesis import command as synthesis
+from dfkd.synthesis.command import quieten_libraries
 from dfkd.teachers import load_teacher
 from dfkd.training.distill import distill
 from dfkd.training.teacher import train_teacher
@@ -70,23 +70,27 @@ class Ablation:
     def read(cls, out: Path, split: str = "validation", only: Sequence[str] = (), rehearse: bool = False) -> "Ablation":
         """The rows of FILE, or those named `only`, and the default. Raises ValueError: there is no such row."""
         file = tomllib.loads(FILE.read_text(encoding="utf-8"))
+        preset = read_preset(file.pop("preset"))
+        parts = ("teacher", "generate", "distill", "evaluate")  # its baselines are no rows
+        file = {**file, **{part: {**section(preset, part), **section(file, part)} for part in parts}}
         rows = {name: Row(name, row.pop("says"), row) for name, row in file.pop("rows").items()}
         if unknown := [name for name in only if name not in rows]:
             raise ValueError(f"{FILE.name} has no row {unknown[0]!r}; it has {', '.join(rows)}")
-        for section, changes in (REHEARSAL if rehearse else {}).items():
-            file[section] = {**file.get(section, {}), **changes}
+        for part, changes in (REHEARSAL if rehearse else {}).items():
+            file[part] = {**file.get(part, {}), **changes}
         file["evaluate"] = {**file.get("evaluate", {}), "split": split}
         asked = [row for name, row in rows.items() if not only or name in only]
         return cls(file, (Row(DEFAULT, "the default"), *asked), out, split)
 
-    def job(self, row: Row, seed: int, count: int | None = None) -> Job:
-        """A row's run on the seed's own teacher. count: of images; None: the default's."""
-        sections = {name: {**self.default[name], **row.differs.get(name, {})} if isinstance(self.default[name], dict)
-                    else self.default[name] for name in {**self.default, **row.differs}}  # fmt: skip
+    def job(self, row: Row, seed: int, count: int | None = None, out: Path | None = None) -> Job:
+        """A row's run on the seed's own teacher. count: of images; None: the default's. out: None: its own folder."""
+        sections = {name: dict(part) if isinstance(part, dict) else part for name, part in self.default.items()}
+        for name, differs in row.differs.items():
+            sections[name] = {**sections.get(name, {}), **differs}
         if count is not None:
             sections["generate"]["count"] = count
         sections["teacher"] = {"checkpoint": str(self.out / f"seed-{seed}" / "teacher")}
-        return read_job(sections, self.out / f"seed-{seed}" / row.name, seed)
+        return read_job(sections, out or self.out / f"seed-{seed}" / row.name, seed)
 
 
 def teach(ablation: Ablation, seed: int) -> None:
@@ -104,14 +108,16 @@ def calibrate(ablation: Ablation, row: Row, budget: float | None) -> dict[str, A
     """
     kept = ablation.out / "counts" / f"{row.name}.json"
     if not kept.exists():
-        asked = ablation.job(row, 0).variants[0].generate
-        found = [_spent(asked, kept.with_suffix(""), groups) for groups in (1, 3)]
-        group, each = found[0][1], (found[1][0] - found[0][0]) / 2
-        before = found[0][0] - each
+        own = ablation.job(row, 0, out=kept.with_suffix(""))
+        asked = own.variants[0].generate
+        group = asked.generate.batching.group * (1 + asked.generate.sampling.keep_intermediates)
+        group *= 1 if own.rounds is None else own.rounds.phases
+        found = [_spent(ablation.job(row, 0, groups * group, own.out)) for groups in (1, 3)]
+        each = (found[1] - found[0]) / 2
+        before = found[0] - each
         groups = asked.count // group if budget is None else int((budget - before) / each)
         if groups < 1:
             raise ValueError(f"{row.name}: a group of {group} takes {before + each:.0f} s of {budget:.0f}")
-        shutil.rmtree(kept.with_suffix(""))
         replace_text(kept, json.dumps({"count": groups * group, "seconds": round(before + groups * each, 2)}))
     known: dict[str, Any] = json.loads(kept.read_text())
     return known
@@ -124,7 +130,7 @@ def judge(ablation: Ablation, row: Row, seed: int, count: int) -> dict[str, Any]
         job = ablation.job(row, seed, count)
         asked, learning = job.variants[0].generate, job.variants[0].distill
         shutil.rmtree(job.out, ignore_errors=True)  # of a run that was stopped: its seconds are not known
-        seconds = _write(asked)[0]
+        seconds = _write(job)
         begun, teacher = time.process_time(), load_teacher(job.classifier)
         student = distill(open_folder(asked.out), teacher, learning.distill, learning.out)
         spent = time.process_time() - begun
@@ -137,27 +143,26 @@ def judge(ablation: Ablation, row: Row, seed: int, count: int) -> dict[str, Any]
     return known
 
 
-def _write(asked: GenerateCommand) -> tuple[float, int]:
-    """Make a folder of images; core seconds of this process for it, networks opened included, and the group."""
-    begun, synthesizer = time.process_time(), pipeline_of(asked)
-    with open_run(synthesizer, asked.out, asked.count, asked.seed, asked.generate) as work:
-        work.write()
-    return time.process_time() - begun, synthesizer.group
+def _write(job: Job) -> float:
+    """Make a run's images; core seconds of this process for it, networks opened and students refreshed included."""
+    begun, asked = time.process_time(), job.variants[0].generate
+    if job.rounds is not None:
+        make_images(job.rounds, asked, load_teacher(job.classifier), _silent, _silent)
+    else:
+        synthesis.run(asked, _silent)
+    return time.process_time() - begun
 
 
-def _spent(asked: GenerateCommand, folder: Path, groups: int) -> tuple[float, int]:
-    """Core seconds of so many groups, which are thrown away, and the images of a group."""
-    group = pipeline_of(asked).group
-    with _empty(folder / str(groups)) as out:
-        return _write(asked.replace(out=out, count=groups * group, shard_size=0))
+def _spent(job: Job) -> float:
+    """Core seconds of a run's images, which are thrown away."""
+    shutil.rmtree(job.out, ignore_errors=True)
+    seconds = _write(job)
+    shutil.rmtree(job.out)
+    return seconds
 
 
-@contextmanager
-def _empty(folder: Path) -> Iterator[Path]:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield folder
-    shutil.rmtree(folder)
+def _silent(*told: object) -> None:
+    pass
 
 
 def run(ablation: Ablation, seeds: Sequence[int], workers: int) -> dict[str, Any]:

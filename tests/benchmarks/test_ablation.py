@@ -26,8 +26,8 @@ def test_every_row_is_a_run_that_differs_from_the_default(tmp_path):
 def test_a_row_gets_the_images_that_take_the_defaults_seconds(tmp_path, monkeypatch):
     own = Ablation.read(tmp_path, rehearse=True)
     teach(own, seed=0)
-    monkeypatch.setattr(ablation, "_spent", lambda asked, folder, groups: folder.mkdir(parents=True, exist_ok=True)
-                        or (2.0 + 3.0 * groups, 4))  # fmt: skip
+    (tmp_path / "counts").mkdir()
+    monkeypatch.setattr(ablation, "_spent", lambda job: 2.0 + 3.0 * job.variants[0].generate.count / 4)
     default = calibrate(own, own.rows[0], None)
     assert default == {"count": 8, "seconds": 8.0}
     assert calibrate(own, own.rows[1], 14.5) == {"count": 16, "seconds": 14.0}
