@@ -198,11 +198,8 @@ class DistillCommand(Config):
     distill: DistillConfig = nested(DistillConfig)
 
     def validate(self) -> None:
-        if self.distill.taught_by != "own" and not self.teacher.clients:
-            raise ValueError("--taught-by all is of several teachers: name them as --clients, or leave it out")
-        if self.teacher.clients and self.distill.taught_by == "own" and self.distill.mix != "none":
-            why = "a mixture of two images may have no teacher that knows both classes"
-            raise ValueError(f"--mix {self.distill.mix} with --clients: {why}; use --mix none, or --taught-by all")
+        if self.distill.taught_by != "all" and not self.teacher.clients:
+            raise ValueError("--taught-by own is of several teachers: name them as --clients, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -201,10 +201,10 @@ class DistillConfig(Config):
     temperature: float = option(30.0, "of the softened distributions", low=1e-3)
     ce_weight: float = option(0.0, "weight of the cross-entropy with the labels beside the KL divergence", low=0)
     taught_by: str = option(
-        "own",
-        "of several --clients, own: an image is learned from those alone that know its class; all: from the weighted"
-        " mean of all answers about each class",
-        choices=("own", "all"),
+        "all",
+        "of several --clients, all: the weighted mean of their logits about each class; own: an image is learned from"
+        " those alone that know its class",
+        choices=("all", "own"),
     )
     losses: tuple[str, ...] = option(
         (), "losses of your own beside these, each FILE.py:CLASS(weight=0.1, ...)", flag="loss"
@@ -240,6 +240,9 @@ class DistillConfig(Config):
             )
         if self.plateau is not None and not self.held_out:
             raise ValueError(f"--plateau {self.plateau} with --held-out 0: agreement is measured on images held out")
+        if self.taught_by == "own" and self.mix != "none":
+            why = "a mixture of two images may have no teacher that knows both classes"
+            raise ValueError(f"--taught-by own with --mix {self.mix}: {why}; leave one out")
         if not self.msarc.weight:
             return
         for flag, given in (

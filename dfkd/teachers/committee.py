@@ -1,10 +1,13 @@
 """Several teachers as one classifier of all their classes, which are matched by name.
 
-    p(c | x) = sum_k w_k p_k(c | x) / sum_k w_k        over the members k that know the class c
+    t_c(x) = sum_k w_k (l_kc(x) - mean_c' l_kc'(x)) / sum_k w_k        over the members k that know the class c
 
-Each member is shown the images at its own size, by its own normalisation. Of classes that only some members know, the
-answers are not one distribution: a member of the digits 0 to 4 is sure of one of them whatever it is shown. So where an
-image's class y is known, `told` goes by the members that know y alone; FedCADO (arXiv 2311.08870) guides so.
+Each member is shown the images at its own size, by its own normalisation. Logits l_k and not probabilities are averaged:
+where a member knows none of the classes in an image its logits are low, and its probabilities are not. Without their
+mean they do not depend on what a softmax does not see. Other ways to unify such classifiers: arXiv 1904.06062.
+
+Still, answers about classes of different members were never compared by anybody. Where an image's class y is known,
+`told` goes by the members that know y alone; FedCADO (arXiv 2311.08870) guides so.
 """
 
 import dataclasses
@@ -45,7 +48,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Committee(Classifier):
-    """Several teachers as one classifier: images in 0..1 at the largest member's size -> log p(c | x), [B, classes].
+    """Several teachers as one classifier: images in 0..1 at the largest member's size -> t, logits [B, classes].
 
     members: in the order that their classes were first met. Made by `of`; its digest is that of members and weights.
     """
@@ -146,14 +149,14 @@ class Voices(nn.Module):
         self.weights = [member.weight for member in members]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in 0..1 -> log p(c | x) [B, classes], float32 at least."""
+        """Images [B, 3, H, W] in 0..1 -> t [B, classes], float32 at least."""
         total = images.new_zeros(len(images), self.count, dtype=torch.promote_types(images.dtype, torch.float32))
         known = total.new_zeros(self.count)
         for member, classes, weight in zip(self.members, self.places, self.weights, strict=True):
-            places = torch.tensor(classes, device=images.device)
-            total = total.index_add(1, places, weight * member(images).to(total).softmax(1))
+            places, logits = torch.tensor(classes, device=images.device), member(images).to(total)
+            total = total.index_add(1, places, weight * (logits - logits.mean(1, keepdim=True)))
             known = known.index_add(0, places, torch.full_like(places, weight, dtype=known.dtype))
-        return (total / known).clamp_min(LEAST).log()
+        return total / known
 
 
 class Voice(nn.Module):

@@ -339,9 +339,6 @@ def _losses(
     """Every loss of the settings, made for the two networks."""
     losses: list[DistillLoss] = [KullbackLeibler(temperature=config.temperature, kernels=kernels.name)]
     if isinstance(teacher, Committee) and by_own_teachers(teacher, config):
-        if config.mix != "none":
-            why = "a mixture of two images may have no teacher that knows both classes"
-            raise UsageError(f"--mix {config.mix} with several teachers", why, "use --mix none, or --taught-by all")
         losses = [OwnTeachers(temperature=config.temperature, committee=teacher)]
     losses += [CrossEntropy(config.ce_weight)] if config.ce_weight else []
     losses += [Msarc.of(config.msarc)] if config.msarc.weight else []
