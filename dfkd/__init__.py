@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from dfkd.errors import UsageError
     from dfkd.evaluation import Evaluation, evaluate
     from dfkd.synthesis.diffusers_guidance import TeacherGuidance, guided
+    from dfkd.synthesis.methods import make_method
     from dfkd.synthesis.pipeline import GuidedPipeline
     from dfkd.synthesis.run import generate
     from dfkd.teachers import Classifier
+    from dfkd.teachers.committee import Committee
     from dfkd.training.decoder import train_decoder
     from dfkd.training.distill import distill
     from dfkd.training.prior import train_prior
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Classifier": "dfkd.teachers",
+    "Committee": "dfkd.teachers.committee",
     "DecoderTrainConfig": "dfkd.config",
     "DistillConfig": "dfkd.config",
     "Evaluation": "dfkd.evaluation",
@@ -46,6 +49,7 @@ _HOME = {
     "evaluate": "dfkd.evaluation",
     "generate": "dfkd.synthesis.run",
     "guided": "dfkd.synthesis.diffusers_guidance",
+    "make_method": "dfkd.synthesis.methods",
     "train_decoder": "dfkd.training.decoder",
     "train_prior": "dfkd.training.prior",
     "train_teacher": "dfkd.training.teacher",
@@ -53,6 +57,7 @@ _HOME = {
 
 __all__ = [
     "Classifier",
+    "Committee",
     "DecoderTrainConfig",
     "DistillConfig",
     "Evaluation",
@@ -69,6 +74,7 @@ __all__ = [
     "generate",
     "guided",
     "load_student",
+    "make_method",
     "train_decoder",
     "train_prior",
     "train_teacher",

@@ -238,7 +238,7 @@ def read_manifest(path: Path) -> tuple[Layout, list[dict[str, Any]]]:
     return layout, shards
 
 
-def open_folder(path: Path, on_bad_sample: str = "fail", until: int | None = None) -> ShardPool:
+def open_folder(path: Path | str, on_bad_sample: str = "fail", until: int | None = None) -> ShardPool:
     """The images of a finished folder of shards, whose hashes are checked.
 
     until: those of smaller ids alone, whole shards, of a folder that needs to be finished so far only.
@@ -247,6 +247,7 @@ def open_folder(path: Path, on_bad_sample: str = "fail", until: int | None = Non
     nothing but the folder. Images that their records say are dropped are never among these. Raises UsageError where
     nothing is left.
     """
+    path = Path(path)
     layout, shards = read_manifest(path)
     wanted = layout.shard_count()
     if until is not None:

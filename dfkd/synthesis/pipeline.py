@@ -50,11 +50,14 @@ from dfkd.synthesis.synthesizer import Sample, counted, label_probability
 from dfkd.synthesis.trials import try_steps
 from dfkd.synthesis.views import draw, most_shift
 from dfkd.teachers import Classifier
+from dfkd.teachers.committee import Committee
 from dfkd_engine.compiled import Engine
 from dfkd_engine.group_norms import group_norms
 from dfkd_engine.priors.prior import Prior
 from dfkd_engine.store import EngineStore
 from dfkd_kernels.guided_step import GUIDED_STEPS
+
+FOUND_BY = {"class_words": "--class-words", "guidance_step": "--step-trials"}  # what comes before the first image
 
 # (pipe, step, timestep, {"latents", "clean"}) -> replacements for some of them, or None; as in diffusers.
 Callback = Callable[["GuidedPipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -102,6 +105,9 @@ class GuidedPipeline:
     ) -> None:
         self.config = config = config or GenerateConfig()
         compute, sampling = config.compute, config.sampling
+        if isinstance(teacher, Committee) and config.guidance.teaching == "each":
+            why = "a pipeline guides all images of a call by the same teachers"
+            raise UsageError("--teaching each in one pipeline", why, "use dfkd.make_method, which makes one for each")
         self.device = resolve_device(compute.device, own_rank())
         chosen = choose_kernels(compute.kernels, self.device)
         self.kernels, self._kernels_why = chosen.name, chosen.why
@@ -129,6 +135,7 @@ class GuidedPipeline:
         self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
         require_losses(config.guidance, self.losses)
         self.choices: tuple[Choice, ...] = ()
+        self._prepared = False
         self._engines: dict[str, Engine] | None = None
         self.student, self._resting = student and copy_student(student, self.teacher), False
         self._guide()
@@ -177,6 +184,10 @@ class GuidedPipeline:
 
     def packs(self, asked: Mapping[int, int | None], seed: int, callback: Callback | None = None) -> Iterator[Pack]:
         """The groups of the asked images, as many at a time as a call holds. asked: as of `checked`."""
+        if self.prepares and not self._prepared:
+            flags = " and ".join(FOUND_BY[name] for name in self.prepares)
+            todo = "call dfkd.generate, which does, or prepare() first"
+            raise UsageError(f"{flags} cannot act yet", "what they find out comes before the first image", todo)
         self.ready_engines()
         members = torch.arange(self.group)
         starts = torch.tensor(list(dict.fromkeys(i // self.group for i in asked)), dtype=torch.int64) * self.group
@@ -260,6 +271,7 @@ class GuidedPipeline:
         Raises UsageError, ShortMemory and NotFinite as `class_words` and `trials` do.
         """
         found: dict[str, Any] = {}
+        self._prepared = True
         if "class_words" in self.prepares:
             engines, self._engines = self._engines, {}  # which have no gradient in the prompt
             if "class_words" in known:

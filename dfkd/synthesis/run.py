@@ -29,7 +29,7 @@ from dfkd.runtime import Rank, cpu_threads, own_rank
 from dfkd.synthesis.batching import ShortMemory, calling, release
 from dfkd.synthesis.carried import Carried, learns, require_one_process
 from dfkd.synthesis.plan import Plan, make_plan
-from dfkd.synthesis.synthesizer import Sample, Synthesizer, images_of_call, innermost, trajectories
+from dfkd.synthesis.synthesizer import Around, Sample, Synthesizer, images_of_call, innermost, trajectories
 from dfkd.synthesis.watch import Progress, ShardLog, Watch
 from dfkd.teachers import Classifier
 
@@ -62,6 +62,7 @@ def generate(
     small, a log's package is absent, or the smallest call runs out of memory.
     """
     check_logs(logging or LoggingConfig())
+    require_around(synthesizer)
     with open_run(synthesizer, Path(out), count, seed, config, say, rank) as run:
         run.write(progress, logging)
     return open_folder(Path(out))
@@ -84,6 +85,24 @@ class Written:
         """Of two parts of a run."""
         shards, before = self.shards + other.shards, self.before + other.before
         return Written(self.images + other.images, shards, before, self.seconds + other.seconds)
+
+
+def require_around(synthesizer: Synthesizer) -> None:
+    """Raise UsageError where a synthesizer's own settings ask for something around it that `make_method` would put
+    there."""
+    names, inner = set(), synthesizer
+    while isinstance(inner, Around):
+        names.add(type(inner).__name__)
+        inner = inner.inner
+    config = getattr(inner, "config", None)
+    if not isinstance(config, GenerateConfig) or not hasattr(inner, "pack"):
+        return
+    asked = {"Intermediates": config.sampling.keep_intermediates, "Candidates": config.candidates.count - 1}
+    flags = {"Intermediates": "--keep-intermediates", "Candidates": "--candidates", "Filter": "--filter-views"}
+    for name, given in (*asked.items(), ("Filter", config.filter.views)):
+        if given and name not in names:
+            why = f"a {type(inner).__name__} alone does not go by it"
+            raise UsageError(f"{flags[name]} cannot act", why, "make the synthesizer by dfkd.make_method")
 
 
 @contextmanager

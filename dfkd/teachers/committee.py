@@ -2,9 +2,9 @@
 
     t_c(x) = sum_k w_k (l_kc(x) - mean_c' l_kc'(x)) / sum_k w_k        over the members k that know the class c
 
-Each member is shown the images at its own size, by its own normalisation. Logits l_k and not probabilities are averaged:
-where a member knows none of the classes in an image its logits are low, and its probabilities are not. Without their
-mean they do not depend on what a softmax does not see. Other ways to unify such classifiers: arXiv 1904.06062.
+Each member is shown the images at its own size, by its own normalisation. Logits l_k are averaged and not
+probabilities: where a member knows none of the classes in an image its logits are low, and its probabilities are not.
+Without their mean they do not depend on what a softmax does not see. arXiv 1904.06062 has other ways to unify them.
 
 Still, answers about classes of different members were never compared by anybody. Where an image's class y is known,
 `told` goes by the members that know y alone; FedCADO (arXiv 2311.08870) guides so.

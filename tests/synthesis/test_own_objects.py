@@ -6,12 +6,17 @@ import torch
 from dfkd.compiled.engines import engine_spec
 from dfkd.errors import UsageError
 from dfkd.synthesis.losses import GuidanceLoss
+from dfkd.synthesis.methods import make_method
+from dfkd.synthesis.run import generate
 from dfkd.synthesis.schedule import build_table
-from tests.synthesis.small_networks import SCHEDULER, pipeline
+from dfkd.teachers.committee import Committee
+from tests.synthesis.small_networks import SCHEDULER, SmallPrior, classifier, pipeline
 
 LOSS = """
 from dataclasses import dataclass
 from dfkd.synthesis.losses import GuidanceLoss
+from dfkd.synthesis.methods import make_method
+from dfkd.synthesis.run import generate
 
 @dataclass(frozen=True)
 class Entropy(GuidanceLoss):
@@ -115,3 +120,20 @@ def test_a_sampler_in_a_file(files):
 def test_what_is_no_sampler_is_refused(files, name):
     with pytest.raises(UsageError):
         build_table(SCHEDULER, f"{files}/samplers.py:{name}", 10)
+
+
+def test_what_a_pipeline_alone_does_not_go_by_is_refused(tmp_path):
+    """What is around a pipeline, or comes before its first image, is not left out in silence."""
+    for settings, flag in (
+        ({"candidates": 3}, "--candidates"),
+        ({"filter_views": 2}, "--filter-views"),
+        ({"keep_intermediates": 1}, "--keep-intermediates"),
+    ):
+        with pytest.raises(UsageError, match=f"{flag} cannot act"):
+            generate(pipeline(**settings), tmp_path / "images", count=7)
+        made = make_method(pipeline(**settings).config, SmallPrior(), classifier())
+        assert len(generate(made, tmp_path / flag, count=14).labels)
+    with pytest.raises(UsageError, match="--step-trials cannot act yet"):
+        pipeline(step_trials=3)(range(7))
+    with pytest.raises(UsageError, match="--teaching each in one pipeline"):
+        pipeline(teacher=Committee.of([classifier()]), teaching="each")
