@@ -1,4 +1,4 @@
-"""A generator that is trained on the teacher alone, or against a student: DAFL (arXiv 1904.01186), DFQ (2003.04668).
+"""A generator that is trained on the teacher alone, or against a student: DAFL (arXiv 1904.01186), DFQ (2005.04136).
 
 One generator takes steps of Adam on fresh latents z, x = G(z), down
 
