@@ -6,8 +6,9 @@
     learnable   the highest L(S) - w L(T): what the student has wrong and the teacher right (arXiv 2206.07137)
 
 Candidate k of image i is the image i + k S of the method around which this is, with the label of image i; S is the
-multiple of the group times the classes next below 2^40. So a candidate has noise of its own, and partners among the
-candidates k of its group. An image follows from (seed, id) as before.
+multiple next below 2^40 of the ids after which labels come again: the group times the classes, and with a teacher each
+times the teachers. So a candidate has noise of its own, the same teacher, and partners among the candidates k of its
+group. An image follows from (seed, id) as before.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class Candidates(Around):
             raise UsageError("--keep learnable has no student", "it is what a student has still wrong", "give one")
         self.own, self.teacher, self.rows = config, teacher, rows
         self.student = copy_student(student, teacher) if student is not None and config.takes_student else None
-        turn = inner.group * len(getattr(inner, "classes", inner.class_names))  # after which labels come again
+        turn = getattr(inner, "turn", 0) or inner.group * len(getattr(inner, "classes", inner.class_names))
         self.stride = SPAN // turn * turn
 
     @property

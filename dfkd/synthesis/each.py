@@ -32,7 +32,8 @@ class EachTeacher:
     name = "guided"
 
     def __init__(self, make: Make, config: GenerateConfig, committee: Committee, student: Classifier | None) -> None:
-        asked = set(chosen_classes(committee.class_names, config.sampling.only))
+        self.classes = chosen_classes(committee.class_names, config.sampling.only)
+        asked = set(self.classes)
         self.config, self.committee = config, committee
         self.members = [member for member in committee.members if asked & set(member.classes)]
         self.pipes: list[Any] = []
@@ -44,6 +45,11 @@ class EachTeacher:
         self.class_names, self.image_size = committee.class_names, int(first.image_size)
         self.group = max(pipe.group for pipe in self.pipes)
         self.prior, self.kernels = first.prior, first.kernels
+
+    @property
+    def turn(self) -> int:
+        """Ids after which teachers, and labels of the same teacher, come again."""
+        return self.group * len(self.members) * len(self.classes)
 
     @property
     def call_size(self) -> int:

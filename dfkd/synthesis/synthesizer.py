@@ -48,6 +48,8 @@ class Synthesizer(Protocol):
         choose_engines()            raise where a new folder's `use_engines` would find none, before calls are planned
         snapshots: int              images of one trajectory, which have consecutive ids; a call takes as many
                                     trajectories as call_size says
+        turn: int                   ids after which labels, and who guides, come again, where that is not after `group`
+                                    times the classes
         available: int              how many images there are, where that is not as many as are asked for
         prepares: tuple[str, ...]   what a folder is to have on record before the first image
         prepare(out, known, seed, say)  find that out, or take it up from what the folder `out` has on record, `known`;

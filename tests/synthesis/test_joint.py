@@ -8,6 +8,7 @@ from torch import Tensor
 from dfkd.config import GenerateConfig
 from dfkd.data import open_folder
 from dfkd.errors import UsageError
+from dfkd.synthesis.command import wanted_of
 from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.joint import JointGuidance
 from dfkd.synthesis.losses import Adversarial, BatchNormLoss, CrossEntropy, GuidanceLoss
@@ -158,6 +159,18 @@ def test_one_teacher_each_with_snapshots_and_some_classes():
     assert sample.labels.tolist() == [1] * 12 + [3] * 12
     with pytest.raises(UsageError, match="label 3 for image 0"):
         make_method(config(teaching="each"), SmallPrior(), committee(torch.float32))([0], labels=[3])
+
+
+def test_candidates_of_an_image_are_of_its_own_teacher():
+    settings = {"teaching": "each", "bn_stats": "image", "steps": 2}  # groups of one: 2^40 is no multiple of five pairs
+    plain = make_method(config(**settings), SmallPrior(), committee(torch.float32))(range(8), seed=3)
+    made = make_method(config(**settings, candidates=3), SmallPrior(), committee(torch.float32))
+    chosen = made(range(8), seed=3)
+    assert {record.candidate for record in chosen.records} > {0}
+    assert torch.equal(chosen.labels, plain.labels)
+    assert [record.teachers for record in chosen.records] == [record.teachers for record in plain.records]
+    only = make_method(config(**settings, only=("three", "one")), SmallPrior(), committee(torch.float32))
+    assert wanted_of(only) == ["three", "one"]
 
 
 @pytest.mark.parametrize("method", ["deepinversion", "fast", "cmi", "generative"])
