@@ -34,7 +34,8 @@ class Candidates(Around):
     teacher: frozen, on its device. student: that "learnable" goes by. rows: images per call that judges.
     made: images that are made for one that is kept, 1 while there is no student to choose by.
 
-    Raises UsageError: the method has no other images than those of its ids; "learnable" has no student.
+    Raises UsageError: the method has no other images than those of its ids, or none of a label that is asked for;
+    "learnable" has no student.
     """
 
     def __init__(
@@ -43,6 +44,9 @@ class Candidates(Around):
         super().__init__(inner)
         if (images := getattr(inner, "available", None)) is not None:
             why = f"it has {images} images, each once"
+            raise UsageError(f"--candidates {config.count} with --method {inner.name}", why, "leave it out")
+        if not getattr(inner, "takes_labels", True):
+            why = "its images have the class that the teacher sees, and candidates have one class"
             raise UsageError(f"--candidates {config.count} with --method {inner.name}", why, "leave it out")
         if config.takes_student and student is None:
             raise UsageError("--keep learnable has no student", "it is what a student has still wrong", "give one")

@@ -51,6 +51,7 @@ class Synthesizer(Protocol):
         turn: int                   ids after which labels, and who guides, come again, where that is not after `group`
                                     times the classes
         available: int              how many images there are, where that is not as many as are asked for
+        takes_labels: bool          False where its images have labels of their own, and none can be asked for
         prepares: tuple[str, ...]   what a folder is to have on record before the first image
         prepare(out, known, seed, say)  find that out, or take it up from what the folder `out` has on record, `known`;
                                     returns what is new, in JSON's types. In a new folder the first process does so

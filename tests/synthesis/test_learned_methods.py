@@ -348,6 +348,28 @@ def test_a_student_goes_with_the_methods_that_have_a_use_for_it(tmp_path):
             asked(method=name)
 
 
+@pytest.mark.parametrize("text", [FAST, CMI])
+def test_a_student_that_chooses_candidates_is_that_of_the_adversarial_loss_too(teacher, text):
+    choice, student = {"candidates": 2, "keep": "learnable"}, classifier(3)
+    made = method(teacher, text, student, **choice)
+    assert made.inner.student.digest() == student.digest()
+    assert method(teacher, with_(text, adv_weight=0), student, **choice).inner.student is None
+    with pytest.raises(UsageError, match="its adv_weight is 0"):
+        method(teacher, with_(text, adv_weight=0), student)
+
+
+def test_a_student_that_comes_later_chooses_candidates_of_a_method_without_that_loss(teacher):
+    made = method(teacher, "deepinversion(steps=1)", classifier(3), candidates=2, keep="learnable")
+    made.update(None)
+    made.update(classifier(3))
+    assert made.made == 2 and made.inner.student is None
+
+
+def test_generative_has_no_candidates(teacher):
+    with pytest.raises(UsageError, match=r"--candidates 3 with --method generative: .* leave it out"):
+        method(teacher, GENERATIVE, candidates=3)
+
+
 def test_the_records_of_a_folder_have_curves(teacher, tmp_path):
     config = GenerateConfig.of(method=CMI, group=GROUP, device="cpu")
     with open_run(make_method(config, None, teacher), tmp_path, GROUP, 0, config) as run:

@@ -235,3 +235,5 @@ def test_settings_that_a_method_does_not_go_by_are_named(teacher):
     names = unread(make_method(config, None, teacher), config)
     assert {"steps", "cfg", "refine_steps"} <= set(names) and not {"group", "size", "device", "batch"} & set(names)
     assert unread(object(), config) == ()
+    filtered = GenerateConfig.of(method="noise", guide_flip=True, guide_shift=1, filter_views=2, size=8)
+    assert unread(make_method(filtered, None, teacher), filtered) == ("guide_shift",)  # the filter mirrors

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from dfkd.config import CandidatesConfig, FilterConfig, GenerateConfig, leaves, plain
+from dfkd.config.synthesis import ADVERSARIAL_METHODS
 from dfkd.errors import UsageError
 from dfkd.extension import resolve, settings_of
 from dfkd.runtime import own_rank, resolve_device
@@ -34,6 +35,7 @@ METHODS: dict[str, Callable[..., Synthesizer]] = {
     "folder": Folder,
     "noise": Noise,
 }
+_ADVERSARIAL = tuple(METHODS[name] for name in ADVERSARIAL_METHODS)  # which say themselves whether they go by a student
 AROUND = (*leaves(CandidatesConfig), *leaves(FilterConfig))
 # What the run of any method goes by.
 COMMON = ("method", "batch", "device", "threads", "shard_size", "image_format", *AROUND)
@@ -49,8 +51,8 @@ def unread(synthesizer: Synthesizer, config: GenerateConfig) -> tuple[str, ...]:
 
     () for a method without an attribute `reads`, the names of those that it goes by beside COMMON.
     """
-    reads = getattr(synthesizer, "reads", None)
-    return () if reads is None else tuple(name for name in config.changed() if name not in {*COMMON, *reads})
+    reads, views = getattr(synthesizer, "reads", None), ("guide_flip",) if config.filter.views else ()
+    return () if reads is None else tuple(name for name in config.changed() if name not in {*COMMON, *views, *reads})
 
 
 def make_method(
@@ -84,8 +86,8 @@ def make_method(
     that cannot have around it what is asked for; what the factory raises itself comes through.
     """
     factory, settings = resolve(config.method, METHODS, "method")
-    chooses_alone = config.candidates.takes_student and not (config.guidance.adv_weight or settings.get("adv_weight"))
-    own = None if chooses_alone else student
+    goes_by_one = config.guidance.adv_weight or settings.get("adv_weight") or factory in _ADVERSARIAL
+    own = None if config.candidates.takes_student and not goes_by_one else student
     given: dict[str, Any] = settings if own is None else {"student": own, **settings}
     with settings_of(f"method {config.method!r}"):
         inspect.signature(factory).bind(prior, teacher, config, **given)

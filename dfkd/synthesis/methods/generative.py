@@ -127,7 +127,7 @@ def likeliest(logits: Tensor, classes: Sequence[int]) -> Tensor:
 class Generative(GroupMethod):
     """Synthesizer of groups of images by one generator, which goes on learning from group to group."""
 
-    name = "generative"
+    name, takes_labels = "generative", False
 
     def __init__(
         self,

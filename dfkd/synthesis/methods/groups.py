@@ -99,7 +99,7 @@ class GroupMethod:
     def __init__(
         self, teacher: Classifier, config: GenerateConfig, settings: GroupSettings, student: Classifier | None
     ) -> None:
-        self.own_settings = settings
+        self.own_settings, self._chosen = settings, config.candidates.takes_student
         self.teacher = teacher = teacher.tried()
         self.class_names, self.image_size = teacher.class_names, own_size(config, teacher)
         self.classes = chosen_classes(teacher.class_names, config.sampling.only)
@@ -134,15 +134,17 @@ class GroupMethod:
 
     def update(self, student: Classifier | None) -> None:
         """Replace the student of the adversarial loss. Raises UsageError where its classes are not the teacher's, and
-        where adv_weight is 0."""
+        where adv_weight is 0 and --keep learnable has no use for it either."""
         self.student = self._taken(student)
         self.losses_change()
 
     def _taken(self, student: Classifier | None) -> Classifier | None:
-        if student is not None and not self.own_settings.adv_weight:
+        if self.own_settings.adv_weight:
+            return student and copy_student(student, self.teacher)
+        if student is not None and not self._chosen:  # else candidates alone go by it
             what = f"method {self.name} has a student"
             raise UsageError(what, "its adv_weight is 0", f"use {self.name}(adv_weight=1), or leave the student out")
-        return student and copy_student(student, self.teacher)
+        return None
 
     def identity(self) -> Mapping[str, Any]:
         """Settings, size, classes, the teacher, and the student that was there first."""
