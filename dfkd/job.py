@@ -49,7 +49,8 @@ OWN = {
     "evaluate": {"checkpoint", "reference", "out", *TEACHER},
 }
 # Of a set of images that is made before there is a student: whatever would go by one.
-NO_STUDENT = {"adv_weight": 0.0, "candidates": 1, "keep": "medium", "keep_weight": 1.0}
+NO_STUDENT = {"adv_weight": 0.0, "adv_loss": "kl", "adv_reference": 1.0, "adv_clamp": 0.0}
+NO_STUDENT |= {"candidates": 1, "keep": "medium", "keep_weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -325,12 +326,12 @@ def _check_rounds(rounds: Rounds, images: GenerateCommand) -> None:
     if count % rounds.rounds:
         todo = f"take a multiple of {rounds.rounds} as count, or other rounds"
         raise UsageError(f"[rounds] rounds {rounds.rounds} with {count} images", "they do not share them evenly", todo)
-    sampling, length, group = images.generate, len(rounds.ids(count)[0]), images.generate.batching.group
-    shared = sampling.cutmix.every or (sampling.guidance.bn_stats == "group" and sampling.guidance.bn_weight)
-    if sampling.method == "guided" and shared and length % group:
-        why = f"a phase of {rounds.config.refresh_every} rounds has {length} images, and they interact within a group"
-        raise UsageError(f"[generate] group {group} with [rounds]", why, "take a group that divides a phase")
-    if (shard := sampling.shards.shard_size) and length % shard:
+    length, group = len(rounds.ids(count)[0]), synthesis.group_of(images.generate)
+    if length % group:
+        why = f"a phase of {rounds.config.refresh_every} rounds has {length} images, and so many are made together"
+        todo = "take a group that divides a phase, with all images that are kept of a trajectory"
+        raise UsageError(f"[generate] group {group} with [rounds]", why, todo)
+    if (shard := images.generate.shards.shard_size) and length % shard:
         why = f"each phase has {length} images, and ends a shard"
         raise UsageError(f"[generate] shard-size {shard} with [rounds]", why, f"give a divisor of {length}, or none")
     teachers.check(config.student)

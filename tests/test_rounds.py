@@ -212,6 +212,8 @@ def test_the_command_tells_phases_and_refreshes(
         ({"distill": {"batch-size": 1}}, r"\[distill\] batch_size is 1"),
         ({"generate": {"count": 20}}, r"\[rounds\] rounds 8 with 20 images: they do not share them evenly"),
         ({"generate": {"group": 4}}, r"\[generate\] group 4 with \[rounds\]: a phase of 2 rounds has 6 images"),
+        ({"generate": {"group": 6, "keep-intermediates": 1}}, r"\[generate\] group 12 with \[rounds\]: a phase of 2"),
+        ({"generate": {"method": "fast(group=4)", "adv-weight": None}}, r"\[generate\] group 4 with \[rounds\]"),
         ({"generate": {"shard-size": 12}}, r"\[generate\] shard-size 12 with \[rounds\]: each phase has 6 images"),
         ({"generate": {"adv-weight": 0}}, r"\[rounds\] adv-from 4 cannot act: nothing in \[generate\] goes by a"),
         ({"rounds": {"adv-from": None}}, r"\[generate\] adv-weight, or keep learnable, goes by a student: none is"),
@@ -278,7 +280,8 @@ def test_a_control_is_granted_the_seconds_of_images_against_the_last_student(pla
 
 
 def test_baselines_are_made_at_once_and_without_a_student(place: Path, tmp_path: Path) -> None:
-    file = file_of(place) | {"baselines": {"noise": {"method": "noise"}, "unguided": {"guidance-step": 0.0}}}
+    file = file_of(place, generate={"adv-loss": "reference", "adv-reference": 0.5, "adv-clamp": 4.0})
+    file |= {"baselines": {"noise": {"method": "noise"}, "unguided": {"guidance-step": 0.0}}}
     ours, *baselines = read_job(file, tmp_path).variants
     assert ours.generate.student_checkpoint == tmp_path / "rounds/003/student/last"
     assert ours.generate.generate.guidance.adv_weight == 5

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from dfkd.config import GenerateCommand, plain
+from dfkd.config import GenerateCommand, GenerateConfig, plain
 from dfkd.data import MANIFEST, export_imagefolder, open_folder, read_manifest, require_space
 from dfkd.errors import UsageError
+from dfkd.extension import resolve
 from dfkd.files import make_writable, replace_text, save_settings
 from dfkd.logs import check_logs
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
 from dfkd.synthesis.checks import require_losses
 from dfkd.synthesis.losses import losses_of
-from dfkd.synthesis.methods import make_method, needs_prior, unread
+from dfkd.synthesis.methods import ADVERSARIAL, METHODS, check_several, make_method, needs_prior, unread
 from dfkd.synthesis.pipeline import GuidedPipeline
 from dfkd.synthesis.plan import make_plan, predict, seconds_of, table
 from dfkd.synthesis.prompts import prompt_of
@@ -60,6 +61,8 @@ def check(asked: GenerateCommand, student_comes: bool = False) -> None:
     choose_kernels(config.compute.kernels, resolve_device(config.compute.device, own_rank()))
     if student is not None and not student.exists():
         raise UsageError(f"--student-checkpoint {student}", "there is no such file or folder", "correct the path")
+    if asked.teacher.clients:
+        check_several(config)
     if not needs_prior(config):
         return
     find_sampler(config.sampling.sampler)
@@ -69,6 +72,19 @@ def check(asked: GenerateCommand, student_comes: bool = False) -> None:
     check_source(asked.prior.source, **asked.prior.files())
     if config.guidance.decoder is not None:
         check_decoder(config.guidance.decoder)
+
+
+def group_of(config: GenerateConfig) -> int:
+    """Images that are made together, as far as the settings say it: of a method, or of losses, of one's own they do
+    not. Raises UsageError for an unknown method."""
+    factory, settings = resolve(config.method, METHODS, "method")
+    if factory in ADVERSARIAL:
+        return int(settings.get("group") or config.batching.group)
+    if factory is not GuidedPipeline:
+        return 1
+    guidance, snapshots = config.guidance, 1 + config.sampling.keep_intermediates
+    statistics = guidance.step and guidance.bn_stats == "group" and (guidance.bn_weight or guidance.noise_edit_steps)
+    return (config.batching.group if config.cutmix.every or statistics else 1) * snapshots
 
 
 def pipeline_of(asked: GenerateCommand, say: Say = lambda text: None, student: Classifier | None = None) -> Synthesizer:

@@ -11,6 +11,8 @@ from PIL import Image
 from dfkd.cli import distill, evaluate, export, generate
 from dfkd.cli import run as running
 from dfkd.data import open_folder
+from dfkd.errors import UsageError
+from dfkd.job import read_job
 from dfkd_engine.priors.prior import Prior
 from tests.cli.small_generate import last_line, save_classifier, shards_of, status_of
 
@@ -134,3 +136,20 @@ teaching = "joint"
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], why: str) -> None:
     assert status_of(generate.main, *argv, "--out", tmp_path / "x") == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"controls": ["deepinversion"]}, "method 'deepinversion' with several --clients: it goes by one teacher"),
+        ({"baselines": {"tried": {"step-trials": 3}}}, "--step-trials with several --clients"),
+    ],
+)
+def test_a_baseline_that_goes_by_one_teacher_is_refused_before_the_first_image(
+    tmp_path: Path, own: dict[str, Any], why: str
+) -> None:
+    file = {"teacher": {"clients": ["a", "b"]}, "generate": {"device": "cpu"}}
+    file |= {"distill": {"student": "resnet8", "steps": 2, "device": "cpu"}}
+    assert len(read_job(file, tmp_path).variants) == 1
+    with pytest.raises(UsageError, match=why):
+        read_job({**file, **own}, tmp_path)

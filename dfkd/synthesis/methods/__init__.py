@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[..., Synthesizer]] = {
     "folder": Folder,
     "noise": Noise,
 }
-_ADVERSARIAL = tuple(METHODS[name] for name in ADVERSARIAL_METHODS)  # which say themselves whether they go by a student
+ADVERSARIAL = tuple(METHODS[name] for name in ADVERSARIAL_METHODS)  # which say themselves whether they go by a student
 AROUND = (*leaves(CandidatesConfig), *leaves(FilterConfig))
 # What the run of any method goes by.
 COMMON = ("method", "batch", "device", "threads", "shard_size", "image_format", *AROUND)
@@ -86,13 +86,13 @@ def make_method(
     that cannot have around it what is asked for; what the factory raises itself comes through.
     """
     factory, settings = resolve(config.method, METHODS, "method")
-    goes_by_one = config.guidance.adv_weight or settings.get("adv_weight") or factory in _ADVERSARIAL
+    goes_by_one = config.guidance.adv_weight or settings.get("adv_weight") or factory in ADVERSARIAL
     own = None if config.candidates.takes_student and not goes_by_one else student
     given: dict[str, Any] = settings if own is None else {"student": own, **settings}
     with settings_of(f"method {config.method!r}"):
         inspect.signature(factory).bind(prior, teacher, config, **given)
     if isinstance(teacher, Committee):
-        _check_several(config, getattr(factory, "takes_clients", False))
+        check_several(config)
     made: Any
     if isinstance(teacher, Committee) and config.guidance.teaching == "each" and factory is GuidedPipeline:
         made = EachTeacher(partial(_guided, prior), config, teacher, own)
@@ -107,9 +107,9 @@ def make_method(
     return _around(made, config, teacher, student)
 
 
-def _check_several(config: GenerateConfig, takes_clients: bool) -> None:
-    """Raise UsageError for what goes by one teacher. takes_clients: whether the method goes by several."""
-    if not takes_clients:
+def check_several(config: GenerateConfig) -> None:
+    """Raise UsageError for what goes by one teacher, where there are several."""
+    if not getattr(resolve(config.method, METHODS, "method")[0], "takes_clients", False):
         what, todo = f"method {config.method!r} with several --clients", "use guided, noise or folder, or"
         raise UsageError(what, "it goes by one teacher", f"{todo} give one --teacher-checkpoint")
     trials, words = config.guidance.step_trials, config.sampling.class_words
