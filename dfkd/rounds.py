@@ -4,8 +4,9 @@
     refresh k   that student goes on, on the images of all phases until now                     OUT/rounds/00k/student
 
 as DiffDFKD alternates them (arXiv 2504.00870; its round is an image of every class). All images lie in one folder: a
-phase ends a shard, and a shard has on record whom it was made against. The synthesizer is loaded once and takes each
-new student. A run that was stopped goes on: its images as in dfkd.synthesis.run, a refresh as in dfkd.training.distill.
+phase ends a shard, and a shard has on record which student it was made against. The synthesizer is loaded once and
+takes each new student. A run that was stopped goes on: its images as in dfkd.synthesis.run, a refresh as in
+dfkd.training.distill.
 """
 
 from collections.abc import Callable

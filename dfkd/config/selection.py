@@ -1,4 +1,4 @@
-"""Settings of which images a run keeps: one of several for each place, and those that the teacher reads as asked."""
+"""Settings of which images a run keeps: one of several candidates, and those that the teacher reads as their label."""
 
 from dataclasses import dataclass
 

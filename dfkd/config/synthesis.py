@@ -372,7 +372,7 @@ class CutMixConfig(Config):
 
     EXAMPLE = "--cutmix-every 10 --cutmix-repair 2"
 
-    every: int = option(0, "at every so many steps, of which the last is none; 0: never", low=0, flag="cutmix_every")
+    every: int = option(0, "at every so many steps, but not at the last; 0: never", low=0, flag="cutmix_every")
     form: str = option(
         "paper",
         "paper: after the step, lam ~ Beta(alpha, alpha); code: as the published program has it, before the step's UNet"

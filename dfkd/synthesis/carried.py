@@ -29,7 +29,7 @@ class Learning(Protocol):
 
 
 def learns(synthesizer: object) -> TypeGuard[Learning]:
-    """Whether a synthesizer's images follow from those before them."""
+    """Whether a synthesizer's images follow from those before them, as of one that has `state_dict`."""
     return hasattr(synthesizer, "state_dict")  # also where it is that of one inside (`Around`)
 
 
@@ -71,7 +71,7 @@ class Carried:
         return {"state": sha256(self._file(index))}
 
     def forget_before(self, index: int) -> None:
-        """Remove the states but that after shard `index`, which is counted by now."""
+        """Remove all states but that after shard `index`, whose entry the manifest has by now."""
         for file in self._folder.path.glob("state-*.safetensors"):
             if file != self._file(index):
                 file.unlink()

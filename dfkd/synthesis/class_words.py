@@ -1,10 +1,10 @@
-"""One learned word a class, before the first image: textual inversion (arXiv 2208.01618) by a teacher's losses.
+"""A word learned for each class before the first image: textual inversion (arXiv 2208.01618) by a teacher's losses.
 
     v_c <- Adam on  CE(T(x), c) + L_bn(x)      x = decode(z0hat(z_i, prompt with the word of c))
 
 No image is needed: z_i is where an unguided trajectory of the prior's own noise is at a random step i, and z0hat the
-estimate of that step, differentiated through teacher, decoder, denoiser and text encoder, all of them held. Weights of
-the two losses are those of guidance. A word begins as the mean of its class's own tokens.
+estimate of that step, differentiated through teacher, decoder, denoiser and text encoder, whose weights stay. The two
+losses are weighted as in guidance. A word begins as the mean of the tokens of its class's name.
 
 OUT/class-words/class-3.safetensors     {"<class-3>": [D]}, which --textual-inversion takes in other runs too
 """
@@ -61,7 +61,8 @@ def require_words(pipe: "GuidedPipeline") -> None:
 def learn(pipe: "GuidedPipeline", out: Path, seed: int, say: Callable[[str], object]) -> dict[str, Any]:
     """Learn the words, write them below `out`, use them, and return what a folder has on record of them.
 
-    {"class_words": digest of the files, "class_word_losses": [before, after]}. Raises ShortMemory.
+    {"class_words": digest of the files, "class_word_losses": [before, after]}, means over the first and the last tenth
+    of the steps. say: gets a line for people. Raises ShortMemory.
     """
     started, steps = time.perf_counter(), pipe.config.sampling.class_words
     reader = pipe.prior.family.readers[0]

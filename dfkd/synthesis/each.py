@@ -94,7 +94,10 @@ class EachTeacher:
         return lines
 
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:
-        """The images `ids`, in that order; labels: of them, each of a class that the image's teacher knows."""
+        """The images `ids`, in that order. labels: theirs, among all classes.
+
+        Raises UsageError for a label that the image's teacher does not know.
+        """
         asked = [int(i) for i in ids]
         given = {} if labels is None else dict(zip(asked, map(int, labels), strict=True))
         found: dict[int, tuple[torch.Tensor, Record]] = {}

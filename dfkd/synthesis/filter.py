@@ -27,7 +27,7 @@ SHIFT, SHARE = 1 / 8, 0.85  # the longest shift and the least part, of a side
 class Filter(Around):
     """A synthesizer around another one, whose records say which images are to be left out.
 
-    teacher: frozen, on its device. flip: whether views are mirrored. rows: images per call that judges.
+    teacher: frozen, on its device. flip: whether views are mirrored. rows: images per call of the teacher.
     """
 
     def __init__(self, inner: Synthesizer, config: FilterConfig, teacher: Classifier, flip: bool, rows: int) -> None:
@@ -73,6 +73,6 @@ def agreement(teacher: Classifier, sample: Sample, seed: int, views: int, flip: 
 
 
 def unguided_view(seed: int, ids: Tensor, number: int, side: int, flip: bool) -> Tensor:
-    """Views [B, width] of the images `ids`, int64 [B], of `side` pixels, as `views.draw` gives them to guidance."""
+    """View `number`, float32 [B, V], of the images `ids`, int64 [B], of `side` pixels, as of `views.draw`."""
     kind = ViewConfig.of(guide_shift=max(round(side * SHIFT), 1), guide_crop=SHARE, guide_flip=flip)
     return draw(kind, seed, ids, FIRST_VIEW + number, side, side)

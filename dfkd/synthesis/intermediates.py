@@ -21,10 +21,10 @@ from dfkd.synthesis.synthesizer import Around, Sample, Synthesizer
 class Intermediates(Around):
     """A synthesizer around guided diffusion: `count` clean estimates of every trajectory, and its finished image.
 
-    snapshots: images of a trajectory. group: those of the trajectories that interact. A refinement of pixels is of the
-    finished image alone.
+    count: at least 1 and below the number of steps. snapshots: images of a trajectory. group: images of the
+    trajectories that interact. A refinement of pixels is of the finished image alone.
 
-    Raises UsageError: the method has no denoising steps, or fewer than it takes.
+    Raises UsageError: the method has no denoising steps.
     """
 
     def __init__(self, inner: Synthesizer, count: int) -> None:

@@ -141,7 +141,7 @@ class JointGuidance(Guidance):
 
 
 class Chosen(nn.Module):
-    """A network's answers about some of its classes."""
+    """A network's answers about some of its classes: images [B, 3, H, W] -> logits [B, len(classes)]."""
 
     def __init__(self, network: nn.Module, classes: Sequence[int]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Chosen(nn.Module):
 
 
 def about(student: Classifier | None, member: Member) -> Classifier | None:
-    """The student as far as it answers about a member's classes."""
+    """The student as a classifier of a member's classes alone; None where there is none."""
     if student is None:
         return None
     module = Chosen(student.module, member.classes)

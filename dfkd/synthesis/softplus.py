@@ -1,4 +1,4 @@
-"""A teacher whose gradient passes its ReLUs as those of softplus: smoother, and not 0 where a unit is off.
+"""A teacher whose ReLUs have the gradient of softplus: smoother, and not 0 where a unit is off.
 
     forward   y = max(x, 0), as it is          backward   dL/dx = sigmoid(beta x) dL/dy
 
@@ -47,7 +47,10 @@ class _SoftRelus(TorchFunctionMode):
 
 
 class Softened(nn.Module):
-    """A network with the gradient of softplus at its ReLUs."""
+    """A network with the gradient of softplus at its ReLUs: images [B, 3, H, W] -> its own logits [B, C].
+
+    beta: of softplus, above 0.
+    """
 
     untraceable = "its ReLUs pass the gradient of softplus"  # torch.fx would write them down as they are
 

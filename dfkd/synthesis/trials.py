@@ -62,13 +62,13 @@ def images_of(pipe: "GuidedPipeline") -> int:
 
 
 def lengths(centre: float, trials: int) -> list[float]:
-    """So many lengths around the one that is given, each twice the one before; of an even number more are below."""
+    """`trials` lengths around `centre`, each twice the one before; of an even number one more lies below it."""
     return [centre * 2.0 ** (k - trials // 2) for k in range(trials)]
 
 
 @torch.no_grad()
 def judged(pipe: "GuidedPipeline", sample: Sample, seed: int) -> float:
-    """J of finished images."""
+    """J of finished images, which are read in calls of the pipeline's `call_size`."""
     teacher, ids = pipe.teacher, torch.tensor([record.id for record in sample.records])
     layers = pipe.guidance.layers if pipe.guidance is not None else ()
     total = 0.0

@@ -1,4 +1,4 @@
-"""Views: the images that the teacher sees, moved and recoloured by chance, so that guidance cannot hide in pixels.
+"""Views: the images that the teacher sees, moved and recoloured at random: noise of single pixels earns guidance less.
 
     x'(i) = x(src),   src = scale i + offset, mirrored at the edges      along both axes; flip: a negative scale
     x'    = M x + b                                                      over the three channels
@@ -7,8 +7,8 @@ Moving is linear in x and separable: x' = R x C^T with R, C [B, H, H] of hats ma
 interpolation. Shifts by whole pixels and flips are exact, the gradient is two products as well, in a fixed order of
 summation, and a compiled engine makes R and C itself of the few numbers of an image, which are an input.
 
-A view is taken before the teacher's resize, so that what a resize makes of a pixel's place is no hiding place either.
-It follows from the run's seed, the image's id and the gradient's number in its trajectory.
+A view is taken before the teacher's resize, since a shift behind it would leave the resize's phase as it is. It follows
+from the run's seed, the image's id and the gradient's number in its trajectory.
 """
 
 import torch
@@ -25,7 +25,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and torchvision's gre
 
 
 def width(config: ViewConfig) -> int:
-    """Numbers of an image's view."""
+    """V, the numbers of a view; views are float32 [B, V]."""
     return PLACES + (COLOURS if config.colour else 0)
 
 
@@ -44,9 +44,9 @@ def most_shift(config: ViewConfig, side: int, teacher_side: int) -> int:
 
 
 def draw(config: ViewConfig, seed: int, ids: Tensor, number: int, side: int, teacher_side: int) -> Tensor:
-    """Views float32 [B, width] of the images `ids`, int64 [B], of `side` pixels at gradient `number` of a trajectory.
+    """Views float32 [B, V] of the images `ids`, int64 [B], of `side` pixels at gradient `number` of a trajectory.
 
-    Raises UsageError as `most_shift`.
+    teacher_side: side in pixels of the teacher's images. Raises UsageError as `most_shift`.
     """
     u = philox_uniform(seed, ids, FIRST_STREAM + number, (9,))
     most, last = most_shift(config, side, teacher_side), side - 1
@@ -70,7 +70,7 @@ def _colours(factors: Tensor) -> Tensor:
 
 
 def seen(images: Tensor, view: Tensor | None) -> Tensor:
-    """Images [B, 3, H, W] under their views [B, width], differentiable; None: as they are. Colours may leave 0..1."""
+    """Images [B, 3, H, W] under their views [B, V], differentiable; None: as they are. Colours may leave 0..1."""
     if view is None:
         return images
     view = view.to(images.dtype)

@@ -4,10 +4,11 @@
 
 Each member is shown the images at its own size, by its own normalisation. Logits l_k are averaged and not
 probabilities: where a member knows none of the classes in an image its logits are low, and its probabilities are not.
-Without their mean they do not depend on what a softmax does not see. arXiv 1904.06062 has other ways to unify them.
+Their mean is taken off because a constant in all logits of a member, which its softmax does not see, would count here.
+arXiv 1904.06062 has other ways to unify them.
 
-Still, answers about classes of different members were never compared by anybody. Where an image's class y is known,
-`told` goes by the members that know y alone; FedCADO (arXiv 2311.08870) guides so.
+Still, no member was trained to compare its classes with another's. Where an image's class y is known, `told` goes by
+the members that know y alone; FedCADO (arXiv 2311.08870) guides so.
 """
 
 import dataclasses

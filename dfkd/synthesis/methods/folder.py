@@ -75,7 +75,10 @@ class Folder:
         return {**settings, "images": self.images.digest, "teacher_digest": self.teacher.digest()}
 
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:
-        """Raises UsageError for an id beyond the images, and for a file that cannot be read."""
+        """The images `ids`, in that order; labels: instead of the folder's or the teacher's.
+
+        Raises UsageError for an id beyond the images, and for a file that cannot be read.
+        """
         asked = [int(i) for i in ids]
         if max(asked, default=0) >= self.available:
             raise UsageError(f"image {max(asked)} of {self.settings.path}", f"it has {self.available}", "lower --count")
@@ -96,7 +99,11 @@ class Folder:
 
 
 def opened(path: Path, labelled: bool, class_names: tuple[str, ...], size: int) -> ShardPool | ImageFiles:
-    """The images at a path; where they are `labelled`, those of a listing in the order of the classes."""
+    """The images at a path, of `size` pixels unless they are shards; those of a listing that is `labelled` have its
+    labels, in the order of `class_names`.
+
+    Raises UsageError: no folder, no image, or classes that are not among `class_names`.
+    """
     if (path / MANIFEST).exists():
         return open_folder(path)
     if path.is_file():
@@ -119,7 +126,7 @@ def opened(path: Path, labelled: bool, class_names: tuple[str, ...], size: int) 
 
 
 def _in_order(pool: ShardPool, class_names: tuple[str, ...], path: Path) -> Tensor:
-    """Labels of a folder of shards in the order of the teacher's classes."""
+    """Labels int64 [N] of a folder of shards in the order of the teacher's classes, matched by name."""
     if unknown := [name for name in pool.class_names if name not in class_names]:
         what = f"{path} has images of {', '.join(unknown[:10])}"
         raise UsageError(what, f"the teacher's classes are {', '.join(class_names[:10])}", "use labels=teacher")

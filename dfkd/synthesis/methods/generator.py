@@ -1,4 +1,4 @@
-"""The generator of images that the methods of data-free distillation learn, and what of it a run hands on.
+"""The generator of images that methods of data-free distillation learn, and its state as tensors that a run keeps.
 
     z [B, n] -> linear -> [B, 2w, s, s] -> batch norm -> (double, 3x3 convolution, batch norm, leaky ReLU) ... -> 3x3
     convolution -> sigmoid -> [B, 3, H, W] in 0..1
@@ -23,7 +23,7 @@ SPREAD = 0.02  # of initial weights, as in DCGAN
 class Generator(nn.Module):
     """Latents [B, latent] -> images [B, 3, size, size] in 0..1. width: channels of the last map, half of the others'.
 
-    The first map has a quarter of the side, or START_SIDE where that is less; sides that are no multiple are cut.
+    The first map has a quarter of the side, or less where that is above START_SIDE; what it grows to is cut to size.
     """
 
     def __init__(self, latent: int, width: int, size: int) -> None:
