@@ -99,10 +99,11 @@ def _steps_for(
 
 
 def trial(asked: GenerateCommand) -> float:
-    """Seconds of one call of images, which are thrown away."""
-    batching = asked.generate.batching
-    images = min(asked.count, max(batching.batch // batching.group, 1) * batching.group)
+    """Seconds of as many images as a call holds, which are thrown away; where several come of one trajectory, they
+    share its seconds."""
+    batching, snapshots = asked.generate.batching, 1 + asked.generate.sampling.keep_intermediates
+    images = min(asked.count, max(batching.batch // batching.group, 1) * batching.group) * snapshots
     with tempfile.TemporaryDirectory(prefix="dfkd-") as folder:
         out = Path(folder)
         command.run(asked.replace(out=out, count=images, **_TRIAL), lambda line: None)
-        return sum(float(shard["seconds"]) for shard in read_manifest(out)[1])
+        return sum(float(shard["seconds"]) for shard in read_manifest(out)[1]) / snapshots

@@ -70,3 +70,5 @@ def test_a_trial_is_one_call_of_whole_groups(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(controls, "read_manifest", lambda folder: (None, [{"seconds": 1.5}, {"seconds": 2}]))
     assert controls.trial(guided(tmp_path).replace(batch=25)) == 3.5
     assert (tried[0].count, tried[0].out.exists()) == (20, False)
+    assert controls.trial(guided(tmp_path).replace(batch=25, keep_intermediates=3)) == 3.5 / 4
+    assert tried[1].count == 80  # of 20 trajectories, which take what 20 images take else
