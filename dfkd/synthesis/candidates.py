@@ -2,13 +2,13 @@
 
     L(T) = CE(T(x), y), L(S) = CE(S(x), y)      of an image as it is stored
     sure        the lowest L(T)
-    medium      the median of L(T), the lower of two: neither the easiest images nor those that are no such thing
+    medium      the median of L(T), the lower of two: neither the easiest images nor those that show something else
     learnable   the highest L(S) - w L(T): what the student has wrong and the teacher right (arXiv 2206.07137)
 
-Candidate k of image i is the image i + k S of the method around which this is, with the label of image i; S is the
-multiple next below 2^40 of the ids after which labels come again: the group times the classes, and with a teacher each
-times the teachers. So a candidate has noise of its own, the same teacher, and partners among the candidates k of its
-group. An image follows from (seed, id) as before.
+Candidate k of image i is the image i + k S of the method inside, with the label of image i. S is the largest number up
+to 2^40 that is a multiple of the ids after which labels come again: the group times the classes, and with --teaching
+each times the teachers. So a candidate has noise of its own, the teacher of image i, and CutMix partners among the
+candidates k of its group. An image follows from (seed, id) alone, as without candidates.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +31,8 @@ SPAN = 1 << 40  # ids of the images of a run lie below
 class Candidates(Around):
     """A synthesizer around another one: it makes `count` images for each that is asked for, and keeps one.
 
-    teacher: frozen, on its device. student: that "learnable" goes by. rows: images per call that judges.
-    made: images that are made for one that is kept, 1 while there is no student to choose by.
+    teacher: frozen, on its device. student: that "learnable" goes by. rows: images per call of teacher or student.
+    made: images that are made for one that is kept, 1 while "learnable" has no student.
 
     Raises UsageError: the method has no other images than those of its ids, or none of a label that is asked for;
     "learnable" has no student.

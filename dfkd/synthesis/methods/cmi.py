@@ -53,7 +53,7 @@ class Settings(GroupSettings):
     adv_weight: float = option(0.5, "weight of the adversarial loss, which acts once there is a student", low=0)
     cr_weight: float = option(0.8, "weight of the contrastive loss", low=0)
     temperature: float = option(0.2, "of the contrastive loss", low=1e-3)
-    bank: int = option(4096, "images before that a group is told apart from", low=0, unit="images")
+    bank: int = option(4096, "newest images before, which a group is to differ from", low=0, unit="images")
     head: int = option(128, "numbers that features are projected to", low=1)
     latent: int = option(256, "numbers that an image is generated from", low=1)
     width: int = option(64, "channels of the generator's last map", low=1)
@@ -106,7 +106,10 @@ class Contrast(GuidanceLoss):
 
 
 class CMI(GroupMethod):
-    """Synthesizer of groups of images, each told apart from those before it."""
+    """Synthesizer of groups of images, which are to differ from each other and from those of the groups before.
+
+    Raises UsageError as GroupMethod, and for a teacher without BatchNorm layers where cr_weight is above 0.
+    """
 
     name = "cmi"
 

@@ -1,6 +1,6 @@
 """Images that are there already, as they are: an unlabelled pool of one's own, or a control without any synthesis.
 
-They come in an order that follows from the seed, so that the first ones are of all classes, each once.
+Each comes once, in an order that follows from the seed, so that the first ones are a sample of all classes.
 """
 
 from collections.abc import Mapping, Sequence

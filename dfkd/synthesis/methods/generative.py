@@ -125,7 +125,11 @@ def likeliest(logits: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 class Generative(GroupMethod):
-    """Synthesizer of groups of images by one generator, which goes on learning from group to group."""
+    """Synthesizer of groups of images by one generator, which goes on learning from group to group.
+
+    Raises UsageError as GroupMethod, and for a teacher without a linear layer of its classes at the end where
+    act_weight is above 0.
+    """
 
     name, takes_labels = "generative", False
 

@@ -123,11 +123,14 @@ class GroupMethod:
         raise NotImplementedError
 
     def make(self, ids: Tensor, labels: Tensor, seed: int, stepped: Callable[[], None]) -> Made:
-        """One group. ids, labels: int64 [G] on the CPU. stepped: called after every optimisation step."""
+        """One group, by the teacher on its device. ids, labels: int64 [G] on the CPU, ids consecutive.
+
+        stepped: called after every optimisation step. Raises NotFinite.
+        """
         raise NotImplementedError
 
     def describe(self) -> list[str]:
-        """What people have to know before the run."""
+        """Lines for people before the run: losses that do not act yet."""
         if self.own_settings.adv_weight and self.student is None:
             return [f"method {self.name}: no student yet, so the adversarial loss does not act"]
         return []

@@ -1,4 +1,4 @@
-"""Uniform noise with labels in turn: the floor that any other method should stand above."""
+"""Uniform noise with labels in turn: what any other method has to exceed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
