@@ -48,9 +48,9 @@ OWN = {
     "distill": {"data", "out", "test", "test_split", *TEACHER} - {"teacher", "classes", "resize"},
     "evaluate": {"checkpoint", "reference", "out", *TEACHER},
 }
+NO_ADVERSARY = {"adv_weight": 0.0, "adv_loss": "kl", "adv_reference": 1.0, "adv_clamp": 0.0}
 # Of a set of images that is made before there is a student: whatever would go by one.
-NO_STUDENT = {"adv_weight": 0.0, "adv_loss": "kl", "adv_reference": 1.0, "adv_clamp": 0.0}
-NO_STUDENT |= {"candidates": 1, "keep": "medium", "keep_weight": 1.0}
+NO_STUDENT = {**NO_ADVERSARY, "candidates": 1, "keep": "medium", "keep_weight": 1.0}
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,9 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
                 images = [*layers["generate"], NO_STUDENT, *differing]
             else:
                 fixed["student_checkpoint"] = rounds.refreshed(rounds.phases - 2).out / "last"
+        if name in made and CONTROLS[name].settings["method"] != "guided":  # a method without the adversarial loss
+            chosen = merged(GenerateCommand, *images).get("keep") == "learnable"
+            images.append({**NO_ADVERSARY, **({} if chosen else {"student_checkpoint": "none"})})
         generating = _settings(GenerateCommand, where, "generate", images, fixed, seed, its)
         fixed = {**given, "out": folder / "student", "data": [str(folder / "synthetic")]}
         learning = _settings(DistillCommand, "distill", "distill", layers["distill"], fixed, seed, its)

@@ -145,6 +145,19 @@ def test_a_section_comes_before_a_control_of_its_name(tmp_path: Path) -> None:
     assert own.generate.generate.method == "deepinversion(steps=3)" and not own.control
 
 
+@pytest.mark.parametrize("choice", [{}, {"candidates": 2, "keep": "learnable"}])
+def test_controls_without_an_adversarial_loss_have_no_student_but_to_choose_by(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
+    student = save_classifier(tmp_path / "student")
+    adversary = {"adv-weight": 1.0, "adv-clamp": 2.0, "student-checkpoint": str(student)}
+    controls = ["deepinversion", "noise", "unguided-pixels"]
+    ours, *baselines = parsed(tmp_path, controls=controls, baselines={}, generate={**adversary, **choice}).variants
+    found = {one.name: one.generate.student_checkpoint for one in baselines}
+    assert ours.generate.student_checkpoint == found["unguided-pixels"] == student
+    assert (found["deepinversion"], found["noise"]) == (student if choice else None, None)
+
+
 def test_other_settings_are_refused_by_the_stage(
     place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
