@@ -348,6 +348,7 @@ class GuidanceConfig(Config):
             ("--joint-temperature", self.joint_temperature != 1, self.cls_weight > 0, "--cls-weight above 0"),
             ("--margin-discount", self.margin_discount != 1, self.cls_weight > 0, "--cls-weight above 0"),
             ("--refine-smooth", self.refine_smooth > 0, self.refine_steps > 0, "--refine-steps above 0"),
+            ("--reencode-level", self.reencode_level != 0.3, self.reencode > 0, "--reencode above 0"),
         ):
             if changed and not acts:
                 raise ValueError(f"{flag} needs {needed}: it does not act otherwise")

@@ -376,7 +376,11 @@ def shard_size(synthesizer: Synthesizer, config: GenerateConfig, out: Path, call
         why = f"each phase has {part} images, and ends a shard"
         raise UsageError(f"--shard-size {asked} cannot be used", why, f"give a divisor of {part}, or leave it out")
     if not asked and (out / MANIFEST).exists():
-        return int(read_manifest(out)[0].shard_size)
+        there = int(read_manifest(out)[0].shard_size)
+        if part % there:
+            what, why = f"{out} was begun with shards of {there} images", f"each phase has {part}, and ends a shard"
+            raise UsageError(what, why, "go on with the rounds that it was begun with, or choose another --out")
+        return there
     if part and not asked:
         sizes = (part // n for n in itertools.count(1) if part % (n * group) == 0)
         return next(size for size in sizes if size <= max(SHARD_IMAGES, group))

@@ -121,6 +121,7 @@ def test_every_option_acts(own, base):
         ({"cls_weight": 0.0, "margin_discount": 0.5}, "--margin-discount needs --cls-weight above 0"),
         ({"cls_weight": 0.0, "joint_temperature": 0.5}, "--joint-temperature needs --cls-weight above 0"),
         ({"refine_smooth": 1.0}, "--refine-smooth needs --refine-steps above 0"),
+        ({"reencode_level": 0.5}, "--reencode-level needs --reencode above 0"),
         ({"adv_loss": "js"}, "it must be one of kl, entropy, reference"),
     ],
 )

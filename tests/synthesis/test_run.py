@@ -86,6 +86,10 @@ def test_parts_that_hold_no_whole_groups_or_shards_are_refused(tmp_path):
         shard_size(Tinted(4), GenerateConfig(), tmp_path, 64, 10)
     with pytest.raises(UsageError, match="--shard-size 16 cannot be used: each phase has 24 images"):
         shard_size(Tinted(4), CONFIG, tmp_path, 64, 24)
+    made(tmp_path, 2, config=GenerateConfig(), synthesizer=Tinted(4))
+    with pytest.raises(UsageError, match="was begun with shards of 256 images: each phase has 24, and"):
+        shard_size(Tinted(4), GenerateConfig(), tmp_path, 64, 24)  # whose images another phase would have too
+    assert shard_size(Tinted(4), GenerateConfig(), tmp_path, 64, 512) == 256
 
 
 def test_started_again_it_makes_what_is_missing_or_damaged(tmp_path):
