@@ -49,7 +49,7 @@ class EachTeacher:
     @property
     def turn(self) -> int:
         """Ids after which teachers, and labels of the same teacher, come again."""
-        return self.group * len(self.members) * len(self.classes)
+        return int(self.group) * len(self.members) * len(self.classes)
 
     @property
     def call_size(self) -> int:
