@@ -209,7 +209,8 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
         raise UsageError(what, f"{why} before the words are learned", "plan without it; then start the run")
     made = getattr(synthesizer, "made", 1)
     timings = predict(pipe, found, asked.generate.shards.image_format, made)
-    trials = 0 if set(pipe.prepares) <= known.keys() else asked.generate.guidance.step_trials * images_of(pipe)
+    lengths = 0 if set(pipe.prepares) <= known.keys() else asked.generate.guidance.step_trials
+    trials = lengths * images_of(pipe) * found.snapshots  # each is a trajectory, which several images share else
     taking = missing + -(-trials // made)
     for line in (*pipe.describe(), *table(found, timings, taking)):
         say(line)

@@ -34,3 +34,11 @@ def test_a_plan_of_candidates_takes_their_seconds(call, tmp_path, capfd):
         assert call("--out", tmp_path / "out", "--count", 64, "--plan-only", *more) == 0
         seconds.append(last_line(capfd.readouterr().out)["plan"]["timings"]["unet"]["calls"])
     assert seconds[1] == 3 * seconds[0]
+
+
+def test_a_plan_of_step_trials_takes_their_trajectories(call, tmp_path, capfd):
+    """Of each length 32 trajectories, whose images count as if several came of each."""
+    for more, images in ([], 96), (["--keep-intermediates", 1], 192):
+        argv = ("--count", 64, "--group", 4, "--step-trials", 3, "--plan-only", *more)
+        assert call("--out", tmp_path / "out", *argv) == 0
+        assert f"of these images {images} stand for those of --step-trials" in capfd.readouterr().err
