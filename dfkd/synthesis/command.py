@@ -16,6 +16,7 @@ from dfkd.files import make_writable, replace_text, save_settings
 from dfkd.logs import check_logs
 from dfkd.runtime import choose_kernels, own_rank, resolve_device
 from dfkd.synthesis.checks import require_losses
+from dfkd.synthesis.each import EachTeacher
 from dfkd.synthesis.losses import losses_of
 from dfkd.synthesis.methods import ADVERSARIAL, METHODS, check_several, make_method, needs_prior, unread
 from dfkd.synthesis.pipeline import GuidedPipeline
@@ -197,7 +198,8 @@ def plan(asked: GenerateCommand, say: Say) -> dict[str, Any]:
     synthesizer, missing = pipeline_of(asked, say), asked.count
     pipe = innermost(synthesizer)
     if not isinstance(pipe, GuidedPipeline):
-        raise UsageError(f"--plan-only with --method {pipe.name}", "its network calls are not known", "leave it out")
+        flag = "--teaching each" if isinstance(pipe, EachTeacher) else f"--method {pipe.name}"
+        raise UsageError(f"--plan-only with {flag}", "its network calls are not known", "leave it out")
     found = make_plan(pipe, asked.generate)
     if (asked.out / MANIFEST).exists():
         missing -= sum(int(shard["count"]) for shard in read_manifest(asked.out)[1])

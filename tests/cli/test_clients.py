@@ -138,6 +138,14 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: tupl
     assert why in capsys.readouterr().err
 
 
+def test_a_plan_of_a_teacher_each_is_refused_by_that_name(
+    clients: tuple[Path, Path], small_prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("--clients", *clients, "--prior", small_prior, *SMALL, "--out", tmp_path / "x", "--teaching", "each")
+    assert status_of(generate.main, *own, "--plan-only") == 2
+    assert "--plan-only with --teaching each: its network calls are not known" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("own", "why"),
     [
