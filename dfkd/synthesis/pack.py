@@ -33,7 +33,7 @@ class Pack:
     losses: filled by `guide`, {step: {name: [B]}}, taken before the last guidance step of each denoising step.
     plans: Latent CutMix by step, partners as positions in the pack. cutmix: these, as the sampler takes them.
     faults: what was first not finite. named: the ids by which an error names the images.
-    keep, kept: steps whose clean estimates [B, C, h, w] are wanted, and these, by step.
+    keep, kept: steps whose clean estimates [B, C, h, w] are wanted, and these, by step. losses_then: `losses` then.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Pack:
         self.stepped: Callable[[], object] = lambda: None  # called after every step of any kind
         self.keep: Collection[int] = ()
         self.kept: dict[int, Tensor] = {}
+        self.losses_then: dict[int, dict[int, dict[str, Tensor]]] = {}
         self.faults, self.named = Faults(len(ids), device), self.ids
         self.plans = self._cutmix_plans(ids, labels)
         self.cutmix = cutmix.LatentCutMix(pipe.config.cutmix, self.plans, table, pipe.latent_size, seed, self.ids)
@@ -142,8 +143,8 @@ class Pack:
             found = self.callback(self.pipe, i, timestep, {"latents": z, "clean": z0}) or {}
             z, z0 = found.get("latents", z), found.get("clean", z0)
         self.faults.see(z, "latents", self._step(i))
-        if i in self.keep:
-            self.kept.setdefault(i, z0)  # where the image is encoded again, step i comes again
+        if i in self.keep and i not in self.kept:  # where the image is encoded again, step i comes again
+            self.kept[i], self.losses_then[i] = z0, dict(self.losses)
         return z, z0
 
     def noise_gradient(self, rows: Tensor, guidance: Guidance) -> Callable[[Tensor], Tensor]:
@@ -177,7 +178,8 @@ class Pack:
     def records(self, probability: Tensor, step: int | None = None) -> list[Record]:
         """What is known of each image. probability: the teacher's for the label, [B]. step: of which they are the clean
         estimates, whose losses are that step's, without a curve; None: they are finished."""
-        guided = [self.losses[i] for i in sorted(self.losses) if step is None or i <= step]
+        losses = self.losses if step is None else self.losses_then[step]
+        guided = [losses[i] for i in sorted(losses)]
         names = list(guided[0]) if guided else []
         curves = {name: torch.stack([values[name] for values in guided], 1).tolist() for name in names}
         mixed = [self.plans[i] for i in sorted(self.plans) if step is None or i <= step]

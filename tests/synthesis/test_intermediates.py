@@ -58,6 +58,15 @@ def test_records_tell_the_step_and_its_losses():
     assert "step" in first.to_json() and "step" not in finished.to_json()
 
 
+def test_losses_of_an_estimate_are_those_before_its_image_was_encoded_again():
+    plain, again = (
+        around(bn_stats="image", **own)(range(EACH), seed=SEED).records
+        for own in ({}, {"reencode": 1, "reencode_level": 1.0})
+    )
+    assert [record.losses for record in again[:KEPT]] == [record.losses for record in plain[:KEPT]]
+    assert again[KEPT].losses != plain[KEPT].losses
+
+
 def test_partners_are_images_of_the_same_place():
     """CutMix behind step 2: the estimate of step 1 has no box yet, that of step 3 has."""
     records = around(cutmix_every=3, group=6, bn_stats="image")(range(6 * EACH), seed=SEED).records
