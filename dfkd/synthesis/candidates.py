@@ -70,7 +70,8 @@ class Candidates(Around):
         """The method's, the settings of the choice, and the student that it goes by."""
         own = {"candidates": self.own.count, "keep": self.own.keep, "keep_weight": self.own.weight}
         judge = {"keep_student_digest": self.student.digest() if self.student else None}
-        return {**self.inner.identity(), **own, **(judge if self.own.takes_student else {})}
+        made = {"teacher_digest": self.teacher.digest(), **self.inner.identity()}  # which need not go by a teacher
+        return {**made, **own, **(judge if self.own.takes_student else {})}
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:

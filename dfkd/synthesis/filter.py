@@ -37,7 +37,8 @@ class Filter(Around):
     def identity(self) -> dict[str, Any]:
         """The method's, and the settings of the filter."""
         own = {"filter_views": self.own.views, "filter_agreement": self.own.agreement, "filter_flip": self.flip}
-        return {**self.inner.identity(), **own}
+        made = {"teacher_digest": self.teacher.digest(), **self.inner.identity()}  # which need not go by a teacher
+        return {**made, **own}
 
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:
         """The images `ids`, all of them. Arguments and errors as of the method."""

@@ -4,15 +4,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd.config import GenerateCommand, GenerateConfig
+from dfkd.config import CandidatesConfig, FilterConfig, GenerateCommand, GenerateConfig
 from dfkd.data import open_folder
 from dfkd.errors import UsageError
 from dfkd.synthesis.candidates import Candidates, pick
+from dfkd.synthesis.filter import Filter
 from dfkd.synthesis.losses import cross_entropy
 from dfkd.synthesis.methods import make_method
 from dfkd.synthesis.plan import make_plan, predict
 from dfkd.synthesis.run import generate, identity_of
 from tests.synthesis.small_networks import SETTINGS, SmallPrior, classifier, pipeline
+from tests.synthesis.tinted import Tinted
 
 SEED = 5
 SMALL = {**SETTINGS, "bn_stats": "image", "guidance_step": 0.1, "steps": 3, "candidates": 3}
@@ -97,6 +99,14 @@ def test_other_choices_are_other_images():
     assert len(seen | {str(identity_of(one, SEED)) for one in learnable}) == 5
     noise = [make_method(GenerateConfig.of(method="noise", candidates=n, size=8), None, classifier()) for n in (3, 5)]
     assert identity_of(noise[0], SEED) != identity_of(noise[1], SEED)
+
+
+def test_the_teacher_that_chooses_is_of_the_identity_of_a_method_without_one():
+    for kind, own in ((Candidates, CandidatesConfig.of(candidates=3)), (Filter, FilterConfig.of(filter_views=2))):
+        more = {"student": None} if kind is Candidates else {"flip": False}
+        ways = [kind(Tinted(1), own, teacher=classifier(seed), rows=4, **more) for seed in (0, 0, 1)]
+        first, again, other = (identity_of(way, SEED) for way in ways)
+        assert first == again != other
 
 
 def test_a_student_that_comes_later(monkeypatch):
