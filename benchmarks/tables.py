@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver, methods, priors, quality, sd15_engines
+from benchmarks import ablation, driver, methods, priors, quality, sd15_engines
 from benchmarks.recording import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {  # by ma
     "sd15-engines-table": ("docs/engines.md", "sd15-engines-cpu.json", sd15_engines.markdown),
     "suite-table": ("docs/benchmarks.md", "suite-cpu.json", driver.markdown),
     "sampling-table": ("docs/benchmarks.md", "sampling-demo-cpu.json", driver.markdown),
+    "ablation-table": ("docs/benchmarks.md", "ablation-demo-cpu.json", ablation.markdown),
     "distill-table": ("docs/benchmarks.md", "distill-cpu.json", driver.markdown),
     "methods-table": ("docs/methods.md", "methods-demo-cpu.json", methods.markdown),
     "priors-kinds": ("docs/priors.md", "priors-cpu.json", priors.kinds),
