@@ -114,6 +114,7 @@ ELSEWHERE |= {"resize"}  # below
 ELSEWHERE |= {"engines", "quantise"}  # test_generate_engines.py
 ELSEWHERE |= {"revision", "variant", "offline", "prior_config"}  # tests/engine/test_prior_folder.py
 ELSEWHERE |= {"lora", "textual_inversion"}  # test_generate_adapters.py
+ELSEWHERE |= {"clients", "teaching"}  # test_clients.py
 
 
 @pytest.fixture(scope="session")
