@@ -63,7 +63,7 @@ def _images(asked: GenerateCommand, result: Result) -> list[str]:
         return ["nothing was written; without --plan-only the images are made"]
     student = "resnet18" if result["image_size"] <= SMALL else "resnet18_imagenet"
     words = ["--data", asked.out, *_teacher_words(asked.teacher), "--student", student]
-    left_out = f", {result['dropped']} of them left out by the filter" if result["dropped"] else ""
+    left_out = f", {result['dropped']} of them left out by the filter" if result.get("dropped") else ""
     return [
         f"made: {asked.out}, {result['images']} images of {len(result['class_names'])} classes{left_out}; preview.png"
         " shows some",

@@ -79,6 +79,7 @@ class GuidedPipeline:
         prompt, cfg: template and scale of classifier-free guidance, of the settings or else of the prior.
         group: images that interact, 1 where they do not; image i belongs to group i // group.
         call_size: images per network call, `--batch` at first; may be set between calls.
+        prepared: whether what comes before the first image is found out; `prepare` sets it.
         guidance_step: length of a guidance step, that of the settings until `prepare` has found or taken up another.
         words: what stands for {label}, by label: the classes' names, or the words that `prepare` has learned.
         on_progress: called after every step with the share, in 0..1, of a call's steps that are done; None: nobody.
@@ -135,7 +136,7 @@ class GuidedPipeline:
         self.losses = (*losses_of(config.guidance), *losses) if config.guidance.step > 0 else ()
         require_losses(config.guidance, self.losses)
         self.choices: tuple[Choice, ...] = ()
-        self._prepared = False
+        self.prepared = False
         self._engines: dict[str, Engine] | None = None
         self.student, self._resting = student and copy_student(student, self.teacher), False
         self._guide()
@@ -184,7 +185,7 @@ class GuidedPipeline:
 
     def packs(self, asked: Mapping[int, int | None], seed: int, callback: Callback | None = None) -> Iterator[Pack]:
         """The groups of the asked images, as many at a time as a call holds. asked: as of `checked`."""
-        if self.prepares and not self._prepared:
+        if self.prepares and not self.prepared:
             flags = " and ".join(FOUND_BY[name] for name in self.prepares)
             todo = "call dfkd.generate, which does, or prepare() first"
             raise UsageError(f"{flags} cannot act yet", "what they find out comes before the first image", todo)
@@ -271,7 +272,7 @@ class GuidedPipeline:
         Raises UsageError, ShortMemory and NotFinite as `class_words` and `trials` do.
         """
         found: dict[str, Any] = {}
-        self._prepared = True
+        self.prepared = True
         if "class_words" in self.prepares:
             engines, self._engines = self._engines, {}  # which have no gradient in the prompt
             if "class_words" in known:

@@ -37,7 +37,7 @@ def try_steps(pipe: "GuidedPipeline", seed: int, say: Callable[[str], object]) -
     config, started, count = pipe.config.guidance, time.perf_counter(), images_of(pipe)
     turn = pipe.group * len(pipe.classes)
     first = FIRST_ID // turn * turn
-    tried = lengths(config.step, config.step_trials)
+    tried, pipe.prepared = lengths(config.step, config.step_trials), True
     found: dict[float, float] = {}
     for length in tried:
         pipe.guidance_step = length

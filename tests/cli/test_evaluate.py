@@ -71,7 +71,7 @@ def test_a_test_without_a_class_goes_by_the_names_of_training(small_teacher, fol
 def test_refusals_in_words(small_teacher, folder, tmp_path, capsys):
     other = save_classifier(tmp_path / "other", names=("a", "b", "c"))
     cases = [
-        (("--data", folder), "give --checkpoint FOLDER, or --teacher"),
+        (("--data", folder), "give --checkpoint FOLDER, --clients FOLDER FOLDER, or --teacher"),
         (("--data", f"list:{small_teacher}/model.safetensors", "--checkpoint", small_teacher), "is no list of images"),
         (("--data", "mnist", "--checkpoint", small_teacher), "choose one of digits-on-photos"),
         (("--data", folder, "--checkpoint", other), "the classifier knows a, b, c"),

@@ -266,7 +266,7 @@ def test_the_next_sample_holds_the_push(name, at):
     class Once:
         size = 0.1
 
-        def push(self, clean, place, steps, clip):
+        def push(self, clean, place, steps, clip, share):
             return torch.full_like(clean, self.size) if place == at else None
 
     def sample_behind(size):

@@ -242,6 +242,7 @@ ELSEWHERE = {
     "test_msarc": {"msarc_maps"},
     "test_step": {"sync_bn"},
     "test_logs": {"tensorboard", "wandb"},
+    "test_several_teachers": {"taught_by"},
 }
 
 
