@@ -89,6 +89,8 @@ class EachTeacher:
     def describe(self) -> list[str]:
         """Lines for people."""
         lines = [f"teachers in turn, a group each: {', '.join(member.name for member in self.members)}"]
+        if len({member.weight for member in self.members}) > 1:
+            lines.append("their weights do not act on images that have one teacher each; on the student they do")
         for pipe in self.pipes:  # what is the same for all is said once
             lines += [line for line in pipe.describe() if line not in lines]
         return lines

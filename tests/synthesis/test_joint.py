@@ -206,3 +206,10 @@ def test_engines_are_each_teachers_own(monkeypatch):
     assert list(keys) == [f"{k}/gradient" for k in range(12)]
     made.use_engines(keys)
     assert given[12:] == [{"gradient": f"key {k + 1}"} for k in range(12)]
+
+
+def test_weights_that_do_not_act_are_told():
+    lines = make_method(config(teaching="each"), SmallPrior(), committee(torch.float32)).describe()
+    assert any("weights do not act" in line for line in lines)
+    equal = Committee.of([member.classifier for member in committee(torch.float32).members])
+    assert not any("weights" in line for line in make_method(config(teaching="each"), SmallPrior(), equal).describe())
