@@ -12,30 +12,23 @@ from dfkd.config.commands import (
     TrainTeacherCommand,
 )
 from dfkd.config.fields import Config, leaves, merged, nested, option, plain, presets, read_preset, section
+from dfkd.config.guidance import ADV_LOSSES, CutMixConfig, GuidanceConfig, ViewConfig
+from dfkd.config.networks import NORMALISATIONS, RESIZES, PriorConfig, PriorFilesConfig, TeacherConfig
 from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, DenoiserConfig, PriorTrainConfig
 from dfkd.config.rounds import RoundsConfig
 from dfkd.config.selection import CandidatesConfig, FilterConfig
 from dfkd.config.synthesis import (
-    ADV_LOSSES,
     BACKENDS,
     DTYPES,
     IMAGE_FORMATS,
     METHODS,
-    NORMALISATIONS,
     QUANTISING_BACKENDS,
-    RESIZES,
     SAMPLERS,
     BatchingConfig,
     ComputeConfig,
-    CutMixConfig,
     GenerateConfig,
-    GuidanceConfig,
-    PriorConfig,
-    PriorFilesConfig,
     SamplingConfig,
     ShardConfig,
-    TeacherConfig,
-    ViewConfig,
 )
 from dfkd.config.training import (
     LOADERS,

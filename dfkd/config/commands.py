@@ -4,16 +4,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from dfkd.config.fields import Config, leaves, nested, option
+from dfkd.config.networks import RESIZES, PriorConfig, PriorFilesConfig, TeacherConfig
 from dfkd.config.prior import AutoencoderConfig, DecoderTrainConfig, PriorTrainConfig
-from dfkd.config.synthesis import (
-    ADVERSARIAL_METHODS,
-    METHODS,
-    RESIZES,
-    GenerateConfig,
-    PriorConfig,
-    PriorFilesConfig,
-    TeacherConfig,
-)
+from dfkd.config.synthesis import ADVERSARIAL_METHODS, METHODS, GenerateConfig
 from dfkd.config.training import DistillConfig, LoggingConfig, TeacherTrainConfig
 
 DATA_HELP = "imagefolder:PATH, list:FILE, parquet:PATH, cifar:PATH, mnist:PATH or digits-on-photos"

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from dfkd.config.fields import convert
-from dfkd.config.synthesis import channel_fault
+from dfkd.config.networks import channel_fault
 from dfkd.errors import UsageError
 from dfkd.files import replace_file, replace_text
 from dfkd.resizing import check_resize, resized
