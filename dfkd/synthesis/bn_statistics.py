@@ -52,7 +52,7 @@ def moments_about(x: Tensor, mean: Tensor) -> Moments:
 
 
 class _Moments(torch.autograd.Function):
-    """The same, with the gradient g1 / n + 2 g2 / n (x - r), n = H W, as two operations.
+    """Both moments of each channel about r, with their gradient g1 / n + 2 g2 / n (x - r), n = H W, as two operations.
 
     Autograd takes five, some of them on maps of other strides than those of x: the same bits in several times the time.
     """

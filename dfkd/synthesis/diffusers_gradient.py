@@ -53,7 +53,7 @@ class AutogradGradient:
         return self._guidance.gradient(clean, labels, self.batch or len(clean), view=view)
 
     def side(self, clean: Tensor) -> int:
-        """Of the images of clean latents, in pixels."""
+        """The side in pixels of the images of clean latents."""
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return clean.shape[-1] * factor
 
@@ -119,7 +119,7 @@ class PipelineGradient:
         return torch.cat(gradients).to(clean), losses
 
     def side(self, clean: Tensor) -> int:
-        """Of the images of clean latents, in pixels."""
+        """The side in pixels of the images of clean latents."""
         return self.pipeline.image_size
 
     def require_fit(self, clean: Tensor) -> None:

@@ -65,7 +65,7 @@ class JointGuidance(Guidance):
         return self.members
 
     def by(self, engines: Mapping[str, Callable[..., Any]], decoding: str) -> "JointGuidance":
-        """The same with engines in the place of the decoder and of its vector-Jacobian product."""
+        """This guidance, with engines from now on in the place of the decoder and of its vector-Jacobian product."""
         self.engines, self.decoding = dict(engines), decoding
         return self
 

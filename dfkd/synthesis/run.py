@@ -82,7 +82,7 @@ class Written:
     seconds: float = 0.0
 
     def __add__(self, other: "Written") -> "Written":
-        """Of two parts of a run."""
+        """What two parts of a run wrote together."""
         shards, before = self.shards + other.shards, self.before + other.before
         return Written(self.images + other.images, shards, before, self.seconds + other.seconds)
 

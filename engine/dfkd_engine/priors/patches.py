@@ -32,7 +32,7 @@ class Patches(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it computes in; it follows `to` and `double`."""
+        """The dtype that it computes in, which `to` and `double` change."""
         return self.like.dtype
 
     @property
