@@ -182,7 +182,7 @@ class Generative(GroupMethod):
             give_tensors("adam", self.adam, state)
 
     def __call__(self, ids: Sequence[int], labels: Sequence[int] | None = None, seed: int = 0) -> Sample:
-        """Images of the ids, labelled by what the teacher sees in them. Raises UsageError for labels that are asked for."""
+        """Images of the ids, labelled by what the teacher sees in them. Raises UsageError where labels are asked."""
         if labels is not None:
             why, todo = "its images have the class that the teacher sees", "use another method, or no --candidates"
             raise UsageError("method generative was given labels", why, todo)
