@@ -98,6 +98,11 @@ class ComputeConfig(Config):
         identity=False,
     )
     dtype: str = option("fp32", "precision of the networks; latents and losses stay fp32", choices=DTYPES)
+    teacher_dtype: str = option(
+        "fp32",
+        "precision of the teacher where it guides; bf16: by autocast, and its gradient runs eagerly",
+        choices=("fp32", "bf16"),
+    )
     backend: str = option(
         "auto",
         "what runs the networks: eager; an engine built by dfkd-engines; auto: of these the one measured quickest",

@@ -27,6 +27,7 @@ from dfkd.synthesis.guidance import Guidance
 from dfkd.synthesis.losses import BatchNormLoss, CrossEntropy
 from dfkd.synthesis.prompts import words_of
 from dfkd.synthesis.sampler import ToLatent, predicted, sample
+from dfkd.synthesis.teacher_precision import narrowed
 from dfkd_engine.priors.adapters import Added, add_tokens
 from dfkd_kernels.philox import philox_uniform
 
@@ -134,7 +135,8 @@ def _loss(pipe: "GuidedPipeline", words: Tensor, seed: int, step: int) -> Tensor
     z = sample(z, rows[:i], pack.denoise, _still, repeats=lambda i: 0, noise=pack.noise, clip=clip)
     weights = (config.cls_weight, config.bn_weight) if config.cls_weight or config.bn_weight else (1.0, 0.0)
     wanted = (CrossEntropy(weights[0]), BatchNormLoss(weights[1], "group", config.bn_loss))
-    guidance = Guidance(pipe.guidance_decode, pipe.teacher, [loss for loss in wanted if loss.weight > 0])
+    teacher = narrowed(pipe.teacher, pipe.config.compute.teacher_dtype)
+    guidance = Guidance(pipe.guidance_decode, teacher, [loss for loss in wanted if loss.weight > 0])
     with torch.enable_grad(), calling("a step of --class-words"):
         with _in_place(pipe, words):
             pack.conditional = (_context(pipe, pack), *pack.conditional[1:])

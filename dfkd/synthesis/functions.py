@@ -132,7 +132,7 @@ def functions_of(pipe: "GuidedPipeline") -> tuple[Function, ...]:
         return ()
     else:
         cut = "group" in pipe.guidance.needs and pipe.group > pipe.call_size
-        if isinstance(pipe.guidance, JointGuidance):
+        if isinstance(pipe.guidance, JointGuidance) or pipe.config.compute.teacher_dtype != "fp32":
             names = ("unet", "decode", "decode_vjp")
         elif pipe.needs_student:
             names = ("unet", "decode", *(("image_moments",) if cut else ()), "decode_vjp")

@@ -47,6 +47,7 @@ from dfkd.synthesis.prompts import chosen_classes, labels_of, prompt_of, unknown
 from dfkd.synthesis.sampler import begun, edit_noise, refine, sample, sample_through_unet
 from dfkd.synthesis.schedule import SAMPLERS, build_table, find_sampler
 from dfkd.synthesis.synthesizer import Sample, counted, label_probability
+from dfkd.synthesis.teacher_precision import narrowed
 from dfkd.synthesis.trials import try_steps
 from dfkd.synthesis.views import draw, most_shift
 from dfkd.teachers import Classifier
@@ -455,7 +456,8 @@ class GuidedPipeline:
             return
         config, narrow = self.config.guidance, self.prior.dtype == torch.float16
         beta = config.softplus_beta
-        own = guide_by(self.guidance_decode, self.teacher, losses, self.student, narrow, self.kernels, beta)
+        teacher = narrowed(self.teacher, self.config.compute.teacher_dtype)
+        own = guide_by(self.guidance_decode, teacher, losses, self.student, narrow, self.kernels, beta)
         self.guidance = own
         if config.refine_steps:
             self.pixel_guidance = own.with_(identity)

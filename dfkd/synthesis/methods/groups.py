@@ -26,6 +26,7 @@ from dfkd.synthesis.guidance import Guidance, identity
 from dfkd.synthesis.losses import GuidanceLoss, Seen
 from dfkd.synthesis.prompts import chosen_classes, labels_of
 from dfkd.synthesis.synthesizer import Sample, counted, label_probability, own_size, records_of
+from dfkd.synthesis.teacher_precision import narrowed
 from dfkd.teachers import Classifier
 
 POINTS = 20  # of a recorded loss curve, at most
@@ -94,7 +95,7 @@ class GroupMethod:
     name: str
     needs_prior = False
     on_progress: Callable[[float], object] | None = None
-    reads = ("size", "only", "group", "kernels")
+    reads = ("size", "only", "group", "kernels", "teacher_dtype")
 
     def __init__(
         self, teacher: Classifier, config: GenerateConfig, settings: GroupSettings, student: Classifier | None
@@ -104,7 +105,7 @@ class GroupMethod:
         self.class_names, self.image_size = teacher.class_names, own_size(config, teacher)
         self.classes = chosen_classes(teacher.class_names, config.sampling.only)
         self.group, self.call_size = settings.group or config.batching.group, config.batching.batch
-        self.device = teacher.device
+        self.device, self.teacher_dtype = teacher.device, config.compute.teacher_dtype
         self.kernels = choose_kernels(config.compute.kernels, self.device).name
         if settings.bn_weight and not teacher.batch_norms():
             what = f"method {self.name}: teacher {teacher.architecture} has no BatchNorm layer"
@@ -152,6 +153,7 @@ class GroupMethod:
     def identity(self) -> Mapping[str, Any]:
         """Settings, size, classes, the teacher, and the student that was there first."""
         settings = {**self.own_settings.identity(), "group": self.group, "size": self.image_size}
+        settings |= {} if self.teacher_dtype == "fp32" else {"teacher_dtype": self.teacher_dtype}
         student = {"student_digest": self.student_digest} if self.student_digest else {}
         return {**settings, **student, "classes": list(self.classes), "teacher_digest": self.teacher.digest()}
 
@@ -160,9 +162,8 @@ class GroupMethod:
         """Teacher and student as the losses that act see them."""
         if self._guidance is None:
             losses = [loss for loss in self.losses() if loss.weight and (self.student or "student" not in loss.needs)]
-            self._guidance = Guidance(
-                identity, self.teacher, losses, self.student, kernels=self.kernels, fused=self._fused
-            )
+            teacher = narrowed(self.teacher, self.teacher_dtype)
+            self._guidance = Guidance(identity, teacher, losses, self.student, kernels=self.kernels, fused=self._fused)
             self._fused = self._guidance.fused
         return self._guidance
 
