@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, driver, methods, priors, quality, sd15_engines
+from benchmarks import ablation, driver, methods, priors, sd15_engines
+from benchmarks.quality import tables as quality
 from benchmarks.recording import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,9 @@ def largest_calls(result: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {  # by marker: document, result, what writes it
-    "demo-table": ("README.md", "quality-demo-cpu.json", quality.markdown),
+    "cifar10-table": ("README.md", "quality-cifar10.json", quality.markdown),
+    "cifar10-sketch-table": ("docs/benchmarks.md", "quality-cifar10-sketch.json", quality.markdown),
+    "demo-table": ("docs/benchmarks.md", "quality-demo.json", quality.markdown),
     "engines-table": ("docs/engines.md", "engines-cpu.json", largest_calls),
     "sd15-engines-table": ("docs/engines.md", "sd15-engines-cpu.json", sd15_engines.markdown),
     "suite-table": ("docs/benchmarks.md", "suite-cpu.json", driver.markdown),

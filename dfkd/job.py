@@ -31,6 +31,7 @@ from dfkd.synthesis import command as synthesis
 from dfkd.synthesis.controls import CONTROLS
 from dfkd.synthesis.prompts import chosen_classes
 from dfkd.teachers import Classifier, load_teacher
+from dfkd.teachers.sources import located
 from dfkd.training.distill import check as check_distill
 from dfkd.training.distill import warm_start
 from dfkd.training.step import check_training
@@ -276,7 +277,7 @@ def _teacher(
         known = "known of a teacher that exists are " + ", ".join(names)
         raise UsageError(f"[teacher] {unknown[0].replace('_', '-')}", known, "give `data` to train one")
     values = {names[name]: value for name, value in own.items()}
-    if "clients" not in own and not Path(str(own.get("checkpoint"))).is_dir():  # a folder knows its architecture
+    if "clients" not in own and not located(str(own.get("checkpoint"))).is_dir():  # a folder knows its architecture
         values.setdefault("teacher", whole.get("architecture"))
     if not {"checkpoint", "clients"} & own.keys() and ":" not in str(values["teacher"]):
         why = "it is trained on `data`, or it exists as `checkpoint`, or several as `clients`"
@@ -296,7 +297,7 @@ def _check(job: Job) -> None:
         for split in ("train", "test"):
             check_data("[teacher] data", job.teacher.data, split)
         check_training(train, World(resolve_device(train.compute.device)))
-    elif job.classifier.checkpoint is not None and not job.classifier.checkpoint.exists():
+    elif job.classifier.checkpoint is not None and not located(job.classifier.checkpoint).exists():
         raise UsageError(f"[teacher] checkpoint {job.classifier.checkpoint}", "there is no such file or folder")
     elif job.classifier.teacher is not None:
         teachers.check(job.classifier.teacher)

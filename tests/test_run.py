@@ -313,3 +313,18 @@ def test_the_command_asks_for_one_file(tmp_path: Path, capsys: pytest.CaptureFix
     for argv, words in cases:
         assert status_of(cli.main, *argv) == 2
         assert words in capsys.readouterr().err
+
+
+def test_the_command_names_the_real_images(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--data stands for the file's [evaluate] data, whose other options stay; a preset without a test gets one."""
+    jobs: list[run.Job] = []
+    monkeypatch.setattr(run, "run_job", lambda job, *_: jobs.append(job) or {"accuracy": None, "report": "", "out": ""})
+    other = f"imagefolder:{place / 'images'}"
+    assert status_of(cli.main, place / "job.toml", "--out", tmp_path / "a", "--data", other + "?classes=a") == 0
+    assert jobs[-1].evaluate is not None and jobs[-1].evaluate.data == other + "?classes=a"
+    assert jobs[-1].evaluate.device == "cpu"
+    assert status_of(cli.main, "--preset", "cifar10-mini", "--out", tmp_path / "b") == 0
+    assert jobs[-1].evaluate is None
+    assert status_of(cli.main, "--preset", "cifar10-mini", "--out", tmp_path / "c", "--data", other) == 0
+    assert jobs[-1].evaluate.data == other
+    assert status_of(cli.main, "--preset", "cifar10-mini", "--out", tmp_path / "d", "--data", "cifar:nowhere") == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 from dfkd.cli.parse import command
 from dfkd.cli.progress import progress, say
-from dfkd.config import RunCommand
+from dfkd.config import RunCommand, section
 from dfkd.errors import UsageError
 from dfkd.logs import LOG
 
@@ -20,6 +20,8 @@ def run(asked: RunCommand) -> dict[str, Any]:
     """Check every section, then do what is not done yet."""
     out = asked.out or Path("runs") / (asked.base or (asked.file or Path("mine")).stem)
     file = _read(asked.file) if asked.file else {"preset": asked.base}
+    if asked.data is not None:
+        file["evaluate"] = {**section(file, "evaluate"), "data": asked.data}
 
     from dfkd.run import read_job, run_job
 

@@ -305,6 +305,7 @@ class RunCommand(Config):
     file: Path | None = option(None, "TOML file of the run, or --preset")
     base: str | None = option(None, "a preset instead of a file, listed below", flag="preset")
     out: Path | None = option(None, "folder of the run; runs/NAME, by the file's or the preset's name")
+    data: str | None = option(None, "real images for the test, instead of the file's [evaluate] data: " + DATA_HELP)
     controls: tuple[str, ...] = option((), "beside the file's: unguided-pixels, deepinversion, unguided, noise")
     seed: int = option(0, "of every stage that names none", low=0)
 

@@ -26,6 +26,8 @@ from dfkd.teachers.fitting import fit_weights
 from dfkd.teachers.weights import read_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Classifiers that come with the program, by what stands for their folder. A folder of that name counts first.
+EMBEDDED = {"cifar10-mini": Path(__file__).parent / "cifar10-mini"}
 _BIN = "pytorch_model.bin"
 _SHAPE = {"architecture": str, "class_names": [str], "mean": [float], "std": [float], "input_size": int}
 _FLAGS = {"architecture": "teacher", "class_names": "classes", "mean": "teacher-mean", "std": "teacher-std"}
@@ -45,7 +47,7 @@ def read_source(
     if isinstance(source, str) and adapters.handles(source):
         found = adapters.pretrained(source)
         return _joined(found, source, source, given, fallback)
-    path = Path(source)
+    path = located(source)
     _check_path(path)
     if (config := config_of(path)) is None:
         return _bare(path, architecture, given, fallback)
@@ -64,6 +66,12 @@ def read_source(
     return _joined(found, named, str(path), given, fallback)
 
 
+def located(checkpoint: str | Path) -> Path:
+    """A checkpoint's path, or the folder of the classifier that comes with the program by that name."""
+    path = Path(checkpoint)
+    return path if path.exists() else EMBEDDED.get(str(checkpoint), path)
+
+
 def config_of(checkpoint: Path) -> Path | None:
     """config.json of a folder, or beside the weight file that such a folder holds; else None."""
     if checkpoint.is_dir():
@@ -74,7 +82,8 @@ def config_of(checkpoint: Path) -> Path | None:
 
 def own_names(checkpoint: Path | None) -> tuple[str, ...] | None:
     """The class names of a folder that dfkd wrote, or its weight file; None for another source."""
-    config = config_of(checkpoint) if checkpoint is not None and checkpoint.exists() else None
+    path = None if checkpoint is None else located(checkpoint)
+    config = config_of(path) if path is not None and path.exists() else None
     if config is None or not config.exists() or _kind(config)[0] != "dfkd":
         return None
     return tuple(read_object(config, _SHAPE, _TODO, needed=_SHAPE)["class_names"])
@@ -99,7 +108,7 @@ def _check_path(checkpoint: Path) -> None:
     if not checkpoint.exists():
         if str(checkpoint) in zoo.names():
             raise UsageError(f"'{checkpoint}' has no weights of its own", todo="give a checkpoint beside the name")
-        todo = "give a folder, a .safetensors, .pth or .pt file, or timm:NAME"
+        todo = f"give a folder, a .safetensors, .pth or .pt file, timm:NAME, or {', '.join(EMBEDDED)}"
         raise UsageError(f"no checkpoint {checkpoint}", todo=todo)
     if not checkpoint.is_dir() or (checkpoint / CONFIG).exists():
         return

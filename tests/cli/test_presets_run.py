@@ -24,7 +24,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 SMALL = ("--group", 4, "--batch", 4, "--size", 16, "--device", "cpu")
 SHORT = ("--steps", 2, "--batch-size", 3, "--device", "cpu")
 # Where a preset leaves the networks open.
-TEACHERS = {"demo": "resnet8_half", "fedcado": "resnet8"}
+TEACHERS = {"demo": "resnet8_half", "cifar10-mini": "resnet20", "fedcado": "resnet8"}
 STUDENTS = {"fedcado": "resnet8"}
 LARGE = ("domainnet-sketch", "domainnet-quickdraw", "domainnet-fast")  # of 224 pixels
 

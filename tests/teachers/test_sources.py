@@ -7,8 +7,10 @@ import safetensors.torch
 import torch
 
 from dfkd.config import TeacherConfig
+from dfkd.config.lists import names_in
 from dfkd.errors import SettingError, UsageError
 from dfkd.teachers import Classifier, load_teacher
+from dfkd.teachers.sources import own_names
 from tests.teachers.weight_files import NAMES, SOURCE, describe, weights
 
 NET = SOURCE.replace("net.input_size, net.mean, net.std = 12, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)", "")
@@ -290,3 +292,18 @@ class TestPublished:
     def test_a_name_that_the_library_does_not_know(self, timm):
         with pytest.raises(UsageError, match=r"cannot load 'timm:resnet1'.*check the name"):
             Classifier.from_pretrained("timm:resnet1")
+
+
+def test_a_classifier_that_comes_with_the_program_is_named(tmp_path, monkeypatch):
+    """By name wherever a checkpoint is; a folder of that name counts first."""
+    found = Classifier.from_pretrained("cifar10-mini")
+    assert (found.architecture, found.input_size, found.class_names) == ("resnet20", 32, names_in("cifar10"))
+    asked = TeacherConfig.of(teacher_checkpoint="cifar10-mini")
+    assert load_teacher(asked).digest() == found.digest() and own_names(asked.checkpoint) == found.class_names
+    with pytest.raises(UsageError, match="the teacher has 10: airplane"):
+        load_teacher(TeacherConfig.of(teacher_checkpoint="cifar10-mini", classes=("cat", "dog")))
+    with pytest.raises(UsageError, match="no checkpoint cifar10-mni"):
+        Classifier.from_pretrained("cifar10-mni")
+    monkeypatch.chdir(tmp_path)
+    found.replace(class_names=tuple("abcdefghij")).save_pretrained("cifar10-mini")
+    assert Classifier.from_pretrained("cifar10-mini").class_names == tuple("abcdefghij")
