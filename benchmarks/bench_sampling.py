@@ -43,7 +43,7 @@ from benchmarks.recording import names_of, scaled
 from dfkd.config import DTYPES, GenerateConfig
 from dfkd.synthesis.command import quieten_libraries
 from dfkd.synthesis.pipeline import GuidedPipeline
-from dfkd.synthesis.plan import flop_of_trajectory
+from dfkd.synthesis.plan import flop_of_trajectory, needs_of
 from dfkd.teachers import Classifier
 from dfkd_engine.priors.prior import Prior
 
@@ -145,7 +145,8 @@ def plain_diffusers(networks: Networks, images: int, mode: str | None = None) ->
 
 def flop_per_image(row: str, networks: Networks) -> int:
     """Of all calls of networks for an image, but for the teacher's last look."""
-    return flop_of_trajectory(networks.pipeline("unguided" if row in PEERS else row, **PLAIN))
+    pipe = networks.pipeline("unguided" if row in PEERS else row, **PLAIN)
+    return flop_of_trajectory(pipe, needs_of(pipe))
 
 
 def made(name: str, networks: Networks, images: int, mode: str = MODES[0], backend: str = "eager") -> Work:

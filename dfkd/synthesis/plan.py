@@ -215,13 +215,20 @@ def calls_of_trajectory(pipe: "GuidedPipeline", snapshots: int = 1) -> dict[str,
     }
 
 
-def flop_of_trajectory(pipe: "GuidedPipeline", snapshots: int = 1) -> int:
-    """FLOP of the network calls of a trajectory, in calls of `pipe.call_size` images; the teacher's look at finished
-    images is none of them. snapshots: as of `calls_of_trajectory`."""
+def needs_of(pipe: "GuidedPipeline") -> dict[str, Footprint]:
+    """What the calls of each network need, by the names of `network_calls`, if they hold `pipe.call_size` images."""
     needs = {name: footprint(call, without_data=pipe.image_size > _SMALL) for name, call in network_calls(pipe).items()}
     cut = [name for name in _calls_of_groups(pipe) if name in needs and pipe.call_size < pipe.group]
+    return _with_statistics(pipe, needs, cut)
+
+
+def flop_of_trajectory(pipe: "GuidedPipeline", needs: Mapping[str, Footprint], snapshots: int = 1) -> int:
+    """FLOP of the network calls of a trajectory; the teacher's look at finished images is none of them.
+
+    needs: of `needs_of`. snapshots: as of `calls_of_trajectory`.
+    """
     calls = calls_of_trajectory(pipe, snapshots)
-    return round(sum(own.flop * calls[name] for name, own in _with_statistics(pipe, needs, cut).items()))
+    return round(sum(own.flop * calls[name] for name, own in needs.items()))
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_flop_of_a_trajectory_are_those_of_the_calls_that_are_made(piped, settin
     pack, look = pipe.pack(torch.arange(12), 0), counted(pipe.teacher.logits, torch.rand(12, 3, 16, 16))[1]
     with memory._Live() as live:
         pipe.finished(pack)
-    assert 12 * plan.flop_of_trajectory(pipe) == live.flop - look
+    assert 12 * plan.flop_of_trajectory(pipe, plan.needs_of(pipe)) == live.flop - look
 
 
 def test_a_plan_tells_the_flop_of_a_group_in_several_calls(piped, monkeypatch):
