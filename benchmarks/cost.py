@@ -64,7 +64,7 @@ class Step:
 def way(tiny: Path) -> tuple[Step, ...]:
     """The steps from `cifar10` to `cifar10-fast`, with one teacher. tiny: folder of a decoder of TAESD's sizes."""
     group = {"bn_stats": "group", "bn_loss": "relative", "group": 200}
-    unguided = {"guidance_step": 0.0, "cfg_to": 1.0, "guidance_decoder": None}
+    unguided = {"guidance_step": 0.0, "cfg_to": 1.0, "guidance_decoder": None, "keep_intermediates": 0}
     return (
         Step("published loop, five images of a trajectory", "", {}),
         Step("its last image alone", "--keep-intermediates 0", {"keep_intermediates": 0, "cutmix_every": 0}),
@@ -74,6 +74,7 @@ def way(tiny: Path) -> tuple[Step, ...]:
         Step("classifier-free rows in the other 8 alone", "--cfg-to 0.4", {"cfg_to": 0.4}),
         Step("statistics of 200 images, in several calls: `cifar10-fast`", "--bn-stats group --group 200", group),
         Step("gradient through a decoder of TAESD's sizes", "--guidance-decoder", {"guidance_decoder": str(tiny)}),
+        Step("five images of a trajectory again", "--keep-intermediates 4", {"keep_intermediates": 4}),
         Step("no teacher, 20 steps", "--guidance-step 0 --cfg-to 1", unguided),
     )
 
@@ -102,14 +103,16 @@ def pipeline(prior: Prior, preset: str, architecture: str, **changes: Any) -> Gu
 
 
 def synthesis(pipe: GuidedPipeline) -> dict[str, Any]:
-    """What a trajectory of a pipeline takes: {"snapshots", "flop", "call"}, the images that come of it, FLOP, and how
-    many trajectories a call of any network can hold, by the card's memory and by what convolutions can index."""
+    """What a trajectory of a pipeline takes: {"snapshots", "flop", "parts", "call"}, the images that come of it, FLOP,
+    those of a call of each network for it, and how many trajectories a call of any network can hold, by the card's
+    memory and by what convolutions can index."""
     needs, snapshots = needs_of(pipe), 1 + pipe.config.sampling.keep_intermediates
     networks = [*pipe.prior.networks.values(), pipe.teacher.module]
     networks += [pipe.guidance_decoder.network] if pipe.guidance_decoder else []
     left = int(MEMORY) - weight_bytes(*networks)
     call = min(min(need.most_rows(left), most_rows(need.elements)) for need in needs.values())
-    return {"snapshots": snapshots, "flop": flop_of_trajectory(pipe, needs, snapshots), "call": call}
+    parts = {name: need.flop for name, need in needs.items()}
+    return {"snapshots": snapshots, "flop": flop_of_trajectory(pipe, needs, snapshots), "parts": parts, "call": call}
 
 
 def steps_of(prior: Prior, tiny: Path, **changes: Any) -> Iterator[dict[str, Any]]:
@@ -203,7 +206,14 @@ def way_table(result: Mapping[str, Any]) -> str:
         "one change after another", "flags", "a trajectory", "images of it", "an image", "trajectory: times less",
         "image: times less", "most a call, 80 GB",
     )  # fmt: skip
-    return "\n".join([*table(heads, rows), "", counted_by(result)])
+    loop, latent = (result["steps"][i]["parts"] for i in (0, 2))
+    through = (loop["gradient"] - latent["gradient"]) / 2
+    parts = (
+        f"A row of the UNet is {scaled(loop['unet'] / 2, 'FLOP')}, {scaled(through, 'FLOP')} with its gradient; a"
+        f" decoding {scaled(loop['decode'], 'FLOP')}, {scaled(latent['gradient'], 'FLOP')} with its gradient and the"
+        " teacher's."
+    )
+    return "\n".join([*table(heads, rows), "", parts, counted_by(result)])
 
 
 def presets_table(result: Mapping[str, Any]) -> str:
@@ -211,7 +221,7 @@ def presets_table(result: Mapping[str, Any]) -> str:
     rows = []
     for row in result["presets"]:
         flop = row["images"] // row["snapshots"] * row["flop"]
-        hours = [_hours(flop, result["peak"], share) for share in SYNTHESIS_SHARES]
+        hours = [number(_hours(flop, result["peak"], share)) for share in SYNTHESIS_SHARES]
         each, trajectories = flop / row["images"], row["images"] // row["snapshots"]
         cells = (f"`{row['preset']}`", row["images"], trajectories, scaled(each, "FLOP"), number(flop / 1e15))
         rows.append((*cells, *hours))
@@ -224,10 +234,11 @@ def training_table(result: Mapping[str, Any]) -> str:
     rows = []
     for row in result["training"]:
         flop = row["images"] * row["flop"]
-        hours = [_hours(flop, result["peak"], share) for share in TRAINING_SHARES]
+        minutes = [number(60 * _hours(flop, result["peak"], share)) for share in TRAINING_SHARES]
         cells = (f"`{row['preset']}`", row["what"], row["networks"], scaled(row["images"]), scaled(row["flop"], "FLOP"))
-        rows.append((*cells, number(flop / 1e15), *hours))
-    heads = ("preset", "what", "networks", "images shown", "one of them", "all, PFLOP", *map(_at, TRAINING_SHARES))
+        rows.append((*cells, number(flop / 1e15), *minutes))
+    shares = (_at(share, "minutes") for share in TRAINING_SHARES)
+    heads = ("preset", "what", "networks", "images shown", "one of them", "all, PFLOP", *shares)
     return "\n".join([*table(heads, rows), "", counted_by(result)])
 
 
@@ -241,12 +252,12 @@ def counted_by(result: Mapping[str, Any]) -> str:
     )
 
 
-def _at(share: float) -> str:
-    return f"hours if at {100 * share:.0f} %"
+def _at(share: float, unit: str = "hours") -> str:
+    return f"{unit} if at {100 * share:.0f} %"
 
 
-def _hours(flop: float, peak: float, share: float) -> str:
-    return number(flop / (peak * share) / 3600)
+def _hours(flop: float, peak: float, share: float) -> float:
+    return flop / (peak * share) / 3600
 
 
 def main() -> None:
