@@ -100,7 +100,7 @@ def measure(run: RunFolder, teacher: Classifier | None, judged: int, student: Cl
 
     Raises UsageError where teacher and images disagree about the classes.
     """
-    _check_classes(run, teacher)
+    check_classes(run.synthetic.pool.class_names, teacher)
     tested, wrong = accuracy(run), errors(run)
     ranking = sorted(run.baselines, key=lambda name: -tested.baselines.get(name, 0.0))
     spent = costs({name: one for name, one in (("teacher", teacher), ("student", student)) if one is not None})
@@ -128,9 +128,9 @@ def measure(run: RunFolder, teacher: Classifier | None, judged: int, student: Cl
     )
 
 
-def _check_classes(run: RunFolder, teacher: Classifier | None) -> None:
-    names = run.synthetic.pool.class_names
-    if teacher is not None and teacher.class_names != names:
+def check_classes(names: Sequence[str], teacher: Classifier | None) -> None:
+    """Raise UsageError where a teacher is of other classes than images of these, or of another order."""
+    if teacher is not None and teacher.class_names != tuple(names):
         raise UsageError(
             "teacher and images disagree about the classes",
             f"teacher: {', '.join(teacher.class_names[:10])}; images: {', '.join(names[:10])}",
