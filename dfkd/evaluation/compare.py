@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import dfkd
 from dfkd.data import Images
-from dfkd.evaluation.entries import CEILING, Entries, ImageSet, Method, Point
+from dfkd.evaluation.entries import CEILING, Entries, ImageSet, Method, Point, own_name
 from dfkd.evaluation.fidelity import Fidelity
 from dfkd.evaluation.image_measures import Beside, Rank, Seen, look, measures, rank
 from dfkd.evaluation.paired import Difference, difference, over_seeds
@@ -142,7 +142,7 @@ def _answers(reference: str, students: Mapping[str, Students], ranks: Sequence[R
     """What a reader came for, in plain words."""
     name = reference.replace("_", " ")
     question = f"Is {name} ahead of every other?"
-    found = [Answer(question, *_ahead({other: one for other, one in students.items() if other != CEILING}))]
+    found = [Answer(question, *_ahead({other: one for other, one in students.items() if own_name(other) != CEILING}))]
     if known := [one for one in ranks if one.correlation is not None]:
         best = max(known, key=lambda one: one.correlation or 0.0)
         where = f" in the features of {best.features}" if best.features else ""

@@ -16,7 +16,7 @@ from dfkd.data.contact_sheet import Strip, sheet, stack, strips
 from dfkd.errors import UsageError
 from dfkd.evaluation import figures
 from dfkd.evaluation.compare import Comparison, compare
-from dfkd.evaluation.entries import CEILING, Entries, Point, read_entries
+from dfkd.evaluation.entries import CEILING, Entries, Point, own_name, read_entries
 from dfkd.evaluation.fidelity import check_features
 from dfkd.evaluation.image_measures import Measure, Seen, check_real, mean, measures
 from dfkd.evaluation.page import (
@@ -145,7 +145,7 @@ def write(found: Comparison, entries: Entries, out: Path) -> tuple[Path, ...]:
         charts=charts,
         sheets=sorted(sheets, key=lambda one: found.ranking.index(str(one["name"]))),
         tables=_tables(found),
-        descriptions=WORDS,
+        descriptions={name: text for name in found.students if (text := WORDS.get(own_name(name)))},
         teacher=TEACHER,
         real=REAL,
     )
@@ -166,8 +166,8 @@ def _charts(found: Comparison) -> Charts:
                 curves[words(method)] = [[(x, y) for own, x, y in points if own == budget and x] for budget in budgets]
         named = [budget for budget in found.budgets if budget is not None] if name == SECONDS else []
         if curves:
-            given = (curves, words(found.reference), words(CEILING), along, named)
-            charts[name] = partial(figures.accuracy_curves, *given)
+            grey = [words(method) for method in found.ranking if own_name(method) == CEILING]
+            charts[name] = partial(figures.accuracy_curves, curves, words(found.reference), grey, along, named)
     gaps = {words(name): one.behind[-1][1] for name in found.ranking if (one := found.students[name]).behind}
     if any(gap.known for gap in gaps.values()):
         charts["behind"] = partial(figures.gaps, gaps, words(found.reference))

@@ -22,8 +22,8 @@ from dfkd.evaluation.run_folder import RunFolder, read_run
 from dfkd.evaluation.tested import accuracy
 from dfkd.files import read_object
 
-REFERENCE = "guided"  # the method that others are compared with, where one has this name, else the first
-CEILING = "real_data"  # one whose students learned from real images
+REFERENCE = "guided"  # the first method of this name is compared with, else the first of all
+CEILING = "real_data"  # a method whose students learned from real images
 _OF_SEEDS = {...: [float]}
 _RECORD: dict[str, Any] = {
     "budgets": [float],
@@ -90,7 +90,8 @@ class Entries:
 
     @property
     def reference(self) -> str:
-        return REFERENCE if REFERENCE in self.methods else next(iter(self.methods))
+        """The method that others are compared with."""
+        return next((name for name in self.methods if own_name(name) == REFERENCE), next(iter(self.methods)))
 
     def each(self, judged: int) -> int:
         """How many images of every set are judged: as many as asked for, or as the smallest set has."""
@@ -104,6 +105,11 @@ class Entries:
     @property
     def sets(self) -> list[ImageSet]:
         return [one for method in self.methods.values() for one in method.sets]
+
+
+def own_name(method: str) -> str:
+    """A method's name without that of its run or record."""
+    return method.rpartition(" / ")[2]
 
 
 def read_entries(runs: Sequence[str]) -> Entries:

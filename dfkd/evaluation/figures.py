@@ -235,22 +235,22 @@ def training_curve(log: Sequence[Mapping[str, float]], theme: Theme) -> Figure:
 def accuracy_curves(
     curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
     first: str,
-    ceiling: str,
+    ceilings: Sequence[str],
     along: str,
     named: Sequence[float],
     theme: Theme,
 ) -> Figure:
     """A curve a method through the means of its groups of points (x > 0, accuracy), one a budget; each point is drawn.
 
-    first: the method in the accent's colour. ceiling: one that is drawn dashed and grey. along: name of the x axis.
+    first: the method in the accent's colour. ceilings: those that are drawn dashed and grey. along: name of the x axis.
     named: places on it that are named, () for round ones.
     """
     figure, axes = _single(height := max(4.2, LABEL * len(curves) + 1), theme)
     ends: list[tuple[float, str, str]] = []
-    others = [name for name in curves if name not in (first, ceiling)]
+    others = [name for name in curves if name not in (first, *ceilings)]
     for name, groups in curves.items():
         colour, width, style = theme.accent, 2.6, "-"
-        if name == ceiling:
+        if name in ceilings:
             colour, width, style = theme.muted, 1.4, "--"
         elif name != first:
             turn, place = divmod(others.index(name), len(theme.series))
