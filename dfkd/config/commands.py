@@ -265,7 +265,7 @@ class ReportCommand(Config):
         None, "folder to write; RUN/report, SYNTHETIC-report where there is no RUN, FIRST-compare with --compare"
     )
     judged: int = option(
-        500, "images of each set that the teacher judges, spread over the ids; 0: none", unit="images", low=0
+        500, "images of each set that the teacher judges, spread over classes and ids; 0: none", unit="images", low=0
     )
     device: str = option("auto", "where the teacher judges: auto, cpu, cuda or cuda:N")
 

@@ -19,8 +19,9 @@ RIGHTLY = 0.8  # rank correlation from which a measure is said to rank rightly
 class Students:
     """A method's students: accuracy, the mean over the seeds at the largest budget, and each of them.
 
-    behind: by budget, how far it is ahead of the reference's (below 0: behind), paired by seed; of one seed each the
-    interval is for the choice of test images where both runs kept which they have right. seeds: pairs of each.
+    behind: by budget, how far they are ahead of the reference's (below 0: behind), and over how many pairs of one seed.
+    Of one student each, whatever the seeds, the interval is for the choice of test images, if both runs kept which they
+    have right.
     """
 
     accuracy: float | None
@@ -77,7 +78,7 @@ def compare(
 
     teachers: of every set, in the order of `entries.sets`. networks: whose features, by a name for people. real: images
     to compare with, as `check_real` lets them pass, which `data` names. count: images of each set that are judged,
-    spread over its ids. notes: what a reader must know besides.
+    spread over classes and ids. notes: what a reader must know besides.
     """
     sets, names = entries.sets, entries.class_names
     beside = Beside.of(real, names, networks, count) if real is not None else None
@@ -106,7 +107,7 @@ def compare(
             name: f"{one.architecture or one.source}, fed {one.input_size} x {one.input_size} pixels"
             for name, one in (networks if beside else {}).items()
         },
-        notes=(*notes, *_notes(sets)),
+        notes=(*notes, *_notes(sets, teachers)),
         students=students,
         images=seen,
         real=beside.others() if beside else {},
@@ -120,29 +121,38 @@ def _students(method: Method, reference: Method) -> Students:
     for budget in method.budgets if method is not reference else ():
         own, theirs = method.at(budget), reference.at(budget)
         seeds = [seed for seed in own if seed in theirs]
-        if len(seeds) == 1 and budget is None and seeds[0] in method.right and seeds[0] in reference.right:
-            behind.append((budget, difference(method.right[seeds[0]], reference.right[seeds[0]]), 1))
+        masks = [mask for of in (method, reference) for mask in of.right.values()]
+        if len(own) == len(theirs) == 1 and budget is None and len(masks) == 2:  # whatever their seeds
+            behind.append((budget, difference(*masks), 1))
         elif seeds:
             first, second = ([of[seed].accuracy for seed in seeds] for of in (own, theirs))
             behind.append((budget, over_seeds(first, second), len(seeds)))
     return Students(method.accuracy, method.points, tuple(behind))
 
 
-def _notes(sets: Sequence[ImageSet]) -> list[str]:
-    guides: dict[int, set[str]] = {}
-    for one in sets:
-        if (digest := one.pool.settings.get("teacher_digest")) is not None:
-            guides.setdefault(one.seed, set()).add(digest)
-    if all(len(digests) == 1 for digests in guides.values()):
-        return []
-    return ["Images of one seed were made with different teachers: their students learned from different answers."]
+def _notes(sets: Sequence[ImageSet], teachers: Sequence[Classifier | None]) -> list[str]:
+    """What a reader must know before trusting the page: parts that do not belong together."""
+    notes = []
+    guides = [one.pool.settings.get("teacher_digest") for one in sets]
+    of_seed = {(one.seed, guide) for one, guide in zip(sets, guides, strict=True) if guide is not None}
+    if len(of_seed) > len({seed for seed, _ in of_seed}):
+        notes.append(
+            "Images of one seed were made with different teachers: their students learned from others' answers."
+        )
+    digests = {id(teacher): teacher.digest() for teacher in teachers if teacher is not None}
+    if any(
+        guide and teacher and guide != digests[id(teacher)] for guide, teacher in zip(guides, teachers, strict=True)
+    ):
+        notes.append("Some images are judged by another teacher than the one that they were made with.")
+    return notes
 
 
 def _answers(reference: str, students: Mapping[str, Students], ranks: Sequence[Rank]) -> list[Answer]:
     """What a reader came for, in plain words."""
     name = reference.replace("_", " ")
     question = f"Is {name} ahead of every other?"
-    found = [Answer(question, *_ahead({other: one for other, one in students.items() if own_name(other) != CEILING}))]
+    rivals = {other: one for other, one in students.items() if other != reference and own_name(other) != CEILING}
+    found = [Answer(question, *_ahead(rivals))]
     if known := [one for one in ranks if one.correlation is not None]:
         best = max(known, key=lambda one: one.correlation or 0.0)
         where = f" in the features of {best.features}" if best.features else ""
@@ -164,17 +174,21 @@ def _ahead(students: Mapping[str, Students]) -> tuple[str, str]:
             at.setdefault(budget, []).append((gap, other.replace("_", " ")))
     ahead = [all(gap.high < 0 for gap, _ in gaps) for gaps in at.values()]
     behind = [any(gap.low > 0 for gap, _ in gaps) for gaps in at.values()]
+    unpaired = [other.replace("_", " ") for other, one in students.items() if one.points and not one.behind]
     told = []
     for budget, gaps in at.items():
         gap, other = max(gaps, key=lambda pair: pair[0].value)
         between = f" ({_points(-gap.high)} to {_points(-gap.low)})" if gap.known else ""
         told.append(f"{f'{budget:g} s: ' if budget else ''}{_points(-gap.value)}{between}, {other}")
     shown = f"at {sum(ahead)} of {len(at)} budgets" if len(at) > 1 and 0 < sum(ahead) < len(at) else ""
-    short = "yes" if all(ahead) and ahead else shown or ("no" if any(behind) else "not shown")
+    short = "yes" if all(ahead) and not unpaired else shown or ("no" if any(behind) else "not shown")
+    alone = f" No seed in common with it: {', '.join(unpaired)}." if unpaired else ""
+    if not told:
+        return "not shown", alone.lstrip() or "No other method was tested."
     known = all(gap.known for gaps in at.values() for gap, _ in gaps)
     what = "Points ahead of the one that comes nearest" + (", with the 95 % interval" if known else "")
     rule = "Ahead of all is where every interval leaves zero out" + ("" if known else "; one seed has none") + "."
-    return short, f"{what}: {'; '.join(told)}. {rule}"
+    return short, f"{what}: {'; '.join(told)}. {rule}{alone}"
 
 
 def _points(share: float) -> str:

@@ -80,8 +80,7 @@ def write_comparison(
     if given and not entries.each(judged):
         why = "no image is judged" if entries.sets else "records alone have no images"
         raise UsageError(f"--{given[0]} does not act", why, "give NAME=FOLDER of images too, or leave it out")
-    first = Path(runs[0].rpartition("=")[2])
-    out = out or first.parent / f"{first.resolve().stem}-compare"
+    out = out or entries.first.parent / f"{entries.first.resolve().stem}-compare"
     where, count = resolve_device(device), entries.each(judged)
     judges = _teachers(entries, teacher) if count else [None] * len(entries.sets)
     networks = {} if features is None else {features: Classifier.from_pretrained(features)}
@@ -135,7 +134,7 @@ def write(found: Comparison, entries: Entries, out: Path) -> tuple[Path, ...]:
     charts, written = drawn(_charts(found), out)
     sheets = []
     for name, strip in _sheets(entries).items():
-        written.append(save(out / f"contact_sheet_{name.replace(' / ', '_')}.png", png(sheet(strip))))
+        written.append(save(out / f"contact_sheet_{name.replace(' / ', '_').replace('/', '_')}.png", png(sheet(strip))))
         classes = [row.class_name for row in strip]
         sheets.append({"name": name, "picture": uri(png(stack(strip))), "classes": classes, "shown": strip[0].shown})
     page = environment().get_template("compare.html.j2")

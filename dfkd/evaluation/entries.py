@@ -83,10 +83,11 @@ class Method:
 @dataclass(frozen=True)
 class Entries:
     """methods: in the order given. test: name, split and number of the real images of every folder's students, None
-    where no folder tells."""
+    where no folder tells. first: of the folders and files."""
 
     methods: Mapping[str, Method]
     test: tuple[str, str, int] | None
+    first: Path
 
     @property
     def reference(self) -> str:
@@ -145,7 +146,7 @@ def read_entries(runs: Sequence[str]) -> Entries:
     if len(methods) < 2:
         found = f"only {some_names(tuple(methods))}" if methods else "no method"
         raise UsageError("--compare: nothing to compare", f"there is {found}", "give two runs or more, or a record")
-    entries = Entries(methods, next(iter(tests.values()), None))
+    entries = Entries(methods, next(iter(tests.values()), None), named[0][1])
     _check_tests(tests)
     _check_images(entries)
     return entries
@@ -160,7 +161,7 @@ def _named(text: str) -> tuple[str | None, Path]:
     if path.is_dir() and not (path / "synthetic" / MANIFEST).exists():
         why = f"it holds no synthetic/{MANIFEST}"
         raise UsageError(f"--compare {path}", why, "give a folder of dfkd-run, or a benchmark's record")
-    return own, path.expanduser()
+    return own, path
 
 
 def _record(path: Path) -> dict[str, Method]:
@@ -173,6 +174,9 @@ def _record(path: Path) -> dict[str, Method]:
             columns = [of.get(key, {}).get(budget, ()) for key in ("accuracy", "seconds", "images")]
             if len({len(column) for column in columns}) != 1 or not columns[0]:
                 why = f"accuracy, seconds and images of {name} at {budget} s are not one each a seed"
+                raise UsageError(f"{path} cannot be used", why, todo)
+            if not all(0 <= right <= 1 for right in columns[0]):
+                why = f"an accuracy of {name} at {budget} s is not in 0..1"
                 raise UsageError(f"{path} cannot be used", why, todo)
             points += [
                 Point(seed, float(right), float(seconds), int(images), _seconds(budget))

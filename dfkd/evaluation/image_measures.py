@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dfkd.data import Images
 from dfkd.errors import UsageError
-from dfkd.evaluation.accuracy import evenly, match_classes
+from dfkd.evaluation.accuracy import match_classes, spread
 from dfkd.evaluation.entries import ImageSet
 from dfkd.evaluation.fidelity import LEAST, Fidelity, features, fidelity
 from dfkd.evaluation.metrics import TeacherView, teacher_view
@@ -67,7 +67,7 @@ class Beside:
         """real: images that `check_real` lets pass."""
         labels = match_classes(real, names)[real.labels]
         sets = 2 if len(labels) >= 2 * count else 1
-        rows = evenly(len(labels), sets * count).view(-1, sets).T.flatten()  # the two take turns: alike by class
+        rows = spread(labels, sets * count).view(-1, sets).T.flatten()  # the two take turns: alike by class
         found = {name: features(one, real.read, rows) for name, one in networks.items()}
         return cls(networks, found, labels[rows], count)
 
@@ -132,8 +132,8 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def look(one: ImageSet, teacher: Classifier | None, beside: Beside | None, count: int) -> Seen:
-    """Measure `count` images of a set, spread over its ids."""
-    rows = evenly(len(one.pool.labels), count)
+    """Measure `count` images of a set, spread over its classes and ids."""
+    rows = spread(one.pool.labels, count)
     return Seen(
         seed=one.seed,
         images=len(one.pool.labels),

@@ -43,7 +43,7 @@ def write_report(
     """Read a run as `read_run` does, measure it, write the page into `out`; the report and its files, HTML first.
 
     out: RUN/report where it is not given, or IMAGES-report beside the images where there is no RUN.
-    judged: images of each set that the teacher judges, spread over the ids; 0: none. device: where it does so.
+    judged: images of each set that the teacher judges, spread over classes and ids; 0: none. device: where it does so.
     Raises UsageError as `read_run`, and where teacher and images disagree about the classes.
     """
     found = read_run(run, synthetic, student, teacher)

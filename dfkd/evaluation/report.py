@@ -9,7 +9,7 @@ import torch
 
 import dfkd
 from dfkd.errors import UsageError
-from dfkd.evaluation.accuracy import evenly
+from dfkd.evaluation.accuracy import spread
 from dfkd.evaluation.cost import Cost, costs
 from dfkd.evaluation.metrics import (
     Band,
@@ -96,7 +96,7 @@ class Report:
 
 
 def measure(run: RunFolder, teacher: Classifier | None, judged: int, student: Classifier | None = None) -> Report:
-    """Measure a run. The teacher, where it is at hand, judges `judged` images of each set, spread over the ids.
+    """Measure a run. The teacher, where it is at hand, judges `judged` images of each set, spread over classes and ids.
 
     Raises UsageError where teacher and images disagree about the classes.
     """
@@ -175,7 +175,7 @@ def _views(run: RunFolder, ranking: Sequence[str], teacher: Classifier, judged: 
     pools = {OURS: run.synthetic.pool}
     pools |= {name: pool for name in ranking if (pool := run.baselines[name].images) is not None}
     return {
-        name: teacher_view(teacher, pool.read, pool.labels, evenly(len(pool.labels), judged))
+        name: teacher_view(teacher, pool.read, pool.labels, spread(pool.labels, judged))
         for name, pool in pools.items()
         if pool.class_names == teacher.class_names
     }

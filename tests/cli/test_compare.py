@@ -74,7 +74,7 @@ def test_two_runs_and_their_baselines_are_put_side_by_side(world: Path, tmp_path
     wanted = difference(np.arange(30) < 6, np.arange(30) < 23)  # of one seed each, by the images that each has right
     assert (budget, pairs) == (None, 1)
     assert gap == {"value": pytest.approx(wanted.value), "low": pytest.approx(wanted.low), "high": wanted.high}
-    assert found["students"]["two / noise"]["behind"] == []  # another seed than the reference's
+    assert found["students"]["two / noise"]["behind"][0][1]["value"] == pytest.approx(0.9 - 23 / 30)  # of another seed
     assert "−56.7 (" in text and "76.7 %" in text
     seen = {name: sets[0] for name, sets in found["images"].items()}
     assert {one["judged"] for one in seen.values()} == {6} and seen["two"]["seed"] == 1
@@ -160,6 +160,7 @@ def of_size(root: Path, size: int) -> None:
         (("odd.json",), "accuracy, seconds and images of guided at 30 s are not one each a seed"),
         (("wrong.json",), "does not say 'methods'"),
         (("when.json",), "budgets are seconds"),
+        (("percent.json",), "an accuracy of guided at 30 s is not in 0..1"),
         (("one", "two", "--run", "one"), "--run is of one run"),
         (("quality.json", "--data", "digits-on-photos"), "--data does not act: records alone have no images"),
         (("one", "two", "--judged", "0", "--features", "one/teacher"), "--features does not act: no image is judged"),
@@ -186,6 +187,8 @@ def test_what_cannot_be_compared_is_refused(
     odd = {"budgets": [30], "methods": {"guided": {"accuracy": {"30": [0.5, 0.6]}, "images": {"30": [1]}}}}
     write_json(Path("odd.json"), odd)
     write_json(Path("wrong.json"), {"budgets": [30]})
+    percent = {"guided": {"accuracy": {"30": [61.0]}, "images": {"30": [1]}, "seconds": {"30": [1]}}}
+    write_json(Path("percent.json"), {"budgets": [30], "methods": percent})
     write_json(Path("when.json"), {"budgets": [], "methods": {"guided": {"accuracy": {"soon": [0.5]}}}})
     before = set(tmp_path.rglob("*"))
     assert call("--compare", *argv) == 2
