@@ -43,9 +43,8 @@ from benchmarks.recording import names_of, scaled
 from dfkd.config import DTYPES, GenerateConfig
 from dfkd.synthesis.command import quieten_libraries
 from dfkd.synthesis.pipeline import GuidedPipeline
-from dfkd.synthesis.plan import network_calls
+from dfkd.synthesis.plan import flop_of_trajectory, needs_of
 from dfkd.teachers import Classifier
-from dfkd_engine.memory import footprint
 from dfkd_engine.priors.prior import Prior
 
 SEED = 0
@@ -147,11 +146,7 @@ def plain_diffusers(networks: Networks, images: int, mode: str | None = None) ->
 def flop_per_image(row: str, networks: Networks) -> int:
     """Of all calls of networks for an image, but for the teacher's last look."""
     pipe = networks.pipeline("unguided" if row in PEERS else row, **PLAIN)
-    large = pipe.image_size > 64  # below that a network is run sooner than it is traced without data
-    needs = {name: footprint(call, without_data=large).flop for name, call in network_calls(pipe).items()}
-    rows, repeats = pipe.pack(torch.arange(1), SEED).cfg_rows, sum(map(pipe.repeats_at, range(len(pipe.table))))
-    counts = {"unet": sum(rows) / max(rows), "gradient": repeats, "pixel_gradient": pipe.config.guidance.refine_steps}
-    return round(sum(flop * counts.get(name, 1) for name, flop in needs.items()))
+    return flop_of_trajectory(pipe, needs_of(pipe))
 
 
 def made(name: str, networks: Networks, images: int, mode: str = MODES[0], backend: str = "eager") -> Work:

@@ -238,6 +238,10 @@ class ReportCommand(Config):
     Reads RUN/synthetic (dfkd-generate) and, as far as they are there, RUN/teacher (dfkd-train-teacher), RUN/student
     (dfkd-distill), RUN/baselines/NAME/{synthetic,student}; the page says what is missing. Reads only what those
     commands wrote, never a real image. Writes OUT/report.html, OUT/report.json, PNG files and report.settings.json.
+
+    --compare RUN RUN ... puts runs and their baselines side by side instead: accuracy against seconds and images with
+    intervals, contact sheets, and how near the images are to real ones, which are read for it. A RUN is such a folder,
+    or a benchmark's record of accuracies (JSON). NAME=RUN names it; folders of one NAME are its seeds.
     """
 
     SECTION = "report"
@@ -248,11 +252,29 @@ class ReportCommand(Config):
         None, "folder of dfkd-train-teacher, or the file given to dfkd-generate, instead of RUN/teacher"
     )
     student: Path | None = option(None, "folder of dfkd-distill, instead of RUN/student")
-    out: Path | None = option(None, "folder to write; RUN/report, or SYNTHETIC-report where there is no RUN")
+    compare: tuple[str, ...] = option((), "folders of runs and records to put side by side; NAME=RUN names one")
+    features: str | None = option(
+        None,
+        "--compare: network whose features images are compared in, a folder, or a pretrained timm:NAME or"
+        " torchvision:NAME; one that guided no image ranks better than the teacher, whose features are shown too",
+    )
+    data: str | None = option(
+        None, "--compare: real images to compare with, none: those that the students were tested on; " + DATA_HELP
+    )
+    out: Path | None = option(
+        None, "folder to write; RUN/report, SYNTHETIC-report where there is no RUN, FIRST-compare with --compare"
+    )
     judged: int = option(
-        500, "images of each set that the teacher judges, spread over the ids; 0: none", unit="images", low=0
+        500, "images of each set that the teacher judges, spread over classes and ids; 0: none", unit="images", low=0
     )
     device: str = option("auto", "where the teacher judges: auto, cpu, cuda or cuda:N")
+
+    def validate(self) -> None:
+        single, several = ("run", "synthetic", "student"), ("features", "data")
+        if self.compare and (given := [name for name in single if name in self.changed()]):
+            raise ValueError(f"--{given[0]} is of one run, and --compare names several: leave one of the two out")
+        if not self.compare and (given := [name for name in several if name in self.changed()]):
+            raise ValueError(f"--{given[0]} acts with --compare: give that too, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,15 +53,16 @@ def evenly(values: Tensor, most: int) -> Tensor:
     return values if len(values) <= most else values[torch.arange(most) * len(values) // most]
 
 
-def strips(pool: ShardPool | Pool, columns: int | None = None) -> list[Strip]:
+def strips(pool: ShardPool | Pool, columns: int | None = None, labels: Tensor | None = None) -> list[Strip]:
     """A strip per class that has images, in the order of the classes.
 
-    columns: tiles a row; by default as many as fit into ACROSS pixels, 16 for images of up to SMALL pixels.
+    columns: tiles a row; by default as many as fit into ACROSS pixels, 16 for images of up to SMALL pixels. labels:
+    int64 [n], of some of the classes that have images.
     """
     tile, scale = _tile(pool.image_size)
     columns = columns or max(1, ACROSS // (tile * scale))
     rows = []
-    for label in evenly(torch.unique(pool.labels), MOST_ROWS).tolist():
+    for label in evenly(torch.unique(pool.labels) if labels is None else labels, MOST_ROWS).tolist():
         positions = (pool.labels == label).nonzero()[:columns, 0]
         images = pool.read(positions).permute(0, 2, 3, 1).numpy()
         strip = Image.new("RGBA", (columns * (tile + 1) - 1, tile))

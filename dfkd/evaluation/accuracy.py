@@ -77,6 +77,14 @@ def evenly(total: int, most: int) -> Tensor:
     return torch.arange(count) * total // max(count, 1)
 
 
+def spread(labels: Tensor, most: int) -> Tensor:
+    """At most `most` positions int64 of labels int64 [N], by class: of each in proportion, spread evenly over its own.
+
+    Positions at equal steps would not do: images whose classes take turns may lose some of them altogether.
+    """
+    return labels.argsort(stable=True)[evenly(len(labels), most)]
+
+
 def match_classes(images: Images, class_names: Sequence[str]) -> Tensor:
     """int64: the images' class number -> that of a classifier of these classes, by name; -1 for classes without images.
 

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,12 +17,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from dfkd.evaluation.answers import Bin
 from dfkd.evaluation.metrics import BINS, Band, Confidence
+from dfkd.evaluation.paired import Difference
 from dfkd.evaluation.tested import ClassAccuracy
 
 WIDTH = 5.6  # inches
 DPI = 200
 TEXT, SMALL = 11.5, 10.0  # points
 NAMED = 30  # classes up to which each is named on an axis
+LABEL = 0.2  # inches that a curve's name takes
 COUNTED = 15  # classes up to which a confusion matrix shows its counts
 LOSSES = {
     "cls": "cross-entropy",
@@ -229,6 +232,81 @@ def training_curve(log: Sequence[Mapping[str, float]], theme: Theme) -> Figure:
     return figure
 
 
+def accuracy_curves(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    first: str,
+    ceilings: Sequence[str],
+    along: str,
+    named: Sequence[float],
+    theme: Theme,
+) -> Figure:
+    """A curve a method through the means of its groups of points (x > 0, accuracy), one a budget; each point is drawn.
+
+    first: the method in the accent's colour. ceilings: those that are drawn dashed and grey. along: name of the x axis.
+    named: places on it that are named, () for round ones.
+    """
+    figure, axes = _single(height := max(4.2, LABEL * len(curves) + 1), theme)
+    ends: list[tuple[float, str, str]] = []
+    others = [name for name in curves if name not in (first, *ceilings)]
+    for name, groups in curves.items():
+        colour, width, style = theme.accent, 2.6, "-"
+        if name in ceilings:
+            colour, width, style = theme.muted, 1.4, "--"
+        elif name != first:
+            turn, place = divmod(others.index(name), len(theme.series))
+            colour, width, style = theme.series[place], 1.4, ("-", "--", ":")[turn % 3]
+        x, y = np.array([np.mean(group, axis=0) for group in groups]).T
+        axes.plot(x, y, linestyle=style, color=colour, linewidth=width, marker="o", markersize=4.5, zorder=4)
+        points = np.array([point for group in groups for point in group])
+        axes.scatter(points[:, 0], points[:, 1], s=9, color=colour, alpha=0.45, linewidths=0, zorder=3)
+        ends.append((float(y[-1]), name, colour))
+    every = [x for groups in curves.values() for group in groups for x, _ in group]
+    if max(every) > 4 * min(every):
+        _log(axes, "x")
+    if named:
+        axes.set_xticks(named, [f"{x:g}" for x in named])
+    axes.margins(x=0.06)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(along, color=theme.text, fontsize=TEXT)
+    axes.set_ylabel("accuracy of the student", color=theme.text, fontsize=TEXT)
+    _label_ends(axes, ends, height)
+    return figure
+
+
+def gaps(found: Mapping[str, Difference], first: str, theme: Theme) -> Figure:
+    """How far each method is ahead of the first, in points, with its 95 % interval where one is known."""
+    figure, axes = _single(0.34 * len(found) + 0.9, theme)
+    axes.axvline(0, color=theme.accent, linewidth=1.6)
+    for place, one in enumerate(found.values()):
+        if one.known:
+            axes.hlines(place, 100 * one.low, 100 * one.high, color=theme.text, linewidth=2, alpha=0.5)
+        axes.plot(100 * one.value, place, "o", color=theme.text, markersize=6)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_yticks(range(len(found)), [_short(name, 28) for name in found])
+    axes.set_xlabel(f"points ahead of {_short(first, 28)}", color=theme.text, fontsize=TEXT)
+    return figure
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], height: float) -> None:
+    """The names of curves at the right edge, as high as the curves end or as near to it as others leave room.
+
+    ends: last value, name and colour of each. height: of the figure, in inches.
+    """
+    low, high = axes.get_ylim()
+    step = (high - low) * LABEL / (height - 0.8)  # which the axis below the curves takes
+    order, places = sorted(ends), [low - step / 2]
+    for value, _, _ in order:
+        places.append(max(value, places[-1] + step))
+    above = high + step / 2
+    for turn in range(len(order), 0, -1):  # what was pushed over the top comes down again
+        above = places[turn] = min(places[turn], above - step)
+    across = axes.get_yaxis_transform()
+    for (_, name, colour), place in zip(order, places[1:], strict=True):
+        axes.text(1.02, place, _short(name, 24), color=colour, fontsize=SMALL, va="center", transform=across)
+    axes.set_ylim(low, high)
+
+
 def _single(height: float, theme: Theme) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.surface)
     return figure, _dress(figure.subplots(), theme)
@@ -253,14 +331,15 @@ def _dress(axes: Axes, theme: Theme) -> Axes:
     return axes
 
 
-def _log(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers, at 1, 2 and 5 of each decade where there are few decades."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
+def _log(axes: Axes, along: Literal["x", "y"] = "y") -> None:
+    """A logarithmic axis with plain numbers, at 1, 2 and 5 of each decade where there are few decades."""
+    axes.set(**{f"{along}scale": "log"})
+    axis = axes.xaxis if along == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
     few = high < 300 * low
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8 if few else 6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8 if few else 6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _title(axes: Axes, text: str, theme: Theme) -> None:

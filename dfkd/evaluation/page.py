@@ -20,6 +20,7 @@ from dfkd.files import make_writable, replace_file, replace_text
 from dfkd.runtime import resolve_device
 from dfkd.teachers import Classifier, load_teacher
 
+Charts = dict[str, Callable[[Theme], Figure]]  # by file name
 HTML, JSON = "report.html", "report.json"
 BASELINE_COLUMNS = 8
 DESCRIPTIONS = {
@@ -42,7 +43,7 @@ def write_report(
     """Read a run as `read_run` does, measure it, write the page into `out`; the report and its files, HTML first.
 
     out: RUN/report where it is not given, or IMAGES-report beside the images where there is no RUN.
-    judged: images of each set that the teacher judges, spread over the ids; 0: none. device: where it does so.
+    judged: images of each set that the teacher judges, spread over classes and ids; 0: none. device: where it does so.
     Raises UsageError as `read_run`, and where teacher and images disagree about the classes.
     """
     found = read_run(run, synthetic, student, teacher)
@@ -60,31 +61,28 @@ def write_report(
 
 def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
     """Write report.html, report.json and PNG files into the folder `out`; returns their paths, these two first."""
-    charts, written = {}, []
-    for name, draw in _charts(report).items():
-        light, dark = (figures.png(draw(theme)) for theme in (LIGHT, DARK))
-        written.append(_save(out / f"{name}.png", light))
-        charts[name] = {"light": _uri(light), "dark": _uri(dark)}
+    charts, written = drawn(_charts(report), out)
     rows = strips(run.synthetic.pool)
-    written.append(_save(out / "contact_sheet.png", _png(sheet(rows))))
+    written.append(save(out / "contact_sheet.png", png(sheet(rows))))
     others = []
     for name in report.ranking:
         if (baseline := run.baselines[name]).images is not None:
             few = strips(baseline.images, BASELINE_COLUMNS)
-            written.append(_save(out / f"contact_sheet_{name}.png", _png(sheet(few))))
-            others.append({"name": name, "picture": _uri(_png(stack(few)))})
+            written.append(save(out / f"contact_sheet_{name}.png", png(sheet(few))))
+            others.append({"name": name, "picture": uri(png(stack(few)))})
     mistakes = list(zip(report.errors.mistakes, run.mistakes, strict=True)) if report.errors and run.mistakes else []
-    page = _environment().get_template("report.html.j2")
+    page = environment().get_template("report.html.j2")
     html = page.render(
         report=report,
+        version=report.version,
         charts=charts,
         rows=[
-            {"class_name": row.class_name, "picture": _uri(_png(row.picture)), "width": row.picture.width * row.scale}
+            {"class_name": row.class_name, "picture": uri(png(row.picture)), "width": row.picture.width * row.scale}
             for row in rows
         ],
         shown=max(row.shown for row in rows),
         others=others,
-        mistakes=[{"picture": _uri(_png(picture)), "what": mistake} for mistake, picture in mistakes],
+        mistakes=[{"picture": uri(png(picture)), "what": mistake} for mistake, picture in mistakes],
         ours=OURS,
         descriptions=DESCRIPTIONS,
         losses=figures.LOSSES,
@@ -96,10 +94,20 @@ def write(report: Report, run: RunFolder, out: Path) -> tuple[Path, ...]:
     return out / HTML, out / JSON, *written
 
 
-def _charts(report: Report) -> dict[str, Callable[[Theme], Figure]]:
+def drawn(charts: Charts, out: Path) -> tuple[dict[str, dict[str, str]], list[Path]]:
+    """Pictures of charts for the page, by name and "light" or "dark", and their PNG files in the folder `out`."""
+    found, written = {}, []
+    for name, draw in charts.items():
+        light, dark = (figures.png(draw(theme)) for theme in (LIGHT, DARK))
+        written.append(save(out / f"{name}.png", light))
+        found[name] = {"light": uri(light), "dark": uri(dark)}
+    return found, written
+
+
+def _charts(report: Report) -> Charts:
     """The charts that this report has the data for, by file name."""
     images, student, views = report.images, report.student, report.teacher_views
-    charts: dict[str, Callable[[Theme], Figure]] = {
+    charts: Charts = {
         "class_balance": lambda theme: figures.class_balance(
             images.class_counts, images.sure_counts, images.class_names, theme
         )
@@ -155,34 +163,38 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of this folder, with the page's ways to write numbers as filters."""
+    found = Environment(
         loader=PackageLoader("dfkd", "evaluation"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    found.filters |= {
         "words": words,
         "percent": percent,
         "number": number,
         "duration": duration,
         "signed": signed,
     }
-    return environment
+    return found
 
 
-def _uri(data: bytes) -> str:
+def uri(data: bytes) -> str:
+    """A PNG file as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def _png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
     out = io.BytesIO()
     picture.save(out, "PNG")
     return out.getvalue()
 
 
-def _save(path: Path, data: bytes) -> Path:
+def save(path: Path, data: bytes) -> Path:
+    """Write a file that is whole or absent; its path."""
     replace_file(path, lambda file: file.write(data))
     return path

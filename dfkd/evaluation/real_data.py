@@ -137,6 +137,11 @@ def is_digits(name: str) -> bool:
     return name.partition("?")[0] == DIGITS
 
 
+def same_data(first: str, second: str) -> bool:
+    """Whether two names mean the same images."""
+    return first == second or (not is_digits(first) and Source.of(first).same(second))
+
+
 def _digits(split: str, size: int, only: Sequence[str] = ()) -> Pool:
     """only: of the classes, in that order; () for all."""
     if split == WHOLE:

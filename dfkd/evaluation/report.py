@@ -9,7 +9,7 @@ import torch
 
 import dfkd
 from dfkd.errors import UsageError
-from dfkd.evaluation.accuracy import evenly
+from dfkd.evaluation.accuracy import spread
 from dfkd.evaluation.cost import Cost, costs
 from dfkd.evaluation.metrics import (
     Band,
@@ -96,11 +96,11 @@ class Report:
 
 
 def measure(run: RunFolder, teacher: Classifier | None, judged: int, student: Classifier | None = None) -> Report:
-    """Measure a run. The teacher, where it is at hand, judges `judged` images of each set, spread over the ids.
+    """Measure a run. The teacher, where it is at hand, judges `judged` images of each set, spread over classes and ids.
 
     Raises UsageError where teacher and images disagree about the classes.
     """
-    _check_classes(run, teacher)
+    check_classes(run.synthetic.pool.class_names, teacher)
     tested, wrong = accuracy(run), errors(run)
     ranking = sorted(run.baselines, key=lambda name: -tested.baselines.get(name, 0.0))
     spent = costs({name: one for name, one in (("teacher", teacher), ("student", student)) if one is not None})
@@ -128,9 +128,9 @@ def measure(run: RunFolder, teacher: Classifier | None, judged: int, student: Cl
     )
 
 
-def _check_classes(run: RunFolder, teacher: Classifier | None) -> None:
-    names = run.synthetic.pool.class_names
-    if teacher is not None and teacher.class_names != names:
+def check_classes(names: Sequence[str], teacher: Classifier | None) -> None:
+    """Raise UsageError where a teacher is of other classes than images of these, or of another order."""
+    if teacher is not None and teacher.class_names != tuple(names):
         raise UsageError(
             "teacher and images disagree about the classes",
             f"teacher: {', '.join(teacher.class_names[:10])}; images: {', '.join(names[:10])}",
@@ -175,7 +175,7 @@ def _views(run: RunFolder, ranking: Sequence[str], teacher: Classifier, judged: 
     pools = {OURS: run.synthetic.pool}
     pools |= {name: pool for name in ranking if (pool := run.baselines[name].images) is not None}
     return {
-        name: teacher_view(teacher, pool.read, pool.labels, evenly(len(pool.labels), judged))
+        name: teacher_view(teacher, pool.read, pool.labels, spread(pool.labels, judged))
         for name, pool in pools.items()
         if pool.class_names == teacher.class_names
     }

@@ -7,8 +7,9 @@ trial. An engine is taken to need no more memory than the networks that it was m
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -114,6 +115,7 @@ def make_plan(synthesizer: Synthesizer, config: GenerateConfig, processes: int =
     if bound and most < group:
         most = shared(group, most)
     rows = {name: min(most, group) if name in in_groups else most for name in needs}
+    needs = _with_statistics(pipe, needs, [name for name in in_groups if name in rows and rows[name] < group])
     return Plan(most, group, bound, rows, needs, held, memory, 1 + pipe.config.sampling.keep_intermediates)
 
 
@@ -124,6 +126,7 @@ def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> di
     decode          latents -> images
     encode          images -> latents, where images are encoded again
     gradient        the guidance gradient, through the UNet where the settings say so
+    gradient_1      the same with one row an image, where it is through the UNet and other guided steps have two
     pixel_gradient  the gradient on pixels, of the refinement
     noise_edit      the gradient of L_bn on the initial noise, with the UNet in it
 
@@ -140,22 +143,21 @@ def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> di
     rows = pipe.table.coefficients(points(1), pipe.cfg)
     cfg_rows = packs[1].cfg_rows
     largest = max(range(len(cfg_rows)), key=cfg_rows.__getitem__)
-    guided = max(range(len(cfg_rows)), key=lambda i: (min(pipe.repeats_at(i), 1), cfg_rows[i]))
+    guided = _guided(pipe)
     for pack in packs.values():
         pack.batch = batch
 
-    def gradient(count: int) -> object:
+    def gradient(step: int, count: int) -> object:
         def to_latent(z: Tensor, images: Tensor) -> Tensor:
-            return clean_estimate(z, packs[count].denoise(z, guided, images), rows[guided])
+            return clean_estimate(z, packs[count].denoise(z, step, images), rows[step])
 
-        return packs[count].guide(points(count), guided, to_latent if config.gradient == "unet" else None)
+        return packs[count].guide(points(count), step, to_latent if config.gradient == "unet" else None)
 
     found: dict[str, Call] = {
         "unet": torch.no_grad()(lambda count: packs[count].denoise(points(count), largest)),
         "decode": lambda count: packs[count].decode(points(count)),
     }
-    if pipe.guidance is not None and any(pipe.repeats_at(i) for i in range(len(cfg_rows))):
-        found["gradient"] = gradient
+    found |= {name: partial(gradient, step) for name, step in guided.items()}
     if (pixels := pipe.pixel_guidance) is not None:
         found["pixel_gradient"] = lambda count: packs[count].gradient(pixels, points(count, (3, side, side)))
     if pipe.reencodings:
@@ -167,8 +169,66 @@ def network_calls(pipe: "GuidedPipeline", batch: int = 2, images: int = 2) -> di
 
 def _calls_of_groups(pipe: "GuidedPipeline") -> tuple[str, ...]:
     """Names of the networks whose calls hold images of one group only, as a loss there ties a group together."""
-    guided = {"gradient": pipe.guidance, "pixel_gradient": pipe.pixel_guidance, "noise_edit": pipe.statistics}
+    guided = {"gradient": pipe.guidance, "gradient_1": pipe.guidance}
+    guided |= {"pixel_gradient": pipe.pixel_guidance, "noise_edit": pipe.statistics}
     return tuple(name for name, guidance in guided.items() if guidance is not None and "group" in guidance.needs)
+
+
+def _guided(pipe: "GuidedPipeline") -> dict[str, int]:
+    """By name of a gradient in `network_calls` a denoising step that takes it; {} where the teacher guides none."""
+    of_rows = {pipe.cfg_rows(i): i for i in range(len(pipe.table)) if pipe.repeats_at(i)}
+    if not of_rows:
+        return {}
+    least, most = min(of_rows), max(of_rows)
+    single = {"gradient_1": of_rows[least]} if pipe.config.guidance.gradient == "unet" and least < most else {}
+    return {"gradient": of_rows[most], **single}
+
+
+def _with_statistics(
+    pipe: "GuidedPipeline", needs: Mapping[str, Footprint], cut: Sequence[str]
+) -> dict[str, Footprint]:
+    """Needs by network; a gradient in `cut`, which takes a group in several calls, has also the FLOP of the pass for
+    the group's statistics that comes before."""
+    calls = network_calls(pipe, batch=1) if cut else {}
+    whole = {name: footprint(calls[name], without_data=pipe.image_size > _SMALL).flop for name in cut}
+    return {name: replace(own, flop=whole.get(name, own.flop)) for name, own in needs.items()}
+
+
+def calls_of_trajectory(pipe: "GuidedPipeline", snapshots: int = 1) -> dict[str, float]:
+    """How often a trajectory is in a call of each network, by the names of `network_calls`.
+
+    A call of the UNet without classifier-free guidance, in a run that has calls with it, counts as half a one.
+    snapshots: images that come of the trajectory, each decoded.
+    """
+    own, pack = pipe.config.guidance, pipe.pack(torch.arange(1), 0)
+    cfg_rows, repairs = pack.cfg_rows, list(pack.plans) * pipe.config.cutmix.repair
+    steps = [*range(len(cfg_rows)), *(list(range(pipe.restart, len(cfg_rows))) * pipe.reencodings)]
+    single = [i for i in steps if "gradient_1" in _guided(pipe) and cfg_rows[i] == 1]
+    return {
+        "unet": sum(cfg_rows[i] for i in (*steps, *repairs)) / max(cfg_rows),
+        "decode": snapshots + pipe.reencodings,
+        "encode": pipe.reencodings,
+        "gradient": sum(map(pipe.repeats_at, steps)) - sum(map(pipe.repeats_at, single)),
+        "gradient_1": sum(map(pipe.repeats_at, single)),
+        "pixel_gradient": (1 + pipe.reencodings) * own.refine_steps,
+        "noise_edit": own.noise_edit_steps,
+    }
+
+
+def needs_of(pipe: "GuidedPipeline") -> dict[str, Footprint]:
+    """What the calls of each network need, by the names of `network_calls`, if they hold `pipe.call_size` images."""
+    needs = {name: footprint(call, without_data=pipe.image_size > _SMALL) for name, call in network_calls(pipe).items()}
+    cut = [name for name in _calls_of_groups(pipe) if name in needs and pipe.call_size < pipe.group]
+    return _with_statistics(pipe, needs, cut)
+
+
+def flop_of_trajectory(pipe: "GuidedPipeline", needs: Mapping[str, Footprint], snapshots: int = 1) -> int:
+    """FLOP of the network calls of a trajectory; the teacher's look at finished images is none of them.
+
+    needs: of `needs_of`. snapshots: as of `calls_of_trajectory`.
+    """
+    calls = calls_of_trajectory(pipe, snapshots)
+    return round(sum(own.flop * calls[name] for name, own in needs.items()))
 
 
 @dataclass(frozen=True)
@@ -188,26 +248,15 @@ def predict(pipe: "GuidedPipeline", plan: Plan, image_format: str, made: int = 1
 
     made: images that are made for each that is kept and written.
     """
-    own = pipe.config.guidance
-    pack = pipe.pack(torch.arange(1), 0)
-    cfg_rows, repairs = pack.cfg_rows, list(pack.plans) * pipe.config.cutmix.repair
-    steps = [*range(len(cfg_rows)), *(list(range(pipe.restart, len(cfg_rows))) * pipe.reencodings)]
-    counts = {
-        "unet": sum(cfg_rows[i] for i in (*steps, *repairs)) / max(cfg_rows),
-        "decode": plan.snapshots + pipe.reencodings,
-        "encode": pipe.reencodings,
-        "gradient": sum(map(pipe.repeats_at, steps)),
-        "pixel_gradient": (1 + pipe.reencodings) * own.refine_steps,
-        "noise_edit": own.noise_edit_steps,
-    }
+    counts, doubled = calls_of_trajectory(pipe, plan.snapshots), 1 + pipe.uses_cfg
     engines = {choice.network: choice.key for choice in pipe.choices if choice.key}
     store, found = EngineStore(pipe.config.compute.engines), {}
     for name, needs in plan.needs.items():
         rows = plan.rows[name]
         manifest = store.get(engines[name]) if name in engines else None
         if manifest is not None:
-            times, doubled = manifest.facts["milliseconds"], max(cfg_rows) if name == "unet" else 1
-            seconds, source = times["engine"] / 1000 * rows * doubled / times["rows"], "engine, when it was built"
+            times, each = manifest.facts["milliseconds"], doubled if name == "unet" else 1
+            seconds, source = times["engine"] / 1000 * rows * each / times["rows"], "engine, when it was built"
         else:
             few = rows if pipe.device.type == "cuda" else max(min(rows, int(_TRIAL // max(needs.flop, 1))), 1)
             cut = name in _calls_of_groups(pipe) and rows < plan.group

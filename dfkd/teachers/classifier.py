@@ -227,6 +227,11 @@ class Classifier:
             and layer.running_mean is not None
         )
 
+    def last_linear(self) -> nn.Linear | None:
+        """The linear layer that gives the logits, whose input are the network's features; None where there is none."""
+        layers = [layer for layer in self.module.modules() if isinstance(layer, nn.Linear)]
+        return layers[-1] if layers and layers[-1].out_features == len(self.class_names) else None
+
     @property
     def sources(self) -> tuple[str, ...]:
         """What it, or each of several, was loaded from."""

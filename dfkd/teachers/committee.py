@@ -85,6 +85,9 @@ class Committee(Classifier):
         side = max(one.input_size for one in classifiers)
         return cls(Voices(members, len(union)), union, (0.0,) * 3, (1.0,) * 3, side, "committee", members=members)
 
+    def last_linear(self) -> None:
+        """None: each member has one of its own."""
+
     @property
     def sources(self) -> tuple[str, ...]:
         return tuple(member.classifier.source for member in self.members)

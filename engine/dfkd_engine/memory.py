@@ -23,11 +23,20 @@ ELEMENT_LIMIT = 2**31 - 1
 
 # Bytes grow in proportion to the rows but for constants of a few kilobytes, so two small calls tell.
 _MEASURED_ROWS = (1, 2)
+
+
+def _of_attentions_gradient(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> int:
+    """Four matrix products, as the gradient is defined: fused kernels form the scores once more, others keep them."""
+    heads, queries, width = query.shape[:-2].numel(), query.shape[-2], query.shape[-1]
+    return int(sdpa_backward_flop(grad, query, key, value)) - 2 * heads * queries * key.shape[-2] * width
+
+
+_FUSED = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 # torch's counter knows the fused attention of GPUs, not the CPU's.
 _FLOP: Mapping[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _of_attentions_gradient for name in _FUSED},
 }
 
 

@@ -119,14 +119,14 @@ def test_the_compiled_pipeline_is_the_same_on_copies(thin, monkeypatch):
 
 @pytest.mark.parametrize("name", ["published", "late", "diffusers"])
 def test_flop_are_those_of_the_calls_that_are_made(demo, name):
-    """Within a hundredth: the gradient of fused attention forms its scores once more than two matrix products do."""
+    """Within three thousandths: fused attention has the gradient of the text too, which nobody asks for."""
     networks = stepped(demo, 3)
     work = bench.made(name, networks, 3)
     work.call()  # texts are encoded
     found, look = counted(work.call)[1], 0
     if name == "late":
         look = counted(networks.teacher.logits, torch.rand(3, 3, 32, 32))[1]
-    assert work.flop == pytest.approx(found - look, rel=1e-2)
+    assert work.flop == pytest.approx(found - look, rel=3e-3)
 
 
 def test_guided_rows_stand_beside_the_published_loop_and_the_others_beside_diffusers(demo, monkeypatch):

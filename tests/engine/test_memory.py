@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from dfkd_engine.memory import (
@@ -64,6 +65,14 @@ def test_flop_of_a_row_with_the_fused_attention_of_a_cpu() -> None:
         return F.scaled_dot_product_attention(q, q, q)
 
     assert footprint(attention, True).flop == 2 * 2 * 2 * 64 * 64 * 16
+
+    def gradients(rows: int) -> object:
+        q, k, v = (torch.ones(rows, 2, 64, 16, requires_grad=True) for _ in range(3))
+        return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), (q, k, v))
+
+    fused = footprint(gradients, True).flop
+    with sdpa_kernel(SDPBackend.MATH):  # which keeps the scores, and does not form them again
+        assert fused == footprint(gradients, True).flop == 3 * 2 * 2 * 2 * 64 * 64 * 16
 
 
 @pytest.mark.parametrize("without_data", [True, False])

@@ -63,15 +63,15 @@ WEAK = {"noise": (0.2, {"method": "noise"}), "unguided": (0.5, {"method": "guide
 STRONG = {"in_pixels": (0.6, PIXELS), "inverted": (0.4, INVERSION)}  # whatever their names
 
 
-def write_run(root: Path, baselines: Mapping[str, tuple[float, Mapping[str, Any]]] = WEAK) -> Path:
+def write_run(root: Path, baselines: Mapping[str, tuple[float, Mapping[str, Any]]] = WEAK, seed: int = 0) -> Path:
     """A run with every part. baselines: by name, their student's accuracy and the settings of their images."""
     teacher = write_teacher(root / "teacher")
-    images = write_images(root / "synthetic", teacher_digest=teacher.digest())
+    images = write_images(root / "synthetic", teacher_digest=teacher.digest(), seed=seed)
     write_student(root / "student", 23 / 30, open_folder(images).digest[:16])
     right = {"student": np.arange(30) < 23, "teacher": np.arange(30) < 28}
     for name, (accuracy, options) in baselines.items():
         folder = root / "baselines" / name
-        write_images(folder / "synthetic", count=6, guided=False)
+        write_images(folder / "synthetic", count=6, guided=False, seed=seed)
         write_json(folder / "synthetic" / "settings.json", {"command": "", "options": options, "versions": {}})
         write_student(folder / "student", accuracy)
         right[f"baselines/{name}"] = np.arange(30) < 30 * accuracy

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dfkd.data import Pool
 from dfkd.errors import UsageError
 from dfkd.evaluation import evaluate
+from dfkd.evaluation.accuracy import spread
 from dfkd.evaluation.answers import Bin, Outcomes, calibration_error
 from dfkd.teachers import Classifier
 
@@ -95,3 +96,13 @@ def test_a_named_data_set() -> None:
     network = Classifier(module, digits, (0.5,) * 3, (0.5,) * 3, 32)
     found = evaluate(network, "digits-on-photos", split="validation", limit=50)
     assert found.images == 50 and sum(map(sum, found.confusion)) == 50
+
+
+def test_images_are_chosen_from_every_class_whatever_its_turn() -> None:
+    turns = torch.arange(2000) % 10  # at every fourth id there are even classes alone
+    rows = spread(turns, 500)
+    assert turns[rows].bincount().tolist() == [50] * 10 and len(rows.unique()) == 500
+    for label in (0, 7):
+        own = rows[turns[rows] == label].sort().values
+        assert own.diff().unique().tolist() == [40]  # spread over the ids
+    assert spread(torch.tensor([2, 0, 2, 1]), 9).tolist() == [1, 3, 0, 2]

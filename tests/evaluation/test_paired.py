@@ -1,9 +1,12 @@
-"""Two classifiers on the same images: the difference and its interval."""
+"""Two classifiers on the same images, or over the same seeds: the difference and its interval."""
+
+import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from dfkd.evaluation.paired import Difference, difference
+from dfkd.evaluation.paired import Difference, difference, over_seeds
 
 
 def masks(both: int, first: int, second: int, neither: int) -> "tuple[np.ndarray, np.ndarray]":
@@ -32,3 +35,16 @@ def test_equals_are_not_told_apart_and_one_image_says_little() -> None:
     same = difference(*masks(9, 0, 0, 1))
     assert same.value == 0 and same.low == pytest.approx(-same.high) and not same.shown
     assert not difference(*masks(0, 1, 0, 0)).shown
+
+
+def test_over_seeds_the_interval_is_that_of_the_paired_t_test() -> None:
+    first, second = (0.61, 0.65, 0.60, 0.63, 0.66), (0.60, 0.62, 0.61, 0.60, 0.61)
+    found, wanted = over_seeds(first, second), stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert (found.value, found.low, found.high) == pytest.approx((0.022, wanted.low, wanted.high))
+    assert found.known and not found.shown and over_seeds((0.9, 0.91), (0.1, 0.12)).shown
+
+
+def test_one_seed_has_no_interval() -> None:
+    found = over_seeds((0.5,), (0.25,))
+    assert (found.value, found.low, found.high) == (0.25, -math.inf, math.inf)
+    assert not found.known and not found.shown

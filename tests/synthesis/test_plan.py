@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.flops import counted
 from dfkd.config import GenerateConfig
 from dfkd.runtime import Rank
 from dfkd.synthesis import plan
@@ -110,7 +111,11 @@ def test_memory_is_the_same_with_and_without_data_and_nothing_random_enters(pipe
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("settings", [*FORMS, {"batch": 6}, {"cfg_to": 0.5, "guidance_repeats": 3}], ids=str)
+MIXED = {"gradient": "unet", "guide_from": 0.25, "cfg_to": 0.75}  # guided steps of two rows, and of one
+MORE = [{"batch": 6}, {"cfg_to": 0.5, "guidance_repeats": 3}, MIXED]
+
+
+@pytest.mark.parametrize("settings", [*FORMS, *MORE], ids=str)
 def test_predicted_calls_are_those_of_a_pass(piped, monkeypatch, settings):
     pipe = piped(**settings)
     found = make_plan(pipe, pipe.config)
@@ -127,6 +132,27 @@ def test_predicted_calls_are_those_of_a_pass(piped, monkeypatch, settings):
     if settings.get("gradient") != "unet" and not settings.get("noise_edit_steps"):  # a gradient has its own UNet calls
         assert sum(rows) == unet * found.rows["unet"] * (1 + pipe.uses_cfg)
     assert len(gradients) == sum(calls.values()) and set(gradients) <= {min(12, found.call_size)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*FORMS, *MORE, {**MIXED, "batch": 5}, {"reencode": 1, "refine_steps": 1}, {"cutmix_every": 2, "cutmix_repair": 2}],
+    ids=str,
+)
+def test_flop_of_a_trajectory_are_those_of_the_calls_that_are_made(piped, settings):
+    """With and without the pass for a group's statistics; a finished image is shown to the teacher once more."""
+    pipe = piped(**settings)
+    pack, look = pipe.pack(torch.arange(12), 0), counted(pipe.teacher.logits, torch.rand(12, 3, 16, 16))[1]
+    with memory._Live() as live:
+        pipe.finished(pack)
+    assert 12 * plan.flop_of_trajectory(pipe, plan.needs_of(pipe)) == live.flop - look
+
+
+def test_a_plan_tells_the_flop_of_a_group_in_several_calls(piped, monkeypatch):
+    whole, cut = (make_plan(pipe, pipe.config).needs for pipe in (piped(), piped(batch=6)))
+    judging = counted(classifier(size=16).logits, torch.rand(1, 3, 16, 16))[1]
+    assert cut["gradient"].flop == whole["gradient"].flop + whole["decode"].flop + judging
+    assert {**cut, "gradient": whole["gradient"]} == whole
 
 
 def test_seconds_of_an_engine_are_those_of_its_building(piped, monkeypatch):

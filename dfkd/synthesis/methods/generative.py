@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfkd.config import VIEWS, GenerateConfig, option
 from dfkd.data import apply_views, draw
@@ -144,8 +144,7 @@ class Generative(GroupMethod):
         self.settings = own = settings_for(Settings, config, settings)
         super().__init__(teacher, config, own, student)
         self.features: list[Tensor] = []
-        layers = [layer for layer in self.teacher.module.modules() if isinstance(layer, nn.Linear)]
-        self.last = layers[-1] if layers and layers[-1].out_features == len(self.class_names) else None
+        self.last = self.teacher.last_linear()
         if own.act_weight and self.last is None:
             what = f"method {self.name}: teacher {teacher.architecture} has no linear layer of its classes at the end"
             raise UsageError(what, "act_weight is of the features that enter it", "use act_weight=0")
