@@ -267,9 +267,14 @@ def _teacher(
     layers: Sequence[Section], images: Sequence[Section], out: Path, seed: int
 ) -> tuple[TrainTeacherCommand | None, TeacherConfig]:
     """The teacher's training, or None, and how the teacher is loaded; classes and resize may stand in [generate]."""
-    generate, own, whole = merged(GenerateCommand, *images), layers[-1], merged(TrainTeacherCommand, *layers)
+    generate, whole = merged(GenerateCommand, *images), merged(TrainTeacherCommand, *layers)
+    naming = [place for place, layer in enumerate(layers) if {"data", "checkpoint", "clients"} & layer.keys()]
+    own: dict[str, Any] = {}  # of the last layer that says where the teacher is, and of those behind it
+    for layer in layers[naming[-1] if naming else -1 :]:
+        own |= layer
     classes, resize = generate.get("classes", ()), whole.get("resize") or generate.get("resize")
     if "data" in whole and "checkpoint" not in own and "clients" not in own:
+        layers = [{name: value for name, value in layer.items() if name != "checkpoint"} for layer in layers]
         training = _settings(TrainTeacherCommand, "teacher", "teacher", layers, {"out": out / "teacher"}, seed)
         return training, TeacherConfig.of(teacher_checkpoint=out / "teacher", classes=classes, resize=resize)
     names = {leaf.path[-1]: name for name, leaf in leaves(TeacherConfig).items()} | {"architecture": "teacher"}

@@ -320,8 +320,8 @@ def test_the_command_names_the_real_images(place: Path, tmp_path: Path, monkeypa
     jobs: list[run.Job] = []
     monkeypatch.setattr(run, "run_job", lambda job, *_: jobs.append(job) or {"accuracy": None, "report": "", "out": ""})
     other = f"imagefolder:{place / 'images'}"
-    assert status_of(cli.main, place / "job.toml", "--out", tmp_path / "a", "--data", other + "?classes=a") == 0
-    assert jobs[-1].evaluate is not None and jobs[-1].evaluate.data == other + "?classes=a"
+    assert status_of(cli.main, place / "job.toml", "--out", tmp_path / "a", "--data", other + "?classes=one,two") == 0
+    assert jobs[-1].evaluate is not None and jobs[-1].evaluate.data == other + "?classes=one,two"
     assert jobs[-1].evaluate.device == "cpu"
     assert status_of(cli.main, "--preset", "cifar10-mini", "--out", tmp_path / "b") == 0
     assert jobs[-1].evaluate is None
