@@ -23,12 +23,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from benchmarks.recording import table, taken_on
 from dfkd.config import read_preset, section
 from dfkd.data import open_folder
 from dfkd.evaluation import evaluate
+from dfkd.evaluation.paired import over_seeds
 from dfkd.files import replace_text
 from dfkd.job import Job, read_job
 from dfkd.rounds import make_images
@@ -194,12 +193,8 @@ def run(ablation: Ablation, seeds: Sequence[int], workers: int) -> dict[str, Any
 
 def difference(values: Sequence[float], default: Sequence[float]) -> tuple[float, float]:
     """Mean of the differences of pairs, and half of its 95 % interval by Student's t; of one pair it is infinite."""
-    pairs = [one - other for one, other in zip(values, default, strict=True)]
-    middle = sum(pairs) / len(pairs)
-    if len(pairs) < 2:
-        return middle, float("inf")
-    half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
-    return middle, float(half)
+    found = over_seeds(values, default)
+    return found.value, found.high - found.value
 
 
 def markdown(result: Mapping[str, Any]) -> str:

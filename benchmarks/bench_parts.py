@@ -4,7 +4,8 @@ Latent CutMix, random views, shards written and read.
     python -m benchmarks.bench_parts
 
 A second's bytes are those that must move, as the benchmarks of the single kernels count them. On a CPU group norms and
-the moments of BatchNorm are PyTorch's own operations, so that these have rows on a GPU alone.
+a BatchNorm with its moments are PyTorch's own operations, so that these have rows on a GPU alone. A group's moments are
+what a teacher's layers give L_bn, and their gradient in the layer's input.
 """
 
 import io
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import bench_bn_moments, bench_group_norm_silu, bench_guided_step, bench_soft_kl, driver
 from benchmarks.bandwidth import Launch
@@ -29,6 +30,7 @@ from benchmarks.loader_ways import viewed
 from dfkd.data import KINDS, Record, ShardFolder, apply_views, draw, read_folder
 from dfkd.errors import UsageError
 from dfkd.synthesis import cutmix
+from dfkd.synthesis.bn_statistics import Moments, averaged, moments_of, moments_together
 from dfkd.training.losses import kl_at_temperature
 from dfkd_kernels.guided_step import GUIDED_STEPS, paste
 from dfkd_kernels.philox import philox_normal
@@ -91,6 +93,13 @@ def plain_read(path: Path) -> Tensor:
         return torch.from_numpy(np.stack([np.array(Image.open(file).convert("RGB")) for file in files if file]))
 
 
+def plain_moments(x: Tensor, layer: nn.BatchNorm2d) -> Moments:
+    """Moments [1, C] of a group of maps [B, C, H, W] about a layer's running mean, in float32."""
+    assert layer.running_mean is not None
+    d = x.float() - layer.running_mean[:, None, None]
+    return Moments(d.mean((0, 2, 3))[None], d.square().mean((0, 2, 3))[None])
+
+
 def guided(launch: str, device: torch.device, step: Callable[..., Any]) -> Work:
     size, dtype = BATCH[device.type], torch.float16 if device.type == "cuda" else torch.float32
     call = bench_guided_step.calls_of({"": step}, launch, size, device, dtype)[""]
@@ -109,6 +118,16 @@ def noise(device: torch.device, draw: Callable[[Tensor], Tensor]) -> Work:
     return Work(partial(draw, ids), 4 * len(ids) * LATENT[0] * LATENT[1] * LATENT[2])
 
 
+def moments(device: torch.device, dtype: torch.dtype, taken: Callable[[Tensor, nn.BatchNorm2d], Moments]) -> Work:
+    """A group's moments and their gradient; a map must be read for each, and the gradient written."""
+    channels, side = MAPS[0]
+    layer = nn.BatchNorm2d(channels, device=device).eval().requires_grad_(False)
+    x = torch.randn(BATCH[device.type], channels, side, side, device=device).to(dtype)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    given = tuple(torch.randn(1, channels, device=device) for _ in range(2))
+    return Work(lambda: torch.autograd.grad(taken(x, layer), x, given), 3 * x.numel() * x.element_size())
+
+
 def kernels(device: torch.device) -> list[Group]:
     """Every operation by the ways to run it, and what one would write as the baseline."""
 
@@ -124,6 +143,11 @@ def kernels(device: torch.device) -> list[Group]:
     draws["philox"] = lambda ids: philox_normal(0, ids, 0, LATENT)
     found = [group(f"guided step, {own}", partial(guided, own, device), steps) for own in ("guided", "with noise")]
     found += [group("soft_kl", partial(soft_kl, device), losses), group("noise", partial(noise, device), draws)]
+    ways = {PLAIN: plain_moments, "of every image": lambda x, layer: averaged([moments_of(x, layer)])[0]}
+    ways["together"] = moments_together
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = {way: partial(moments, device, dtype, taken) for way, taken in ways.items()}
+        found.append(Group(f"a group's moments, {str(dtype).removeprefix('torch.')}", PLAIN, rows, "bytes"))
     if device.type == "cuda":
         found += [_norm("group_norm_silu", launch) for launch in bench_group_norm_silu.launches(MAPS, [64])]
         found += [_norm("bn_moments", launch) for launch in bench_bn_moments.launches([64], MAPS)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, driver, methods, priors, sd15_engines
+from benchmarks import ablation, cost, driver, methods, priors, sd15_engines
 from benchmarks.quality import tables as quality
 from benchmarks.recording import RESULTS
 
@@ -38,6 +38,9 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {  # by ma
     "priors-kinds": ("docs/priors.md", "priors-cpu.json", priors.kinds),
     "priors-table": ("docs/priors.md", "priors-cpu.json", priors.markdown),
     "guidance-decoder-table": ("docs/own-prior.md", "guidance_decoder-cpu.json", driver.markdown),
+    "cost-way-table": ("docs/cost.md", cost.FILE.name, cost.way_table),
+    "cost-presets-table": ("docs/cost.md", cost.FILE.name, cost.presets_table),
+    "cost-training-table": ("docs/cost.md", cost.FILE.name, cost.training_table),
     "loader-table": ("docs/benchmarks.md", "loader-cpu.json", driver.markdown),
 }
 DOCUMENTS = tuple(dict.fromkeys(document for document, _, _ in TABLES.values()))

@@ -255,8 +255,8 @@ class ReportCommand(Config):
     compare: tuple[str, ...] = option((), "folders of runs and records to put side by side; NAME=RUN names one")
     features: str | None = option(
         None,
-        "--compare: network whose features images are compared in, a folder, or a pretrained timm:NAME or"
-        " torchvision:NAME; one that guided no image ranks better than the teacher, whose features are shown too",
+        "--compare: network that made no image, a folder, or a pretrained timm:NAME or torchvision:NAME; images are"
+        " compared with real ones in its features, beside those of the teacher, which guidance may have pleased",
     )
     data: str | None = option(
         None, "--compare: real images to compare with, none: those that the students were tested on; " + DATA_HELP

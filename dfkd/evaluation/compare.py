@@ -9,6 +9,7 @@ from dfkd.evaluation.entries import CEILING, Entries, ImageSet, Method, Point, o
 from dfkd.evaluation.fidelity import Fidelity
 from dfkd.evaluation.image_measures import Beside, Rank, Seen, look, measures, rank
 from dfkd.evaluation.paired import Difference, difference, over_seeds
+from dfkd.evaluation.tested import STRONG
 from dfkd.evaluation.verdict import Answer
 from dfkd.teachers import Classifier
 
@@ -112,7 +113,7 @@ def compare(
         images=seen,
         real=beside.others() if beside else {},
         ranks=tuple(ranks),
-        answers=tuple(_answers(entries.reference, students, ranks)),
+        answers=tuple(_answers(entries, students, ranks)),
     )
 
 
@@ -147,12 +148,16 @@ def _notes(sets: Sequence[ImageSet], teachers: Sequence[Classifier | None]) -> l
     return notes
 
 
-def _answers(reference: str, students: Mapping[str, Students], ranks: Sequence[Rank]) -> list[Answer]:
+def _answers(entries: Entries, students: Mapping[str, Students], ranks: Sequence[Rank]) -> list[Answer]:
     """What a reader came for, in plain words."""
+    reference = entries.reference
     name = reference.replace("_", " ")
     question = f"Is {name} ahead of every other?"
     rivals = {other: one for other, one in students.items() if other != reference and own_name(other) != CEILING}
-    found = [Answer(question, *_ahead(rivals))]
+    short, text = _ahead(rivals)
+    if missing := set(STRONG) - {entries.methods[other].control for other in rivals if students[other].points}:
+        text += f" Without {' and '.join(sorted(missing))} beside it nothing can be put down to guided diffusion."
+    found = [Answer(question, short, text)]
     if known := [one for one in ranks if one.correlation is not None]:
         best = max(known, key=lambda one: one.correlation or 0.0)
         where = f" in the features of {best.features}" if best.features else ""

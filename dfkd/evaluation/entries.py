@@ -19,7 +19,7 @@ from dfkd.data import MANIFEST, ShardPool, some_names
 from dfkd.errors import UsageError
 from dfkd.evaluation.real_data import same_data
 from dfkd.evaluation.run_folder import RunFolder, read_run
-from dfkd.evaluation.tested import accuracy
+from dfkd.evaluation.tested import STRONG, accuracy, strong_kind
 from dfkd.files import read_object
 
 REFERENCE = "guided"  # the first method of this name is compared with, else the first of all
@@ -58,11 +58,13 @@ class ImageSet:
 @dataclass(frozen=True)
 class Method:
     """points: by budget, then seed. sets: by seed. right: which of the test images the students of a seed have right,
-    bool [N], as far as that was kept."""
+    bool [N], as far as that was kept. control: the strong control that it is (dfkd.evaluation.tested), by its settings
+    or its name; None for another."""
 
     points: tuple[Point, ...] = ()
     sets: tuple[ImageSet, ...] = ()
     right: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    control: str | None = None
 
     @property
     def budgets(self) -> tuple[float | None, ...]:
@@ -182,7 +184,8 @@ def _record(path: Path) -> dict[str, Method]:
                 Point(seed, float(right), float(seconds), int(images), _seconds(budget))
                 for seed, (right, seconds, images) in enumerate(zip(*columns, strict=True))
             ]
-        methods[name] = Method(tuple(points))
+        kind = name.replace("_", "-")
+        methods[name] = Method(tuple(points), control=kind if kind in STRONG else None)
     return methods
 
 
@@ -205,7 +208,7 @@ def _folder(run: RunFolder, name: str, known: bool) -> dict[str, Method]:
         if found.images is not None:
             right, key = tested.baselines.get(base), f"baselines/{base}"
             method = _method(found.images, right, found.seconds, run, key)
-            methods[f"{name} / {base}"] = method
+            methods[f"{name} / {base}"] = replace(method, control=strong_kind(found))
     return methods
 
 
@@ -222,7 +225,9 @@ def _joined(name: str, before: Method, more: Method) -> Method:
         why = f"runs of one name are its seeds, and two have seed {seeds[-1]}"
         raise UsageError(f"--compare: {name}", why, "give runs of different --seed, or different names")
     order = sorted((*before.sets, *more.sets), key=lambda one: one.seed)
-    return Method((*before.points, *more.points), tuple(order), {**before.right, **more.right})
+    return Method(
+        (*before.points, *more.points), tuple(order), {**before.right, **more.right}, before.control or more.control
+    )
 
 
 def _check_tests(tests: Mapping[Path, tuple[str, str, int]]) -> None:

@@ -6,7 +6,8 @@ Kept are the first two moments of a layer's input x about its running mean r,
 
 with M1, M2 either an image's own moments or their average over a group of images. Averages of moments add up, so a
 group's statistics are exact however the group is cut into calls; taking them about r keeps M2 - M1^2 free of
-cancellation where the feature map follows the teacher's training data.
+cancellation where the feature map follows the teacher's training data. Where averages alone are wanted, those of a call
+come from the map in two readings of it, and no image's own are formed (`moments_together`).
 
 Two ways to record them: hooks on the layers as they are (`record_bn_inputs`), or layers replaced by a kernel that
 computes batch norm, moments and a ReLU behind it in one pass over the map (`FusedTeacher`, kernels "triton").
@@ -32,7 +33,7 @@ _RELU_METHODS = ("relu", "relu_")
 
 
 class Moments(NamedTuple):
-    """Moments of one layer's input about its running mean: m1, m2 [B, C] of every image, or [1, C] of a group."""
+    """Moments of one layer's input about its running mean: m1, m2 [B, C] of every image, or their average [1, C]."""
 
     m1: Tensor
     m2: Tensor
@@ -71,18 +72,52 @@ class _Moments(torch.autograd.Function):
         return x * slope + offset, None
 
 
+def moments_together(x: Tensor, layer: nn.BatchNorm2d) -> Moments:
+    """The average [1, C] of the moments of a layer's input x [B, C, H, W] over its images; float32 at least."""
+    assert layer.running_mean is not None
+    moments: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _Together.apply
+    m1, m2 = moments(x, layer.running_mean.to(torch.promote_types(x.dtype, torch.float32)))
+    return Moments(m1[None], m2[None])
+
+
+class _Together(torch.autograd.Function):
+    """Both moments [C] about r over all images and pixels, by the two readings of a map of a BatchNorm in training.
+
+    That kernel takes any memory order and half precision, sums in float32 and gives the variance about the mean, so
+    that m2 = var + m1^2 has no cancellation. The gradient g1 / n + 2 g2 / n (x - r), n = B H W, is a BatchNorm of the
+    map in turn, in the map's own dtype. No map is written besides, where the definitions write two, or four in half
+    precision; a map does not fit a CPU's cache, and takes as long to write as to compute.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, mean)
+        scratch = mean.clone(), torch.ones_like(mean)  # written to, times a momentum of 0
+        own, variance = torch.batch_norm_update_stats(x, *scratch, 0.0)
+        m1 = own - mean
+        return m1, variance + m1.square()
+
+    @staticmethod
+    def backward(ctx: Any, in_m1: Tensor, in_m2: Tensor) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        return F.batch_norm(x, mean, torch.ones_like(mean), 2 * in_m2 / count, in_m1 / count, eps=0.0), None
+
+
 @contextmanager
-def record_bn_inputs(layers: Sequence[nn.BatchNorm2d]) -> Iterator[list[Moments]]:
+def record_bn_inputs(layers: Sequence[nn.BatchNorm2d], together: bool = False) -> Iterator[list[Moments]]:
     """Record one forward pass: the list is filled when the block ends, a Moments per layer in the order of `layers`.
 
     A network may call its layers in another order: many ResNets define the projection before the branch.
+    together: averages [1, C] over the images of the pass, instead of moments [B, C] of each.
     Raises UsageError for a layer that was not used exactly once.
     """
     calls: list[list[Moments]] = [[] for _ in layers]
     recorded: list[Moments] = []
+    taken = moments_together if together else moments_of
 
     def read(into: list[Moments], layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
-        into.append(moments_of(inputs[0], layer))
+        into.append(taken(inputs[0], layer))
 
     handles = [layer.register_forward_pre_hook(partial(read, into)) for layer, into in zip(layers, calls, strict=True)]
     try:
@@ -125,12 +160,25 @@ def bn_distance(moments: Sequence[Moments], layers: Sequence[nn.BatchNorm2d], di
 
 
 def averaged(moments: Sequence[Moments]) -> list[Moments]:
-    """Moments of every image [G, C] -> the group's [1, C]."""
+    """Moments of every image [G, C], or their averages [1, C] -> the group's [1, C]."""
     return [Moments(m1.mean(0, keepdim=True), m2.mean(0, keepdim=True)) for m1, m2 in moments]
 
 
+def averaged_over(parts: Sequence[Sequence[Moments]], images: Sequence[int]) -> list[Moments]:
+    """Moments of several calls, each a Moments per layer, [B, C] or [1, C] -> the average [1, C] over all images.
+
+    images: how many there are in each call.
+    """
+    found, total = [averaged(part) for part in parts], sum(images)
+
+    def mean(of: Sequence[Tensor]) -> Tensor:
+        return torch.stack([own * (count / total) for own, count in zip(of, images, strict=True)]).sum(0)
+
+    return [Moments(mean([m.m1 for m in of]), mean([m.m2 for m in of])) for of in zip(*found, strict=True)]
+
+
 def joined(parts: Sequence[Sequence[Moments]]) -> list[Moments]:
-    """Moments of several calls, each a Moments per layer -> those of all their images."""
+    """Moments of every image in several calls, each a Moments per layer -> those of all their images."""
     return [Moments(torch.cat([m.m1 for m in of]), torch.cat([m.m2 for m in of])) for of in zip(*parts, strict=True)]
 
 

@@ -67,11 +67,12 @@ class Networks:
     guidance: Guidance | None
     decoder: Decoder | None = None
 
-    def with_kernels(self, kernels: str) -> "Networks":
+    def traced(self) -> "Networks":
+        """The same by operations that a graph can hold."""
         own = self.guidance
-        if own is None or own.kernels == kernels:
+        if own is None:
             return self
-        made = Guidance(own.decode, own.teacher, own.losses, None, own.narrow, kernels)
+        made = Guidance(own.decode, own.teacher, own.losses, None, own.narrow, traced=True)
         return Networks(self.prior, made, self.decoder)
 
     def doubled(self) -> "Networks":
@@ -81,7 +82,8 @@ class Networks:
             return Networks(prior, None)
         teacher = self.guidance.teacher.replace(module=copy.deepcopy(self.guidance.teacher.module).double())
         decoder = self.decoder and self.decoder.doubled()
-        return Networks(prior, Guidance(decoder or prior.decode, teacher, self.guidance.losses), decoder)
+        made = Guidance(decoder or prior.decode, teacher, self.guidance.losses, traced=True)
+        return Networks(prior, made, decoder)
 
     def unet(self, z: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
         return (self.prior.denoise(z, t, *conditions),)
@@ -160,7 +162,7 @@ def _function(name: str, pipe: "GuidedPipeline", networks: Networks) -> Function
     # a power of two, 64 at the least, so that one engine serves other --batch too
     most = max(64, 1 << (max(pipe.config.batching.batch, pipe.group) - 1).bit_length())
     quantise = compute.quantise if name == "unet" else "none"
-    plain = networks.with_kernels("torch")
+    plain = networks.traced()
     inputs, outputs = _specs(name, pipe, networks)
     return Function(
         name=name,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dfkd.errors import UsageError
 from dfkd.synthesis.batching import cuts
-from dfkd.synthesis.bn_statistics import FusedTeacher, Moments, averaged, joined, record_bn_inputs
+from dfkd.synthesis.bn_statistics import FusedTeacher, Moments, averaged_over, record_bn_inputs
 from dfkd.synthesis.losses import GuidanceLoss, Seen
 from dfkd.synthesis.sampler import ToLatent
 from dfkd.synthesis.views import seen
@@ -55,6 +55,7 @@ class Guidance:
         kernels: of the losses and, where moments are needed, of the teacher's BatchNorm layers: "torch" or "triton";
             results differ by rounding.
         fused: the same teacher's, where it is made already; otherwise made here for "triton".
+        traced: whether a graph is made of it, which holds moments of every image alone, by plain operations.
 
     Raises:
         UsageError: moments asked of a teacher without BatchNorm layers, or that does not use each of them once; a
@@ -70,14 +71,16 @@ class Guidance:
         narrow: bool = False,
         kernels: str = "torch",
         fused: FusedTeacher | None = None,
+        traced: bool = False,
     ) -> None:
         self.decode, self.teacher, self.student = decode, teacher, student
         self.losses, self.narrow, self.kernels = tuple(losses), narrow, kernels
-        self.needs = frozenset[str]().union(*(loss.needs for loss in losses))
-        self.layers = teacher.batch_norms() if "moments" in self.needs else ()
+        self.needs, self.traced = frozenset[str]().union(*(loss.needs for loss in losses)), traced
+        of_moments = [loss.name for loss in losses if loss.needs & {"moments", "averages"}]
+        self.layers = teacher.batch_norms() if of_moments else ()
         names = [loss.name for loss in losses]
-        if "moments" in self.needs and not self.layers:
-            asking = ", ".join(loss.name for loss in losses if "moments" in loss.needs)
+        if of_moments and not self.layers:
+            asking = ", ".join(of_moments)
             what = f"teacher {teacher.architecture} has no BatchNorm layer"
             raise UsageError(what, f"the guidance loss {asking} needs their statistics", "use --bn-weight 0")
         if len(set(names)) < len(names):
@@ -91,7 +94,7 @@ class Guidance:
     def with_(self, decode: Decode, losses: Sequence[GuidanceLoss] | None = None) -> "Guidance":
         """A guidance of this teacher and student with another decoder, and other losses where they are given."""
         narrow = self.narrow and decode is not identity  # the gradient of pixels passes no network of the prior
-        own = (self.student, narrow, self.kernels, self.fused)
+        own = (self.student, narrow, self.kernels, self.fused, self.traced)
         return Guidance(decode, self.teacher, self.losses if losses is None else losses, *own)
 
     @property
@@ -100,15 +103,17 @@ class Guidance:
         return (self,)
 
     def judge(self, images: Tensor) -> tuple[Tensor, list[Moments]]:
-        """Images [B, 3, H, W] in 0..1 -> the teacher's logits and, where needed, moments of every BatchNorm layer."""
+        """Images [B, 3, H, W] in 0..1 -> the teacher's logits and, where needed, moments of every BatchNorm layer: of
+        every image, or their averages, as `Seen.moments` has them."""
         if self.fused is not None:
             return self.fused(self.teacher.prepare(images))
-        with record_bn_inputs(self.layers) as moments:
+        together = "moments" not in self.needs and not self.traced
+        with record_bn_inputs(self.layers, together) as moments:
             logits = self.teacher.logits(images)
         return logits, moments
 
     def moments(self, latents: Tensor, view: Tensor | None = None) -> list[Moments]:
-        """Moments [B, C] of every BatchNorm layer for clean latents [B, C, h, w]; view as of `gradient`."""
+        """Moments as of `judge` for clean latents [B, C, h, w]; view as of `gradient`."""
         return self.judge(seen(self.decode(latents), view))[1]
 
     def values(self, images: Tensor, labels: Tensor, averages: Sequence[Moments] | None = None) -> dict[str, Tensor]:
@@ -175,10 +180,11 @@ class Guidance:
 
         views = [None if view is None else view[cut] for cut in calls]
         averages = None
-        if len(calls) > 1 and "group" in self.needs:
+        if len(calls) > 1 and "group" in self.needs and self.layers:
             with torch.no_grad():
                 each = zip(calls, views, strict=True)
-                averages = averaged(joined([self.moments(clean(cut)(latents[cut]), own) for cut, own in each]))
+                moments = [self.moments(clean(cut)(latents[cut]), own) for cut, own in each]
+            averages = averaged_over(moments, [len(latents[cut]) for cut in calls])
         each = zip(calls, views, strict=True)
         parts = [self.of_call(latents[cut], labels[cut], averages, clean(cut), own) for cut, own in each]
         if len(parts) == 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.synthesis.batching import cuts
-from dfkd.synthesis.bn_statistics import Moments, averaged, joined
+from dfkd.synthesis.bn_statistics import Moments, averaged_over
 from dfkd.synthesis.guidance import Decode, Guidance, identity, pulled_back
 from dfkd.synthesis.losses import GuidanceLoss
 from dfkd.synthesis.sampler import ToLatent
@@ -130,8 +130,9 @@ class JointGuidance(Guidance):
         found: list[Averages] = []
         for member, guidance in zip(self.committee.members, self.members, strict=True):
             rows = (member.own(labels) >= 0).nonzero()[:, 0]
-            parts = [guidance.judge(images[rows[cut]])[1] for cut in cuts(len(rows), batch)]
-            found.append(averaged(joined(parts)) if parts else None)
+            parts = [images[rows[cut]] for cut in cuts(len(rows), batch)]
+            moments = [guidance.judge(part)[1] for part in parts]
+            found.append(averaged_over(moments, list(map(len, parts))) if parts else None)
         return found
 
     def _decoded(self, latents: Tensor) -> Tensor:

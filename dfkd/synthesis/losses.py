@@ -39,8 +39,9 @@ class Seen:
 
     images: [B, 3, H, W] in 0..1, under the view of this gradient where there are views. logits: the teacher's [B, C],
         float32 at least. labels: int64 [B].
-    moments: of the input of each of the teacher's BatchNorm `layers`, [B, C_l] of every image; () unless a loss needs
-        "moments". averages: those of the whole group [1, C_l]; None where the images are the whole group.
+    moments: of the input of each of the teacher's BatchNorm `layers`, [B, C_l] of every image where a loss needs
+        "moments", or else their averages over the call, [1, C_l] or as before, where one needs "averages", or ().
+    averages: those of the whole group [1, C_l]; None where the images are the whole group.
     student_logits: [B, C]; None unless a loss needs "student". kernels: "torch" or "triton", which differ by rounding.
     """
 
@@ -59,7 +60,8 @@ class Seen:
         loss: moments averaged over the group, [1, C_l] a layer -> [1].
         Every image has the group's value, and the gradient of (group size x loss), so that guidance does not fade with
         the size of the group. The moments M being averages,  G dL/dx_i = sum_l <dL/dM_l, dm_li/dx_i>  with the slopes
-        dL/dM of the whole group held fixed: exact for a group that is cut into several calls.
+        dL/dM of the whole group held fixed: exact for a group that is cut into several calls. Of averages over the B
+        images of a call each image has the same product, whose sum over the images has the same gradient.
         """
         averages = averaged(self.moments) if self.averages is None else self.averages
         leaves = [Moments(m1.detach().requires_grad_(), m2.detach().requires_grad_()) for m1, m2 in averages]
@@ -70,7 +72,7 @@ class Seen:
         linear = own[0].new_zeros(own[0].shape[0])  # len() would fix the batch of a traced graph
         for moment, slope in zip(own, slopes, strict=True):
             linear = linear + (moment * slope.to(moment)).sum(1)
-        return value.detach() + (linear - linear.detach())
+        return (value.detach() + (linear - linear.detach())).expand(self.logits.shape[0])
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class GuidanceLoss:
     """A guidance loss: called with what the teacher sees, it gives the unweighted loss [B] of every image.
 
     weight: its factor, >= 0. The class may set `name`, under which losses are recorded (the class's own in lower case
-    otherwise), and `needs`, from "moments" (of the BatchNorm layers' inputs), "group" (it uses `Seen.of_group`, so that
-    images of a group interact) and "student". Written in tensor operations without a branch on a value: compiled
-    engines are traced from it. Raises ValueError for a negative weight.
+    otherwise), and `needs`, from "moments" (of the BatchNorm layers' inputs, of every image), "averages" (of these over
+    images: quicker, and enough for `Seen.of_group`), "group" (it uses that, so that images of a group interact) and
+    "student". Written in tensor operations without a branch on a value: compiled engines are traced from it. Raises
+    ValueError for a negative weight.
     """
 
     weight: float
@@ -171,7 +174,7 @@ class BatchNormLoss(GuidanceLoss):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"moments", "group"} if self.stats == "group" else {"moments"})
+        return frozenset({"averages", "group"} if self.stats == "group" else {"moments"})
 
     def __call__(self, seen: Seen) -> Tensor:
         if self.stats == "group":

@@ -76,6 +76,7 @@ def test_two_runs_and_their_baselines_are_put_side_by_side(world: Path, tmp_path
     assert gap == {"value": pytest.approx(wanted.value), "low": pytest.approx(wanted.low), "high": wanted.high}
     assert found["students"]["two / noise"]["behind"][0][1]["value"] == pytest.approx(0.9 - 23 / 30)  # of another seed
     assert "−56.7 (" in text and "76.7 %" in text
+    assert "Without deepinversion and unguided-pixels beside it nothing can be put down" in text
     seen = {name: sets[0] for name, sets in found["images"].items()}
     assert {one["judged"] for one in seen.values()} == {6} and seen["two"]["seed"] == 1
     (network, teacher) = found["networks"]
@@ -113,6 +114,7 @@ def test_a_record_is_compared_at_every_budget(world: Path, tmp_path: Path) -> No
         "seed": 0, "accuracy": pytest.approx(0.71), "seconds": 119.0, "images": 300, "budget": 120.0
     }  # fmt: skip
     assert "30 s" in text and "+1.0 (" in text and "real images of the teacher's world" in text
+    assert "Without deepinversion beside it" in text
     # the ceiling is no rival
     assert [answer["short"] for answer in found["answers"]] == ["not shown"]
     names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -12,6 +12,7 @@ from dfkd.errors import UsageError
 from dfkd.evaluation.fidelity import diversity, features, fidelity, frechet, precision_recall
 from dfkd.evaluation.metrics import ROWS
 from dfkd.teachers import Classifier
+from dfkd.teachers.committee import Committee
 
 
 def normal(count: int, seed: int, width: int = 3) -> Tensor:
@@ -117,3 +118,8 @@ def test_a_network_without_a_last_layer_is_refused() -> None:
     judge = Classifier(pooled.eval(), ("a", "b", "c"), (0,) * 3, (1,) * 3, 4, "pooled")
     with pytest.raises(UsageError, match="pooled has no linear layer"):
         features(judge, torch.zeros(1, 3, 4, 4, dtype=torch.uint8).__getitem__, torch.arange(1))
+
+
+def test_several_teachers_have_no_features_of_their_own() -> None:
+    member = Classifier(Net().eval(), ("a", "b"), (0,) * 3, (1,) * 3, 4)
+    assert member.last_linear() is member.module.head and Committee.of([member, member]).last_linear() is None

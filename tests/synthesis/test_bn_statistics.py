@@ -12,14 +12,17 @@ from dfkd.errors import UsageError
 from dfkd.synthesis.bn_statistics import (
     FusedTeacher,
     Moments,
+    averaged,
+    averaged_over,
     bn_distance,
     by_layer,
     moments_about,
+    moments_together,
     record_bn_inputs,
     side_by_side,
 )
 from dfkd.synthesis.guidance import Guidance, identity
-from dfkd.synthesis.losses import BatchNormLoss, Seen
+from dfkd.synthesis.losses import BatchNormLoss, GuidanceLoss, Seen
 from dfkd.teachers import Classifier, build
 from tests.synthesis.small_networks import bn_inputs, classifier, plain_bn_loss
 
@@ -113,6 +116,60 @@ def test_the_gradient_of_moments_is_autograds_own(layout):
     assert all(map(torch.equal, found, wanted))
     (got,), (want,) = (torch.autograd.grad(of, x, tuple(given)) for of in (found, wanted))
     assert torch.equal(got, want) and got.stride() == x.stride()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 6), (9, 16, 32, 32)])
+def test_moments_together_are_the_average_of_every_images(shape, dtype, layout):
+    """Also of half precision, to the digits of a sum in float32, and with the gradient of the average."""
+    random = torch.Generator().manual_seed(0)
+    x = (2 + torch.randn(shape, generator=random)).to(dtype).to(memory_format=layout).requires_grad_()
+    layer = nn.BatchNorm2d(shape[1]).eval().requires_grad_(False)
+    layer.running_mean = torch.randn(shape[1], generator=random)
+    layer = layer.double() if dtype == F64 else layer
+    exact = x.detach().double().requires_grad_()
+    found, (wanted,) = moments_together(x, layer), averaged([moments_about(exact, layer.running_mean.double())])
+    given = torch.randn(2, 1, shape[1], generator=random)
+    # one after another n values of a size are added, whose roundings make a random walk of sqrt(n) steps of eps / 2
+    kind, count = found.m1.dtype, x.numel() / shape[1]
+    error = 4 * torch.finfo(kind).eps * count**0.5
+    assert kind == (F64 if dtype == F64 else torch.float32)
+    for own, exactly in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own.double(), exactly, rtol=error, atol=error)
+    (got,) = torch.autograd.grad(found, x, tuple(given.to(kind)))
+    (want,) = torch.autograd.grad(tuple(wanted), exact, tuple(given.double()))
+    assert got.dtype == dtype and got.stride() == x.stride()
+    rounded = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(kind).eps * want.abs().max().item()}
+    torch.testing.assert_close(got.double(), want, **rounded)
+
+
+def test_averages_over_calls_of_any_size(teacher):
+    x, layers = images(7), teacher.batch_norms()
+    wanted = averaged(moments_of(teacher, x))
+    parts = []
+    for together, cut in ((True, slice(0, 3)), (False, slice(3, 6)), (True, slice(6, 7))):
+        with record_bn_inputs(layers, together) as moments:
+            teacher.logits(x[cut])
+        assert [len(m.m1) for m in moments] == [1 if together else 3] * len(layers)
+        parts.append(moments)
+    for found, expected in zip(averaged_over(parts, [3, 3, 1]), wanted, strict=True):
+        torch.testing.assert_close(tuple(found), tuple(expected), **EXACT)
+
+
+class EveryImages(GuidanceLoss):
+    """A loss of one's own that goes by the moments of every image."""
+
+    needs = frozenset({"moments"})
+
+    def __call__(self, seen):
+        return seen.moments[0].m2.sum(1)
+
+
+@pytest.mark.parametrize("own, rows", [((), 1), ((EveryImages(1.0),), 4)])
+def test_moments_of_every_image_are_formed_where_a_loss_asks_for_them(teacher, own, rows):
+    guidance = Guidance(identity, teacher, (BatchNormLoss(1.0, "group"), *own))
+    assert {len(m) for moments in guidance.judge(images(4))[1] for m in moments} == {rows}
 
 
 def test_moments_side_by_side_and_back(teacher):

@@ -76,7 +76,7 @@ class RunningBatchNorm(GuidanceLoss):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"moments", "group"})
+        return frozenset({"averages", "group"})
 
     def __call__(self, seen: Seen) -> Tensor:
         return seen.of_group(lambda averages: bn_distance(self.mixed(averages), seen.layers, "norm"))

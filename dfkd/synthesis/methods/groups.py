@@ -19,7 +19,7 @@ from dfkd.errors import SettingError, UsageError
 from dfkd.extension import settings_of
 from dfkd.runtime import choose_kernels
 from dfkd.synthesis.batching import cuts
-from dfkd.synthesis.bn_statistics import FusedTeacher, joined
+from dfkd.synthesis.bn_statistics import FusedTeacher, averaged_over, joined
 from dfkd.synthesis.checks import copy_student
 from dfkd.synthesis.finite import require_finite
 from dfkd.synthesis.guidance import Guidance, identity
@@ -222,12 +222,13 @@ def seen_whole(guidance: Guidance, images: Tensor, labels: Tensor, batch: int) -
     run = partial(checkpoint, guidance.seen, use_reentrant=False)
     parts = [cast(Seen, run(images[cut], labels[cut])) for cut in calls]
     students = [part.student_logits for part in parts if part.student_logits is not None]
+    moments, sizes = [part.moments for part in parts], [len(images[cut]) for cut in calls]
     return replace(
         parts[0],
         images=images,
         labels=labels,
         logits=torch.cat([part.logits for part in parts]),
-        moments=joined([part.moments for part in parts]) if parts[0].moments else (),
+        moments=joined(moments) if "moments" in guidance.needs else averaged_over(moments, sizes),
         student_logits=torch.cat(students) if students else None,
     )
 
