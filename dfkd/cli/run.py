@@ -19,7 +19,7 @@ COMMAND = "dfkd-run"
 def run(asked: RunCommand) -> dict[str, Any]:
     """Check every section, then do what is not done yet."""
     out = asked.out or Path("runs") / (asked.base or (asked.file or Path("mine")).stem)
-    file = _read(asked.file) if asked.file else {"preset": asked.base}
+    file: dict[str, Any] = _read(asked.file) if asked.file else {"preset": asked.base}
     if asked.data is not None:
         file["evaluate"] = {**section(file, "evaluate"), "data": asked.data}
 

@@ -34,5 +34,6 @@ def narrowed(teacher: Classifier, dtype: str) -> Classifier:
         return teacher
     if isinstance(teacher, Committee):
         members = (replace(member, classifier=narrowed(member.classifier, dtype)) for member in teacher.members)
-        return teacher.replace(members=tuple(members))
+        several: Committee = teacher.replace(members=tuple(members))
+        return several
     return teacher.replace(module=InBfloat16(teacher.module))
