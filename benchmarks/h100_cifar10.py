@@ -86,10 +86,10 @@ STAGES: Mapping[str, Stage] = {  # the most telling first
     "plan": Stage(2, ("teacher",)),
     "plan-unguided": Stage(1, ("teacher",)),
     "images": Stage(13, ("plan",)),
-    "student": Stage(3, ("images",)),
+    "student": Stage(4, ("images",)),
     "unguided": Stage(13, ("plan-unguided",)),
-    "unguided-student": Stage(3, ("unguided",)),
-    "report": Stage(5, ("student", "unguided-student")),
+    "unguided-student": Stage(4, ("unguided",)),
+    "report": Stage(3, ("student", "unguided-student")),
 }
 SETS = {"images": ("plan", "student"), "unguided": ("plan-unguided", "unguided-student")}  # around each set of images
 
@@ -290,6 +290,8 @@ def main() -> None:
     try:
         file = read_file(out, a.prior, a.data, a.teacher, a.rehearse)
         architecture = check(file, out, a.rehearse)
+        if a.prior and not Path(a.prior).exists():
+            file["generate"]["offline"] = True  # it was fetched just now: no stage waits for the hub
         found = stages(file, out, architecture, a.rehearse, describe(resolve_device("auto")))
     except (UsageError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)

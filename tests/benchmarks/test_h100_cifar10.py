@@ -94,6 +94,17 @@ def test_words_of_the_other_stages_are_options(tmp_path, monkeypatch, capsys):
     assert options.engines == chosen.run.generate.compute.engines == tmp_path / "engines"
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_a_prior_of_the_hub_is_fetched_before_the_hour_and_not_asked_for_again(tmp_path, cifar10, monkeypatch, local):
+    prior, checked, given = str(tmp_path) if local else "owner/name", [], []
+    monkeypatch.setattr(hour, "check", lambda file, *_: checked.append("offline" in file["generate"]) or "wrn40_2")
+    monkeypatch.setattr(hour, "stages", lambda file, *_: given.append(file) or {})
+    monkeypatch.setattr(hour, "summary", lambda found: {})
+    monkeypatch.setattr("sys.argv", ["h100_cifar10", "--prior", prior, "--data", cifar10, "--out", str(tmp_path)])
+    hour.main()
+    assert checked == [False] and given[0]["generate"].get("offline", False) is not local
+
+
 def test_as_many_images_are_planned_as_fit_the_seconds():
     planned = {"plan": {"images": 2000, "predicted_seconds": 800.0}}  # 2.5 a second, of 80 % of the time
     assert hour.counted(planned, 780, 200) == 1400
