@@ -67,7 +67,7 @@ REHEARSAL: Mapping[str, Mapping[str, Any]] = {
     "generate": {"dtype": "fp32", "group": 10, "batch": 10, "shard-size": 10, "steps": 3, "refine-steps": 0},
     "unguided": {"guidance-step": 0.0, "cfg-to": 1.0},
     "distill": {"student": "resnet8_half", "steps": 2, "batch-size": 8, "warmup": 0},
-    "evaluate": {"data": "digits-on-photos", "limit": 50},
+    "evaluate": {"data": "digits-on-photos"},
 }
 
 
