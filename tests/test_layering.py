@@ -27,6 +27,7 @@ MAY_IMPORT = {
 }
 # The folders and files of dfkd; each imports those before it alone.
 ORDER = (
+    "allocator",
     "errors",
     "config",
     "priors",

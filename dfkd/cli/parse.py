@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
 
 import dfkd
+from dfkd.allocator import keep_freed_memory
 from dfkd.cli.closing import closing
 from dfkd.config.fields import Config, Leaf, leaves, merged, plain, presets, section, split_optional
 from dfkd.config.words import dashed, nearest
@@ -48,6 +49,7 @@ def command(
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             asked = parse(cls, sys.argv[1:] if argv is None else argv, name)
+            keep_freed_memory()
             result = run(asked)
     except (UsageError, EngineError, SettingError) as error:
         print(f"error: {error}", file=sys.stderr)
