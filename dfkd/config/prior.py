@@ -71,6 +71,12 @@ class AutoencoderConfig(Config):
         low=1,
         flag="autoencoder_widths",
     )
+    blocks: int = option(
+        1,
+        "its residual blocks of a level on the way in, one more on the way out; with 0 all levels have one width",
+        low=0,
+        flag="autoencoder_blocks",
+    )
     channels: int = option(8, "channels of the latents", low=1, flag="latent_channels")
     steps: int = option(2400, "length of its training", unit="steps", low=1, flag="autoencoder_steps")
     batch_size: int = option(32, "images per step", unit="images", low=2, flag="autoencoder_batch_size")
@@ -81,6 +87,9 @@ class AutoencoderConfig(Config):
     def validate(self) -> None:
         if self.source is not None and (own := [name for name in self.changed() if name != "vae"]):
             raise ValueError(f"--{own[0].replace('_', '-')} with --vae: that one is taken as it is; leave one out")
+        if not self.blocks and len(set(self.widths)) > 1:
+            why = "it is a residual block that changes the number of channels"
+            raise ValueError(f"--autoencoder-blocks 0 with --autoencoder-widths of several values: {why}")
 
 
 @dataclass(frozen=True, kw_only=True)

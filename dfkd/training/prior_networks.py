@@ -79,7 +79,7 @@ def make_autoencoder(config: AutoencoderConfig, groups: int, size: int) -> Any:
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=config.widths,
-        layers_per_block=1,
+        layers_per_block=config.blocks,
         latent_channels=config.channels,
         norm_num_groups=groups,
         sample_size=size,

@@ -287,6 +287,16 @@ def test_seconds_are_those_of_both_stages(tmp_path: Path, monkeypatch: pytest.Mo
     assert 0 < result(train(tmp_path / "pixels", settings(**KINDS["class"])))["seconds"] < 60
 
 
+def test_the_residual_blocks_of_an_autoencoder(tmp_path: Path) -> None:
+    """None on the way in leaves a decoder with one a level, and what is written loads with it."""
+    thin = train(tmp_path, settings(**LATENT, autoencoder_blocks=0))
+    assert json.loads((thin / "vae" / "config.json").read_text())["layers_per_block"] == 0
+    decoder = Prior.from_pretrained(thin).vae.decoder
+    assert [len(level.resnets) for level in decoder.up_blocks] == [1, 1]
+    with pytest.raises(ValueError, match=r"--autoencoder-blocks 0 with --autoencoder-widths of several values"):
+        settings(**{**LATENT, "autoencoder_blocks": 0, "autoencoder_widths": (8, 16)})
+
+
 def test_an_autoencoder_that_exists_is_taken(made: dict[str, Path], tmp_path: Path) -> None:
     config = settings(space="latent", vae=str(made["text"]))
     out = train(tmp_path, config)

@@ -21,6 +21,7 @@ _NOT_BELOW_ZERO = ("norm_eps", "dropout")
 _NEVER_NULL = ("norm_num_groups", "num_embeds_ada_norm", "layer_norm_eps", "eos_token_id", "initializer_factor")
 _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 _LEVELS = ("block_out_channels", "down_block_types", "up_block_types")  # one entry a level of a network each
+_NONE_TOO = {"AutoencoderKL": "layers_per_block"}  # its decoder has one more, and with one width all channels fit
 _SHOWN = 200  # characters of a value, in an error
 _CORRECT = "correct it, or fetch the prior again"
 # What libraries of other versions wrote into the configs of transformers' networks, and nothing follows from.
@@ -39,7 +40,8 @@ def check_diffusers_config(where: str, network: Any, config: Mapping[str, Any]) 
     written = _WRITTEN.get(network.__name__, ())
     check_keys(where, network.__name__, {key: v for key, v in config.items() if key not in written}, known)
     for key in (key for key in known if key in config):
-        if wanted := unfit(key, config[key], hints.get(key, Any), known[key]):
+        none = key == _NONE_TOO.get(network.__name__) and type(config[key]) is int and config[key] == 0
+        if not none and (wanted := unfit(key, config[key], hints.get(key, Any), known[key])):
             raise refused(where, key, config[key], f"{network.__name__} wants {wanted}")
     _check_levels(where, config)
 
