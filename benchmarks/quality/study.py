@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.quality import sets, students
 from benchmarks.quality.scenario import DATA, GUIDED, REAL, Method, Scenario
 from benchmarks.quality.worlds import World, prepare
+from dfkd.allocator import keep_freed_memory
 from dfkd.evaluation import evaluate
 from dfkd.synthesis.command import quieten_libraries
 from dfkd.teachers import Classifier
@@ -175,10 +176,15 @@ def flop_of(study: Study, method: Method, trial: int, seed: int) -> float:
 @contextmanager
 def _workers(count: int) -> Any:
     """Processes of one thread each: a core second is then one of one core."""
-    quieten_libraries()
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(count, get_context("spawn"), quieten_libraries) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), _begin) as pool:
         yield pool
+
+
+def _begin() -> None:
+    """What a command does as it starts."""
+    quieten_libraries()
+    keep_freed_memory()
 
 
 def _tell(parts: Mapping[tuple[Any, ...], Future[Any]]) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.ablation import difference
 from benchmarks.quality.scenario import GUIDED
 from benchmarks.recording import scaled, table, taken_on
+from dfkd.evaluation.paired import over_seeds
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -51,8 +51,8 @@ def _cell(values: Sequence[float | None], guided: Sequence[float], own: bool) ->
     found = f"{100 * _rank(values):.1f}"
     if own or len(values) < 2:
         return f"**{found}**" if own else found
-    middle, half = difference([value or 0.0 for value in values], guided)
-    return f"{found} ({100 * middle:+.1f} ± {100 * half:.1f})"
+    apart = over_seeds([value or 0.0 for value in values], guided)
+    return f"{found} ({100 * apart.value:+.1f} ± {100 * (apart.high - apart.value):.1f})"
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
