@@ -221,8 +221,8 @@ def _tables(found: Comparison) -> list[dict[str, Any]]:
 
 
 def _texts(measure: Measure, values: Sequence[float | None]) -> list[str]:
-    """A column: three digits of its largest number."""
+    """A column: three digits of its largest number, and one after the point at least."""
     if measure.share:
         return [percent(value) for value in values]
     largest = max([abs(value) for value in values if value], default=1.0)
-    return [number(value, min(max(2 - math.floor(math.log10(largest)), 0), 4)) for value in values]
+    return [number(value, min(max(2 - math.floor(math.log10(largest)), 1), 4)) for value in values]

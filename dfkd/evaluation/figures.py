@@ -263,6 +263,8 @@ def accuracy_curves(
     every = [x for groups in curves.values() for group in groups for x, _ in group]
     if max(every) > 4 * min(every):
         _log(axes, "x")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if named:
         axes.set_xticks(named, [f"{x:g}" for x in named])
     axes.margins(x=0.06)

@@ -50,7 +50,7 @@ def test_students_get_the_options_of_their_row(monkeypatch, tmp_path):
     save_classifier(tmp_path / "teacher")
     found = accuracies(tmp_path, ["eager", "channels_last", "bf16", "fp16", "cuda graph"], CPU, tmp_path)
     assert found == {"channels_last": 0.25, "bf16": 0.25}
-    plain = DistillConfig.preset("demo", device="cpu")
+    plain = DistillConfig.preset("demo", optimiser="sgd", lr=0.2, device="cpu")
     assert asked == [(tmp_path / "synthetic", plain), (tmp_path / "synthetic", plain.replace(amp="bf16"))]
 
 

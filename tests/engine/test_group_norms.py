@@ -7,10 +7,19 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfkd_engine.errors import EngineError
 from dfkd_engine.graph import trace
-from dfkd_engine.group_norms import KERNELS, KernelGroupNorm, Swapped, group_norms, running, set_group_norms
+from dfkd_engine.group_norms import (
+    KERNELS,
+    KernelGroupNorm,
+    PlanarGroupNorm,
+    Swapped,
+    group_norms,
+    running,
+    set_group_norms,
+)
 from dfkd_engine.spec import TensorSpec
 from tests.tiny_sd import TINY_VAE, UNET, VAE
 
@@ -52,6 +61,41 @@ def close(found, wanted):
     """float32 sums in another order, through a few dozen layers."""
     for mine, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, plain, rtol=0, atol=2e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", [5, 40])
+def test_small_maps_in_half_precision_go_by_planes_on_a_cpu(dtype, side):
+    """To the digits of the precision, in the map's memory order; and not in a graph."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.GroupNorm(4, 12)).to(dtype).requires_grad_(False)
+    with torch.no_grad():
+        network[0].weight.normal_(), network[0].bias.normal_()
+    set_group_norms(network, "torch")
+    assert type(network[0]) is PlanarGroupNorm
+    x = torch.randn(3, 12, side, side).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    exact, seen = x.detach().double().requires_grad_(), []
+    wanted = copy.deepcopy(network).double()(exact)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.native_group_norm.default:
+                seen.append(args[0].is_contiguous())
+            return func(*args, **kwargs or {})
+
+    with Watch():
+        found = network(x)
+    assert seen == [side == 5]
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    # of a rounding or two in the end
+    assert (found.double() - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
+    gradients = [torch.autograd.grad(y.square().sum(), of)[0].double() for y, of in ((found, x), (wanted, exact))]
+    # of a few roundings
+    assert (gradients[0] - gradients[1]).abs().max() <= 8 * torch.finfo(dtype).eps * gradients[1].abs().max()
+    graph = trace(network, [TensorSpec("x", (None, 12, side, side), str(dtype).removeprefix("torch."))])
+    assert not any("clone" in str(node.target) for node in graph.module.graph.nodes)
+    set_group_norms(network.float(), "torch")
+    assert type(network[0]) is nn.GroupNorm
 
 
 def layers(network):

@@ -103,7 +103,7 @@ def test_estimates_are_those_of_the_sampler(prior: Prior) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED["demo"], torch_dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    noise = philox_normal(5, ids, 0, (8, 8, 8))
+    noise = philox_normal(5, ids, 0, (prior.latent_channels, *prior.latent_size))
     wanted = pipe(
         ["a photo of the digit three"] * 2,
         guidance_scale=2.0,
