@@ -49,7 +49,7 @@ bench: $(SETUP) ## time every part beside a baseline (ARGS="--quick" for minutes
 tables: $(SETUP) ## write the documents' tables anew from benchmarks/results
 	@$(PY) -m benchmarks.tables
 
-quality: $(SETUP) ## students of guided images and of every control over three seeds, half an hour (runs/quality)
+quality: $(SETUP) ## students of guided images and of every control, five seeds, hours (runs/quality-demo)
 	@$(PY) -m benchmarks.quality demo $(ARGS)
 
 gpu-test: $(SETUP) ## the tests that need a CUDA device
