@@ -128,7 +128,10 @@ def read_job(file: Section, out: Path, seed: int = 0, controls: Sequence[str] = 
         raise UsageError(str(error)) from None
     _check_names(files)
     layers = {name: [section(layer, name) for layer in files] for name in (*OWN, "rounds")}
-    teacher, classifier = _teacher(layers["teacher"], layers["generate"], out, seed)
+    presets_own = None
+    for stage in ("generate", "distill") if "preset" in file else ():
+        presets_own = layers[stage][0].pop("teacher_checkpoint", None)
+    teacher, classifier = _teacher(layers["teacher"], layers["generate"], out, seed, presets_own)
     for name in ("generate", "distill") if len(files) > 1 else ():
         for its_own in ("teacher", "resize"):  # the preset's, which [teacher] of the file may have changed
             layers[name][0].pop(its_own, None)
@@ -264,17 +267,17 @@ _COMMANDS = {name: f"dfkd-{name}" for name in OWN} | {"teacher": "dfkd-train-tea
 
 
 def _teacher(
-    layers: Sequence[Section], images: Sequence[Section], out: Path, seed: int
+    layers: Sequence[Section], images: Sequence[Section], out: Path, seed: int, presets_own: str | None = None
 ) -> tuple[TrainTeacherCommand | None, TeacherConfig]:
-    """The teacher's training, or None, and how the teacher is loaded; classes and resize may stand in [generate]."""
-    generate, whole = merged(GenerateCommand, *images), merged(TrainTeacherCommand, *layers)
-    naming = [place for place, layer in enumerate(layers) if {"data", "checkpoint", "clients"} & layer.keys()]
-    own: dict[str, Any] = {}  # of the last layer that says where the teacher is, and of those behind it
-    for layer in layers[naming[-1] if naming else -1 :]:
-        own |= layer
+    """The teacher's training, or None, and how the teacher is loaded; classes and resize may stand in [generate].
+
+    presets_own: the checkpoint that a preset's commands go by, which counts where no layer names a teacher.
+    """
+    generate, own, whole = merged(GenerateCommand, *images), layers[-1], merged(TrainTeacherCommand, *layers)
+    if presets_own is not None and not any({"data", "checkpoint", "clients"} & layer.keys() for layer in layers):
+        own = {"checkpoint": presets_own, **(own if len(layers) > 1 else {})}
     classes, resize = generate.get("classes", ()), whole.get("resize") or generate.get("resize")
     if "data" in whole and "checkpoint" not in own and "clients" not in own:
-        layers = [{name: value for name, value in layer.items() if name != "checkpoint"} for layer in layers]
         training = _settings(TrainTeacherCommand, "teacher", "teacher", layers, {"out": out / "teacher"}, seed)
         return training, TeacherConfig.of(teacher_checkpoint=out / "teacher", classes=classes, resize=resize)
     names = {leaf.path[-1]: name for name, leaf in leaves(TeacherConfig).items()} | {"architecture": "teacher"}

@@ -123,8 +123,7 @@ class Scenario:
     def teaching(self, data: str, seed: int, out: Path) -> TrainTeacherCommand:
         """The settings of a teacher's training on real images."""
         fixed = {"data": data, "seed": seed, "out": out}
-        known = {name: value for name, value in self.stages["teacher"].items() if name != "checkpoint"}
-        return TrainTeacherCommand.of(**merged(TrainTeacherCommand, known, fixed))
+        return TrainTeacherCommand.of(**merged(TrainTeacherCommand, self.stages["teacher"], fixed))
 
 
 def _shortened(method: Method) -> dict[str, Any]:
