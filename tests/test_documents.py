@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import dfkd
-from dfkd.config import DistillCommand, GenerateCommand, TrainPriorCommand, TrainTeacherCommand
+from dfkd.config import DistillCommand, GenerateCommand, RunCommand, TrainPriorCommand, TrainTeacherCommand
 from dfkd.synthesis.prompts import labels_of
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,7 @@ def check(words: list[str]) -> None:
             "dfkd-distill": DistillCommand,
             "dfkd-train-teacher": TrainTeacherCommand,
             "dfkd-train-prior": TrainPriorCommand,
+            "dfkd-run": RunCommand,
         }
         parse(classes[words[0]], words[1:], words[0])
 

@@ -11,6 +11,7 @@ from benchmarks.quality import cifar10, sets, tables
 from benchmarks.quality.scenario import DATA, HERE, Scenario
 from benchmarks.quality.students import some_of
 from benchmarks.quality.worlds import SHIFTS, pretended
+from benchmarks.tables import ROOT
 from dfkd.data import Pool
 from dfkd.errors import UsageError
 from dfkd.evaluation import open_images
@@ -160,7 +161,7 @@ def test_the_table_ranks_and_gives_paired_distances(tmp_path):
 @pytest.mark.parametrize("name", SHIFTS)
 def test_a_rehearsal_judges_every_method_and_goes_on(name, tmp_path, monkeypatch, capsys):
     """A second start does nothing twice, and says the same."""
-    monkeypatch.chdir(command.ROOT)  # the file names a method by its path from there
+    monkeypatch.chdir(ROOT)  # the file names a method by its path from there
 
     def results(*more):
         words = ["quality", name, "--rehearse", "--budgets", "1", "--out", str(tmp_path), *more]

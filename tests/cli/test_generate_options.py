@@ -32,6 +32,7 @@ ACTS = {
     "group": ((), 2),
     "seed": ((), 1),
     "dtype": ((), "bf16"),
+    "teacher_dtype": ((), "bf16"),
     "size": ((), 8),
     "sampler": ((), "dpmpp2m"),
     "steps": ((), 2),
