@@ -110,7 +110,14 @@ class Scenario:
 
     def generating(self, method: Method, trial: int, teacher: Path, seed: int, out: Path) -> GenerateCommand:
         """The settings of a method's images."""
-        fixed = {"teacher": None, "teacher_checkpoint": teacher, "seed": seed, "out": out, "classes": ()}
+        fixed = {
+            "teacher": None,
+            "teacher_checkpoint": teacher,
+            "seed": seed,
+            "out": out,
+            "classes": (),
+            "shard_size": 0,
+        }
         layers = (self.stages["generate"], method.differs(trial), fixed)
         return GenerateCommand.of(**merged(GenerateCommand, *layers))
 
