@@ -13,6 +13,7 @@ from dfkd.evaluation import open_images
 from dfkd.evaluation.sources import DIGITS
 from dfkd.runtime import derived_seed
 from dfkd.teachers.sources import EMBEDDED
+from dfkd.training.folder import RESULT
 from dfkd.training.teacher import train_teacher
 
 SHIFTS = {"demo": ("none",), "cifar10": tuple(cifar10.SHIFTS)}
@@ -54,6 +55,8 @@ def prepare(scenario: Scenario, data: str | None, seed: int, out: Path) -> World
 
 def _taught(scenario: Scenario, data: str, seed: int, out: Path) -> Path:
     asked = scenario.teaching(data, seed, out)
+    if (out / RESULT).exists():  # else several processes would want the folder at once
+        return out
     train_teacher(asked.data, asked.training, asked.out, architecture=asked.architecture)
     return out
 
