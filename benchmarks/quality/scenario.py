@@ -26,7 +26,7 @@ DATA = (REAL, PRIOR_DATA)  # which take no synthesis: as many images as the guid
 STAGES = ("teacher", "generate", "distill")
 REHEARSAL: Mapping[str, Mapping[str, Any]] = {
     "teacher": {"epochs": None, "steps": 4, "batch_size": 8},
-    "generate": {"group": 20, "batch": 20, "steps": 2},
+    "generate": {"group": 20, "batch": 20, "steps": 3},
     "distill": {"steps": 2, "batch_size": 8, "warmup": 0},
 }
 
