@@ -64,7 +64,7 @@ def _taught(scenario: Scenario, data: str, seed: int, out: Path) -> Path:
 def _digits(count: int, seed: int) -> Pool:
     """Images of world Y, the classes in turn."""
     labels = torch.arange(count) % len(prior_world.CLASS_NAMES)
-    images, labels = prior_world.prior_images(count, derived_seed(seed, "world"), labels)
+    images, labels = prior_world.prior_images(count, derived_seed(seed, "world", 0), labels)
     return Pool(images, labels, torch.arange(count), prior_world.CLASS_NAMES)
 
 
