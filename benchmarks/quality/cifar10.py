@@ -8,6 +8,7 @@ shifted, its test images too; the prior's are photos. DATA may be torchvision's 
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dfkd.files import replace_text
 from dfkd.synthesis.sampler import smoothed
 
 SIZE = 32
-NAMES = "batches.meta.txt"
+NAMES, MADE = "batches.meta.txt", "made.json"
 ROWS = 5000  # images that are shifted at a time
 
 
@@ -76,8 +77,11 @@ def read(data: str, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 
 
 def write(data: str, shift: str, out: Path) -> None:
-    """OUT/teacher and OUT/prior, unless they are there. Raises UsageError as `read`."""
-    if (out / "prior" / NAMES).exists():
+    """OUT/teacher and OUT/prior, unless they are there. Raises UsageError as `read`, and for those of other images."""
+    made, asked = out / MADE, json.dumps({"data": data, "shift": shift})
+    if made.exists():
+        if made.read_text() != asked:
+            raise UsageError(f"{out} is made of {made.read_text()}", f"asked is {asked}", "choose another --out")
         return
     images, labels, names = read(data, "train")
     tests, answers, _ = read(data, "test")
@@ -86,6 +90,7 @@ def write(data: str, shift: str, out: Path) -> None:
         write_batch(out / folder / "data_batch_1.bin", shifted(images[first::2], how), labels[first::2])
         write_batch(out / folder / "test_batch.bin", shifted(tests, how), answers)
         replace_text(out / folder / NAMES, "\n".join(names) + "\n")
+    replace_text(made, asked)
 
 
 def write_batch(file: Path, images: Tensor, labels: Tensor) -> None:

@@ -19,6 +19,6 @@ class NoisePixels(GuidedPipeline):
     name = "noise_pixels"
 
     def finished(self, pack: Pack) -> tuple[Tensor, list[Record]]:
-        """As of a guided pipeline; its networks are not asked."""
+        """A pack's images from noise, uint8 [B, 3, H, W] on the CPU, and their records; the prior is not asked."""
         noise = philox_uniform(pack.seed, pack.ids, NOISE, (3, self.image_size, self.image_size))
         return self.stored(pack, noise, self._refined(pack, noise))

@@ -9,20 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recording import RESULTS
-from dfkd.config import (
-    DistillCommand,
-    GenerateCommand,
-    TrainTeacherCommand,
-    merged,
-    read_preset,
-    section,
-)
+from dfkd.config import DistillCommand, GenerateCommand, TrainTeacherCommand, merged, read_preset, section
+from dfkd.errors import UsageError
 
 HERE = Path(__file__).parent
 GUIDED = "guided"
 REAL = "real_data"
-PRIOR_DATA = "prior_data"
-DATA = (REAL, PRIOR_DATA)  # which take no synthesis: as many images as the guided ones of the same seconds
+DATA = (REAL, "prior_data")  # which take no synthesis: as many images as the guided ones of the same seconds
 STAGES = ("teacher", "generate", "distill")
 REHEARSAL: Mapping[str, Mapping[str, Any]] = {
     "teacher": {"epochs": None, "steps": 4, "batch_size": 8},
@@ -44,11 +37,6 @@ class Method:
     def differs(self, trial: int) -> dict[str, Any]:
         """What a trial differs in from [generate]."""
         return {**self.settings, **self.trials[trial]}
-
-    def named(self, trial: int) -> str:
-        """A folder's name that two trials, of any methods, share if they are the same settings."""
-        text = json.dumps(self.differs(trial), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,13 @@ class Scenario:
         if rehearse:
             stages = {stage: {**settings, **REHEARSAL[stage]} for stage, settings in stages.items()}
             methods = [replace(method, **_shortened(method)) for method in methods]
+            file["tuning"] = {"seconds": 1e9, "steps": stages["distill"]["steps"]}
         return cls(name, shift, stages, tuple(methods), file["tuning"], rehearse)
+
+    @property
+    def teacher_a_seed(self) -> bool:
+        """Whether each seed has a teacher of its own, which takes seconds in the demo and an hour on CIFAR-10."""
+        return self.name == "demo"
 
     @property
     def record(self) -> Path:
@@ -92,8 +86,13 @@ class Scenario:
         """The file that its trials are recorded in."""
         return self.record.with_name(f"{self.record.stem}-tuning.json")
 
+    def named(self, method: Method, trial: int) -> str:
+        """A folder's name that two trials, of any methods, share if they are the same settings."""
+        text = json.dumps({**self.stages["generate"], **method.differs(trial)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
     def chosen(self) -> dict[str, int]:
-        """The number of each method's best trial on record; the first where there is but one. Raises ValueError: the
+        """The number of each method's best trial on record; the first where there is but one. Raises UsageError: the
         trials on record are not those of the file."""
         found = {method.name: 0 for method in self.methods}
         if self.rehearsed:
@@ -104,7 +103,10 @@ class Scenario:
                 continue
             rows = known.get(method.name, [])
             if [row["settings"] for row in rows] != [dict(trial) for trial in method.trials]:
-                raise ValueError(f"{self.tried.name} has other trials of {method.name}: run with --tune first")
+                why = f"{self.tried.name} {'has others' if rows else 'has none'}"
+                raise UsageError(
+                    f"the trials of {method.name} are not on record", why, "run with --tune --record first"
+                )
             found[method.name] = max(range(len(rows)), key=lambda number: rows[number]["accuracy"])
         return found
 
@@ -124,7 +126,7 @@ class Scenario:
     def learning(self, teacher: Path, seed: int, out: Path, steps: int | None = None) -> DistillCommand:
         """The settings of a student. steps: None for the scenario's own."""
         fixed = {"teacher": None, "teacher_checkpoint": teacher, "seed": seed, "out": out, "data": (), "classes": ()}
-        layers = [self.stages["distill"], fixed, *([{"steps": steps}] if steps and not self.rehearsed else [])]
+        layers = [self.stages["distill"], fixed, *([{"steps": steps}] if steps else [])]
         return DistillCommand.of(**merged(DistillCommand, *layers))
 
     def teaching(self, data: str, seed: int, out: Path) -> TrainTeacherCommand:

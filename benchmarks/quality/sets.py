@@ -13,29 +13,29 @@ from pathlib import Path
 
 from benchmarks.flops import counted
 from dfkd.config import GenerateCommand
-from dfkd.data import ShardPool, open_folder
 from dfkd.synthesis.command import pipeline_of
 from dfkd.synthesis.run import open_run
 from dfkd.synthesis.synthesizer import Synthesizer
 
 CORES = 2  # of a second of budget
-MOST = 100_000  # images of a set
 FLOP_IMAGES = 20  # of the group whose arithmetic is counted
 SPENT = "spent.jsonl"
 
 Spent = list[tuple[int, float]]  # images, and the seconds until they were on disk, group by group
 
 
-def make(asked: GenerateCommand, seconds: float, most: int = MOST) -> Spent:
-    """Make images until `seconds` of budget are spent, or so many images; returns what was spent."""
-    spent = read_spent(asked.out)
-    if spent and (spent[-1][1] >= seconds or spent[-1][0] >= most):
-        return spent
-    synthesizer = pipeline_of(asked)
+def make(asked: GenerateCommand, seconds: float, most: int) -> Spent:
+    """Make images until `seconds` of budget are spent, or `most` are there; returns what was spent.
+
+    Raises UsageError: the folder holds images of other settings or networks.
+    """
+    spent, synthesizer = read_spent(asked.out), pipeline_of(asked)
     group = _together(synthesizer, asked)
     count = max(min(most, getattr(synthesizer, "available", most)) // group, 1) * group
     with open_run(synthesizer, asked.out, count, asked.seed, asked.generate, part=group) as run:
         for first in range(0, count, group):
+            if spent and spent[-1][1] >= seconds:
+                break
             begun = time.process_time()
             written = run.write(part=range(first, first + group))
             taken = (time.process_time() - begun) / CORES
@@ -45,8 +45,6 @@ def make(asked: GenerateCommand, seconds: float, most: int = MOST) -> Spent:
                 taken = spent[-1][1] / len(spent)
             spent.append((first + group, round((spent[-1][1] if spent else 0.0) + taken, 4)))
             _write_spent(asked.out, spent)
-            if spent[-1][1] >= seconds:
-                break
     return spent
 
 
@@ -56,11 +54,6 @@ def of_budget(spent: Spent, seconds: float) -> tuple[int, float]:
     if not whole:
         raise ValueError(f"a group of {spent[0][0]} images takes {spent[0][1]:.1f} s of a budget of {seconds:g} s")
     return whole[-1]
-
-
-def open_set(folder: Path, images: int) -> ShardPool:
-    """The first images of a set."""
-    return open_folder(folder, until=images)
 
 
 def read_spent(folder: Path) -> Spent:

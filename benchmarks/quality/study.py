@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from benchmarks.quality import sets, students
 from benchmarks.quality.scenario import DATA, GUIDED, REAL, Method, Scenario
 from benchmarks.quality.worlds import World, prepare
 from dfkd.allocator import keep_freed_memory
+from dfkd.config import DistillCommand, GenerateCommand
+from dfkd.data import Images, open_folder
 from dfkd.evaluation import evaluate
 from dfkd.synthesis.command import quieten_libraries
 from dfkd.teachers import Classifier
@@ -35,68 +36,60 @@ class Study:
 
     @property
     def limit(self) -> int | None:
+        """Real images of a test, at most."""
         return REHEARSED if self.scenario.rehearsed else None
+
+    def most(self, asked: GenerateCommand, learning: DistillCommand) -> int:
+        """Images of a set at most: two groups of a rehearsal, else as many as a student's steps can see."""
+        train = learning.distill.train
+        return 2 * asked.generate.batching.group if self.scenario.rehearsed else int(train.steps) * train.batch_size
 
     def tune(self) -> dict[str, Any]:
         """Every trial of every method: {method: [{"settings", "accuracy", "images", "seconds"}]}, validation images."""
         asked = [method for method in self.scenario.methods if len(method.trials) > 1]
+        every = [(method, trial) for method in asked for trial in range(len(method.trials))]
+        wanted = {(self.scenario.named(*pair),): pair for pair in every}  # what several methods try is made once
         with _workers(self.workers) as pool:
-            pool.submit(prepare, self.scenario, self.data, TUNING_SEED, self.out).result()
-            wanted = {
-                method.named(trial): (method, trial)
-                for trial in range(max(len(method.trials) for method in asked))
-                for method in asked
-                if trial < len(method.trials)
-            }
-            tried = {(name,): pool.submit(try_settings, self, *which) for name, which in wanted.items()}
+            world = self._worlds(pool, [TUNING_SEED])[TUNING_SEED]
+            tried = {name: pool.submit(try_settings, self, world, *pair) for name, pair in wanted.items()}
             _tell(tried)
+        found = {name: one.result() for name, one in tried.items()}
         return {
             method.name: [
-                {"settings": dict(settings), **tried[(method.named(trial),)].result()}
+                {"settings": dict(settings), **found[(self.scenario.named(method, trial),)]}
                 for trial, settings in enumerate(method.trials)
             ]
             for method in asked
         }
 
     def run(self, budgets: Sequence[float], seeds: Sequence[int], only: Sequence[str] = ()) -> dict[str, Any]:
-        """Every method at every budget and seed. only: of these methods, with real data; () for all."""
-        chosen, said = self.scenario.chosen(), {method.name: method for method in self.scenario.methods}
-        asked = [name for name in said if not only or name in only]
-        first = {said[name].named(chosen[name]): name for name in reversed(asked) if name not in DATA}
-        made = list(first.values())  # of methods whose best settings are the same, one
+        """Every method at every budget and seed. only: of these methods, guided among them; () for all."""
+        chosen = self.scenario.chosen()
+        methods = {method.name: method for method in self.scenario.methods if not only or method.name in only}
+        made = {name: method for name, method in methods.items() if name not in DATA}
+        named = {name: self.scenario.named(method, chosen[name]) for name, method in made.items()}
+        first = {named[name]: name for name in reversed(made)}  # of methods of the same settings, the first
+        own = {name: first[named[name]] for name in made}
         with _workers(self.workers) as pool:
-            worlds = [pool.submit(prepare, self.scenario, self.data, seeds[0], self.out).result()]
-            others = [pool.submit(prepare, self.scenario, self.data, seed, self.out) for seed in seeds[1:]]
-            worlds += [other.result() for other in others]  # by now what all seeds share is written
-            teachers = {world.teacher: world for world in worlds}
-            taught = [pool.submit(accuracy_of, self, world) for world in teachers.values()]
+            worlds = self._worlds(pool, seeds)
+            taught = [pool.submit(accuracy_of, self, world) for world in dict.fromkeys(worlds.values())]
             parts = {
-                (seed, name): pool.submit(judge_method, self, said[name], chosen[name], budgets, seed)
+                (seed, name): pool.submit(judge_method, self, worlds[seed], made[name], chosen[name], budgets, seed)
                 for seed in seeds
-                for name in made
+                for name in first.values()
+            }
+            flops = {
+                name: pool.submit(flop_of, self, worlds[seeds[0]], made[name], chosen[name]) for name in first.values()
             }
             _tell(parts)
-            flops = {name: pool.submit(flop_of, self, said[name], chosen[name], seeds[0]) for name in made}
             found = {key: part.result() for key, part in parts.items()}
             flop = {name: part.result() for name, part in flops.items()}
             accuracies = [part.result() for part in taught]
-        for seed, name in product(seeds, asked):
-            if name in DATA:  # they come with the guided images, of which there are as many
-                found[seed, name] = found[seed, GUIDED][name]
-            else:
-                found[seed, name] = found[seed, first[said[name].named(chosen[name])]]
-        methods = {}
-        for name in asked:
-            of_seeds = [found[seed, name] for seed in seeds]
-            methods[name] = {
-                "says": said[name].says,
-                "settings": said[name].differs(chosen[name]),
-                "flop": None if name in DATA else flop[first[said[name].named(chosen[name])]],
-                **{
-                    key: {f"{budget:g}": [one[f"{budget:g}"][key] for one in of_seeds] for budget in budgets}
-                    for key in ("accuracy", "images", "seconds")
-                },
-            }
+
+        def told(seed: int, name: str, budget: float) -> Mapping[str, Any]:
+            of: Mapping[str, Any] = found[seed, GUIDED][name] if name in DATA else found[seed, own[name]]
+            return of[f"{budget:g}"]  # type: ignore[no-any-return]
+
         return {
             "scenario": self.scenario.name,
             "shift": self.scenario.shift,
@@ -104,62 +97,78 @@ class Study:
             "seeds": list(seeds),
             "teacher": accuracies,
             "student": dict(self.scenario.stages["distill"]),
-            "methods": methods,
+            "methods": {
+                name: {
+                    "says": method.says,
+                    "settings": method.differs(chosen[name]),
+                    "flop": None if name in DATA else flop[own[name]],
+                    **{
+                        key: {f"{budget:g}": [told(seed, name, budget)[key] for seed in seeds] for budget in budgets}
+                        for key in ("accuracy", "images", "seconds")
+                    },
+                }
+                for name, method in methods.items()
+            },
         }
 
+    def _worlds(self, pool: ProcessPoolExecutor, seeds: Sequence[int]) -> dict[int, World]:
+        """The world of each seed: the first one's before the others', which may share its images and its teacher."""
+        asked = [(self.scenario, self.data, seed, self.out) for seed in seeds]
+        first = pool.submit(prepare, *asked[0]).result()
+        others = asked[1:] if self.scenario.teacher_a_seed else []
+        made = [pool.submit(prepare, *one) for one in others]
+        return dict.fromkeys(seeds, first) | {one[2]: other.result() for one, other in zip(others, made, strict=True)}
 
-def try_settings(study: Study, method: Method, trial: int) -> dict[str, Any]:
+
+def try_settings(study: Study, world: World, method: Method, trial: int) -> dict[str, Any]:
     """One trial: {"accuracy", "images", "seconds"}; an accuracy of 0 where the seconds do not allow a group."""
-    scenario, out = study.scenario, study.out / "tuning" / method.named(trial)
-    world, seconds = prepare(scenario, study.data, TUNING_SEED, study.out), float(scenario.tuning["seconds"])
+    scenario = study.scenario
+    seconds, steps = float(scenario.tuning["seconds"]), int(scenario.tuning["steps"])
+    out = study.out / "tuning" / scenario.named(method, trial)
+    learning = scenario.learning(world.teacher, TUNING_SEED, out / f"student-{seconds:g}s-{steps}", steps)
     asked = scenario.generating(method, trial, world.teacher, TUNING_SEED, out / "synthetic")
-    spent = sets.make(asked, seconds)
+    spent = sets.make(asked, seconds, study.most(asked, learning))
     try:
         images, taken = sets.of_budget(spent, seconds)
     except ValueError:
         return {"accuracy": 0.0, "images": 0, "seconds": spent[0][1]}
-    learning = scenario.learning(world.teacher, TUNING_SEED, out / "student", int(scenario.tuning["steps"]))
-    pool = sets.open_set(out / "synthetic", images)
-    judged = students.judge(learning, pool, world.data, "validation", study.limit)
-    return {"accuracy": judged["accuracy"], "images": images, "seconds": taken}
+    pool = open_folder(asked.out, until=images)
+    accuracy = students.judge(learning, pool, world.data, "validation", study.limit)
+    return {"accuracy": accuracy, "images": images, "seconds": taken}
 
 
-def judge_method(study: Study, method: Method, trial: int, budgets: Sequence[float], seed: int) -> dict[str, Any]:
+def judge_method(
+    study: Study, world: World, method: Method, trial: int, budgets: Sequence[float], seed: int
+) -> dict[str, Any]:
     """{budget: {"accuracy", "images", "seconds"}} of a method and seed, None for each where a group takes longer; of
-    guided diffusion those of real data and of the prior's beside them."""
-    scenario, world = study.scenario, prepare(study.scenario, study.data, seed, study.out)
-    folder = study.out / f"seed-{seed}" / method.name
+    guided diffusion those of real data and of the prior's beside them, {name: {budget: ...}}."""
+    scenario, own = study.scenario, study.out / f"seed-{seed}"
+    folder = own / scenario.named(method, trial)
     asked = scenario.generating(method, trial, world.teacher, seed, folder / "synthetic")
-    most = 2 * asked.generate.batching.group if scenario.rehearsed else sets.MOST
-    spent = sets.make(asked, max(budgets), most)
-    found: dict[str, Any] = {}
+    spent = sets.make(asked, max(budgets), study.most(asked, scenario.learning(world.teacher, seed, folder)))
+
+    def judged(images: Images, where: Path, seconds: float) -> dict[str, Any]:
+        learning = scenario.learning(world.teacher, seed, where)
+        accuracy = students.judge(learning, images, world.data, "test", study.limit)
+        return {"accuracy": accuracy, "images": len(images.labels), "seconds": seconds}
+
+    beside = [name for name in DATA if method.name == GUIDED]
+    found: dict[str, Any] = {name: {} for name in beside}
     for budget in budgets:
+        at, student = f"{budget:g}", f"student-{budget:g}s"
         try:
             images, taken = spent[-1] if scenario.rehearsed else sets.of_budget(spent, budget)
         except ValueError:
-            found[f"{budget:g}"] = dict.fromkeys(("accuracy", "images", "seconds"))
+            for part in (found, *(found[name] for name in beside)):
+                part[at] = dict.fromkeys(("accuracy", "images", "seconds"))
             continue
-        pool = sets.open_set(asked.out, images)
-        found[f"{budget:g}"] = {"images": images, "seconds": taken} | _judged(
-            study, world, method.name, pool, budget, seed
-        )
-    if method.name == GUIDED:
-        size = pool.image_size
-        for name in (other.name for other in scenario.methods if other.name in DATA):
-            found[name] = {}
-            for budget in budgets:
-                images = found[f"{budget:g}"]["images"]
-                whole = world.real(size) if name == REAL else world.prior_data(images, seed)
-                some = students.some_of(whole, images, seed)
-                judged = _judged(study, world, name, some, budget, seed)
-                found[name][f"{budget:g}"] = {"images": images, "seconds": 0.0} | judged
+        pool = open_folder(asked.out, until=images)
+        found[at] = judged(pool, folder / student, taken)
+        for name in beside:
+            whole = world.real(pool.image_size) if name == REAL else world.prior_data(images, seed)
+            some = students.some_of(whole, images, seed)
+            found[name][at] = judged(some, own / f"{name}-{images}", 0.0)
     return found
-
-
-def _judged(study: Study, world: World, name: str, images: Any, budget: float, seed: int) -> dict[str, Any]:
-    folder = students.folder_of(study.out, seed, name, budget)
-    learning = study.scenario.learning(world.teacher, seed, folder)
-    return {"accuracy": students.judge(learning, images, world.data, "test", study.limit)["accuracy"]}
 
 
 def accuracy_of(study: Study, world: World) -> float:
@@ -167,10 +176,9 @@ def accuracy_of(study: Study, world: World) -> float:
     return evaluate(Classifier.from_pretrained(world.teacher), world.data, limit=study.limit).accuracy
 
 
-def flop_of(study: Study, method: Method, trial: int, seed: int) -> float:
+def flop_of(study: Study, world: World, method: Method, trial: int) -> float:
     """FLOP of an image of a method."""
-    world = prepare(study.scenario, study.data, seed, study.out)
-    return sets.flop_of(study.scenario.generating(method, trial, world.teacher, seed, study.out / "flop"))
+    return sets.flop_of(study.scenario.generating(method, trial, world.teacher, 0, study.out / "flop"))
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from dfkd.evaluation import open_images
 from dfkd.evaluation.sources import DIGITS
 from dfkd.runtime import derived_seed
 from dfkd.teachers.sources import EMBEDDED
-from dfkd.training.folder import RESULT
 from dfkd.training.teacher import train_teacher
 
 SHIFTS = {"demo": ("none",), "cifar10": tuple(cifar10.SHIFTS)}
@@ -43,7 +42,7 @@ def prepare(scenario: Scenario, data: str | None, seed: int, out: Path) -> World
     data: the user's CIFAR-10, by name. The demo has a teacher a seed; that of cifar10 without a shift comes with the
     program, and one of shifted images is trained, once. Raises UsageError: no such data.
     """
-    if scenario.name == "demo":
+    if scenario.teacher_a_seed:
         return World(DIGITS, _taught(scenario, DIGITS, seed, out / f"seed-{seed}" / "teacher"), "")
     assert data is not None
     cifar10.write(data, scenario.shift, out / "world")
@@ -55,8 +54,6 @@ def prepare(scenario: Scenario, data: str | None, seed: int, out: Path) -> World
 
 def _taught(scenario: Scenario, data: str, seed: int, out: Path) -> Path:
     asked = scenario.teaching(data, seed, out)
-    if (out / RESULT).exists():  # else several processes would want the folder at once
-        return out
     train_teacher(asked.data, asked.training, asked.out, architecture=asked.architecture)
     return out
 

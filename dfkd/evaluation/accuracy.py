@@ -27,7 +27,7 @@ def evaluate(
 
     data: a source of dfkd.evaluation.open_test ("digits-on-photos", "imagefolder:PATH", ...) and its split, or images
     that are open. Classes are matched by name; there may be fewer of them than the classifier's.
-    teacher: of the same classes, to measure agreement with. limit: images at most, spread evenly over the set.
+    teacher: of the same classes, to measure agreement with. limit: images at most, spread over the classes and the set.
     progress: called with (done, total) images.
     Raises UsageError: no such data, a class that a classifier does not know, an image that cannot be read.
     """
@@ -53,7 +53,7 @@ def ask(
     sizes = {judge.input_size for judge in judges}
     pools = {size: images.fitted(size) if isinstance(images, ImageFiles) else images for size in sizes}
     truth = match_classes(images, classifier.class_names)[images.labels]
-    rows = evenly(len(truth), limit or len(truth))
+    rows = spread(truth, limit or len(truth)).sort().values
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in judges]
     done = 0
     for part in torch.split(rows, ROWS):

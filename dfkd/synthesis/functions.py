@@ -68,7 +68,7 @@ class Networks:
     decoder: Decoder | None = None
 
     def traced(self) -> "Networks":
-        """The same by operations that a graph can hold."""
+        """These networks, with guidance by operations that a graph can hold."""
         own = self.guidance
         if own is None:
             return self

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import cifar10, sets, tables
+from benchmarks.quality import cifar10, sets, tables, worlds
 from benchmarks.quality.scenario import DATA, HERE, Scenario
 from benchmarks.quality.students import some_of
 from benchmarks.quality.worlds import SHIFTS, pretended
@@ -54,7 +54,7 @@ def test_every_trial_is_settings_that_are_taken(name, tmp_path):
 def test_the_best_trial_on_record_stands_and_others_are_refused(tmp_path, monkeypatch):
     scenario = Scenario.read("cifar10")
     monkeypatch.setattr("benchmarks.quality.scenario.RESULTS", tmp_path)
-    with pytest.raises(ValueError, match="--tune"):
+    with pytest.raises(UsageError, match="--tune"):
         scenario.chosen()
     rows = {
         method.name: [{"settings": dict(trial), "accuracy": i % 3 / 10} for i, trial in enumerate(method.trials)]
@@ -64,7 +64,7 @@ def test_the_best_trial_on_record_stands_and_others_are_refused(tmp_path, monkey
     assert scenario.chosen() == {name: 0 if len(of) == 1 else 2 for name, of in rows.items()}
     rows["fast"][1]["settings"] = {"method": "fast(steps=7)"}
     (tmp_path / "quality-cifar10-tuning.json").write_text(json.dumps({"methods": rows}))
-    with pytest.raises(ValueError, match="other trials of fast"):
+    with pytest.raises(UsageError, match="trials of fast are not on record"):
         scenario.chosen()
 
 
@@ -177,3 +177,39 @@ def test_a_rehearsal_judges_every_method_and_goes_on(name, tmp_path, monkeypatch
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert results("--seeds", "1")["methods"] == found["methods"]
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_a_set_of_other_settings_is_refused_and_worlds_too(tmp_path):
+    """A budget that is spent already does not hide that the settings have changed."""
+    scenario = Scenario.read("demo", rehearse=True)
+    noise = next(method for method in scenario.methods if method.name == "noise")
+    teacher = worlds.prepare(scenario, None, 0, tmp_path).teacher
+    asked = scenario.generating(noise, 0, teacher, 0, tmp_path / "noise")
+    spent = sets.make(asked, 1e9, 40)
+    assert sets.make(asked, 1e9, 40) == spent == sets.read_spent(asked.out) and spent[-1][0] == 40
+    with pytest.raises(UsageError, match="seed"):
+        sets.make(asked.replace(seed=1), 1e9, 40)
+    data = pretended(tmp_path / "data")
+    cifar10.write(data, "sketch", tmp_path / "world")
+    with pytest.raises(UsageError, match="choose another --out"):
+        cifar10.write(data, "none", tmp_path / "world")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("cifar10", "needs --data"),
+        ("demo --methods unguided", "name it too"),
+        ("demo --methods guided,ungided", "no 'ungided'"),
+        ("demo --tune --budgets 30", "of its own"),
+        ("demo --shift sketch", "unrecognized arguments"),
+        ("demo --rehearse --record", "not recorded"),
+        ("ablation --budgets 30", "unrecognized arguments"),
+    ],
+)
+def test_an_option_that_could_not_act_is_refused(words, told, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["quality", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
