@@ -220,13 +220,14 @@ def test_a_preset_may_be_the_start(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "teacher")
     file = {"preset": "demo", "teacher": {"checkpoint": str(folder)}, "distill": {"epochs": 3}}
     job = read_job(file, tmp_path / "out", seed=5)
-    ours, unguided = job.variants
+    ours, unguided, pixels = job.variants
     assert (job.teacher, job.classifier.checkpoint, job.classifier.teacher) == (None, folder, None)
     assert ours.generate.generate == GenerateConfig.preset("demo")
     assert unguided.generate.generate == GenerateConfig.preset("demo", guidance_step=0)
     assert ours.distill.distill == DistillConfig.preset("demo", epochs=3, seed=5)
     assert (unguided.name, unguided.generate.out) == ("unguided", tmp_path / "out/baselines/unguided/synthetic")
     assert ours.generate.seed == 5 and job.evaluate is not None
+    assert pixels.name == "unguided-pixels" and pixels.control
 
 
 @pytest.mark.parametrize(
