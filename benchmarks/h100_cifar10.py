@@ -99,7 +99,7 @@ def read_file(out: Path, prior: str, data: str, teacher: Path | None, rehearse: 
     file = tomllib.loads(FILE.read_text(encoding="utf-8"))
     if rehearse:
         own = {name: dict(changes) for name, changes in REHEARSAL.items()}
-        file = {"preset": "demo", "baselines": {"unguided": own.pop("unguided")}, **own}
+        file = {"preset": "demo", "controls": [], "baselines": {"unguided": own.pop("unguided")}, **own}
     else:
         file["teacher"]["data"] = data
         file["generate"]["prior"] = prior

@@ -181,8 +181,9 @@ def _check_names(files: Sequence[Section]) -> None:
 
 
 def _controls(files: Sequence[Section], more: Sequence[str]) -> tuple[str, ...]:
-    """The names in `controls` of every layer, and these. Raises UsageError for one that is none."""
-    layers = [*(layer.get("controls", ()) for layer in files), more]
+    """The names in `controls` of the last layer that has any say, and these. Raises UsageError for one that is none."""
+    own = [layer["controls"] for layer in files if "controls" in layer]
+    layers = [*own[-1:], more]
     if wrong := [layer for layer in layers if isinstance(layer, str) or not isinstance(layer, Sequence)]:
         raise UsageError(f"controls is {wrong[0]!r}", "it is a list of names", 'write controls = ["unguided"]')
     for name in (names := tuple(dict.fromkeys(name for layer in layers for name in layer))):

@@ -139,6 +139,13 @@ def test_controls_are_what_the_report_takes_for_strong(preset: str, tmp_path: Pa
     }
 
 
+def test_controls_of_a_file_replace_those_of_its_preset(tmp_path: Path) -> None:
+    file = {"preset": "demo", "controls": list[str]()}
+    assert [one.name for one in read_job(file, tmp_path).variants] == ["", "unguided"]
+    more = read_job({**file, "controls": ["noise"]}, tmp_path, controls=["deepinversion"]).variants
+    assert [one.name for one in more if one.control] == ["noise", "deepinversion"]
+
+
 def test_a_section_comes_before_a_control_of_its_name(tmp_path: Path) -> None:
     sections = {"deepinversion": {"method": "deepinversion(steps=3)"}}
     _, own = parsed(tmp_path, controls=["deepinversion"], baselines=sections).variants

@@ -316,9 +316,9 @@ class RunCommand(Config):
 
     `controls = ["unguided-pixels", "deepinversion"]` at its top are baselines ready made, these two with as many steps
     as take the seconds of the guided images: without them nothing is put down to guidance. Others: unguided, noise.
-    `preset = "NAME"` at its top takes a preset's sections first. Started again it goes on where it was stopped, and
-    runs no stage twice. Writes OUT/teacher, OUT/synthetic, OUT/rounds, OUT/student, OUT/baselines/NAME,
-    OUT/evaluation.json and OUT/report.
+    `preset = "NAME"` at its top takes a preset's sections first; `controls` of the file then replaces the preset's.
+    Started again it goes on where it was stopped, and runs no stage twice. Writes OUT/teacher, OUT/synthetic,
+    OUT/rounds, OUT/student, OUT/baselines/NAME, OUT/evaluation.json and OUT/report.
     """
 
     SECTION = "run"
